@@ -1,0 +1,58 @@
+"""FP4 linears for torch.compile, chosen by selector; see README.md."""
+
+from fp4graph.backend import backend
+from fp4graph.errors import (
+    CorpusError,
+    Fp4GraphError,
+    GradientError,
+    ModelError,
+    OptionError,
+    RefusalError,
+    SelectorError,
+    StudyError,
+    WeightError,
+)
+from fp4graph.explain import explain
+from fp4graph.formats import (
+    MXFP4,
+    NVFP4,
+    BlockFormat,
+    PackedWeight,
+    dequantize,
+    get_format,
+    quantize,
+)
+from fp4graph.policy import Policy, Scheme
+from fp4graph.report import LinearRow, Report
+from fp4graph.selector import Selector
+from fp4graph.trace import TracedModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MXFP4",
+    "NVFP4",
+    "BlockFormat",
+    "CorpusError",
+    "Fp4GraphError",
+    "GradientError",
+    "LinearRow",
+    "ModelError",
+    "OptionError",
+    "PackedWeight",
+    "Policy",
+    "RefusalError",
+    "Report",
+    "Scheme",
+    "Selector",
+    "SelectorError",
+    "StudyError",
+    "TracedModel",
+    "WeightError",
+    "__version__",
+    "backend",
+    "dequantize",
+    "explain",
+    "get_format",
+    "quantize",
+]

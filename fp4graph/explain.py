@@ -1,0 +1,46 @@
+"""What a selection would do to a model, without doing it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fp4graph.policy import Policy, Scheme, Select
+from fp4graph.trace import TracedModel
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fp4graph.formats import BlockFormat
+    from fp4graph.report import Report
+
+
+def explain(
+    model: nn.Module,
+    *args: Any,
+    select: Select = "all",
+    format: str | BlockFormat = "nvfp4",
+    activations: str | None = None,
+    kernel: str = "auto",
+    **kwargs: Any,
+) -> Report:
+    """Trace a model, tag its linears, select and choose kernels; compile and pack nothing.
+
+    Args:
+        model: the model; called once, dense, with `args` and `kwargs`.
+        args: positional inputs, for example the token ids, int64 [batch, sequence].
+        select: as in `backend`, and so are `format`, `activations` and `kernel`.
+        kwargs: further inputs of the model.
+
+    Returns:
+        one row for each linear; a selected linear that cannot run in FP4 is a row with the reason.
+
+    Raises:
+        SelectorError: bad text, a term that matches nothing, or a part of a fused weight.
+    """
+    policy = Policy.of(select, Scheme.of(format, activations=activations, kernel=kernel))
+    traced = TracedModel(model)
+    with torch.no_grad():
+        traced(*args, **kwargs)
+    return traced.plan(policy)

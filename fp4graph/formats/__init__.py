@@ -1,0 +1,23 @@
+"""NVFP4 and MXFP4: what the bits mean."""
+
+from fp4graph.formats.block import (
+    FORMATS,
+    MXFP4,
+    NVFP4,
+    BlockFormat,
+    PackedWeight,
+    dequantize,
+    get_format,
+    quantize,
+)
+
+__all__ = [
+    "FORMATS",
+    "MXFP4",
+    "NVFP4",
+    "BlockFormat",
+    "PackedWeight",
+    "dequantize",
+    "get_format",
+    "quantize",
+]

@@ -1,0 +1,180 @@
+"""The two FP4 formats: what their bits mean, and rounding to nearest into them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fp4graph.errors import OptionError, WeightError
+from fp4graph.formats.minifloat import E2M1
+from fp4graph.formats.scales import E4M3Scale, E8M0Scale
+
+if TYPE_CHECKING:
+    from fp4graph.formats.scales import ScaleCodec
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """A 4-bit float format: E2M1 values that share a scale in groups along K.
+
+    Attributes:
+        base: `nvfp4` or `mxfp4`; fixes the stored bits and how they are read.
+        block_size: values in a group.
+        scale_codec: how the scale of a group is chosen, stored and read.
+    """
+
+    base: str
+    block_size: int
+    scale_codec: ScaleCodec
+
+    @property
+    def name(self) -> str:
+        """`mxfp4`, or `mxfp4:even` where the scale rule is not the format's default."""
+        if self == FORMATS[self.base]:
+            return self.base
+        return f"{self.base}:{self.scale_codec.rule}"
+
+    @property
+    def has_per_tensor_scale(self) -> bool:
+        """Whether one float32 scale a tensor stands above the block scales."""
+        return isinstance(self.scale_codec, E4M3Scale)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def packed_bytes(self, out_features: int, in_features: int) -> int:
+        """Return the size of a packed weight, padding and scales included."""
+        groups = out_features * -(-in_features // self.block_size)
+        return groups * (self.block_size // 2 + 1) + (4 if self.has_per_tensor_scale else 0)
+
+    def quantize(self, weight: Tensor) -> PackedWeight:
+        """Round a weight to nearest, ties to even codes.
+
+        Args:
+            weight: [N, K] float32, bfloat16, float16 or float64. K is padded with zeros to a
+                multiple of `block_size`. float64 is rounded to float32 first.
+
+        Raises:
+            WeightError: not a matrix, not a float, or holds NaN or Inf.
+        """
+        if weight.ndim != 2 or weight.dtype not in _FLOATS:
+            problem = f"expected a float matrix, got {weight.dtype} of shape {tuple(weight.shape)}"
+            raise WeightError(problem)
+        w_NGB = self._groups(weight.detach())
+        amax_NG = w_NGB.abs().amax(-1)
+        if not bool(amax_NG.isfinite().all()):
+            raise WeightError(f"{_count_nonfinite(weight)} of {weight.numel()} values are NaN or Inf")
+        codes, scale, per_tensor_scale = self._encode(w_NGB, amax_NG)
+        codes = codes.flatten(1)
+        return PackedWeight(
+            qdata=codes[:, 0::2] | (codes[:, 1::2] << 4),
+            scale=scale.view(self.scale_codec.dtype),
+            per_tensor_scale=per_tensor_scale,
+            shape=(weight.shape[0], weight.shape[1]),
+            format=self,
+        )
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """Quantise and dequantise activations, groups along the last dimension.
+
+        Args:
+            x: [..., K], any float dtype. NVFP4's per-tensor scale is taken from all of `x`, at
+                each call, as torchao does for dynamic activations.
+
+        Returns:
+            the same shape and dtype; a group that holds NaN or Inf is all NaN (with NVFP4 an Inf
+            makes the whole tensor NaN, for the tensor scale is Inf).
+        """
+        x_RGB = self._groups(x.reshape(-1, x.shape[-1]))
+        amax_RG = x_RGB.abs().amax(-1)
+        codes, scale, per_tensor_scale = self._encode(x_RGB, amax_RG)
+        factor_RG = self.scale_codec.decode(scale, per_tensor_scale)
+        factor_RG = torch.where(amax_RG.isfinite(), factor_RG, torch.nan)
+        y_RK = (E2M1.decode(codes) * factor_RG[..., None]).flatten(1)[:, : x.shape[-1]]
+        return y_RK.to(x.dtype).reshape(x.shape)
+
+    def _groups(self, x_RK: Tensor) -> Tensor:
+        x_RK = x_RK.to(torch.float32)
+        x_RK = pad(x_RK, (0, -x_RK.shape[1] % self.block_size))
+        return x_RK.reshape(x_RK.shape[0], -1, self.block_size)
+
+    def _encode(self, x_RGB: Tensor, amax_RG: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        scale, per_tensor_scale = self.scale_codec.encode(amax_RG)
+        factor_RG = self.scale_codec.reciprocal(scale, per_tensor_scale)
+        return E2M1.encode(x_RGB * factor_RG[..., None]), scale, per_tensor_scale
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight in FP4.
+
+    Invariants, with Kp = K rounded up to a multiple of the block size B:
+    `qdata` is uint8 [N, Kp/2], the even column in the low nibble; `scale` is [N, Kp/B] in the
+    format's scale dtype; `per_tensor_scale` is a 0-dim float32 tensor, or None for MXFP4; and
+    weight ~ E2M1(qdata) * scale * per_tensor_scale, columns from K on being padding.
+    """
+
+    qdata: Tensor
+    scale: Tensor
+    per_tensor_scale: Tensor | None
+    shape: tuple[int, int]
+    format: BlockFormat
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = (self.qdata, self.scale, self.per_tensor_scale)
+        return sum(t.nbytes for t in tensors if t is not None)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight's values, [N, K] in `dtype`: the meaning of every kernel.
+
+        Computed in float32 as E2M1 value * (per_tensor_scale * block scale), then rounded once to
+        `dtype`. A NaN scale gives a group of NaN.
+        """
+        codes = torch.stack((self.qdata & 0xF, self.qdata >> 4), dim=-1)
+        values = E2M1.decode(codes).reshape(*self.scale.shape, self.format.block_size)
+        factor = self.format.scale_codec.decode(self.scale.view(torch.uint8), self.per_tensor_scale)
+        return (values * factor[..., None]).flatten(1)[:, : self.shape[1]].to(dtype)
+
+
+NVFP4 = BlockFormat("nvfp4", 16, E4M3Scale())
+MXFP4 = BlockFormat("mxfp4", 32, E8M0Scale())
+FORMATS = {"nvfp4": NVFP4, "mxfp4": MXFP4}
+
+
+def get_format(name: str | BlockFormat) -> BlockFormat:
+    """Return a format by name: `nvfp4`, `mxfp4`, or `mxfp4:RULE` with a scale rule.
+
+    Raises:
+        OptionError: no such format or rule; the message names those that exist.
+    """
+    if isinstance(name, BlockFormat):
+        return name
+    base, _, rule = str(name).partition(":")
+    if base in FORMATS and not rule:
+        return FORMATS[base]
+    if base == "mxfp4" and rule in E8M0Scale.rules:
+        return replace(MXFP4, scale_codec=E8M0Scale(rule))
+    known = [*FORMATS, *(f"mxfp4:{rule}" for rule in E8M0Scale.rules)]
+    raise OptionError(f"unknown format {name!r}; formats are {', '.join(known)}")
+
+
+def quantize(weight: Tensor, format: str | BlockFormat = "nvfp4") -> PackedWeight:
+    """Round a weight to FP4; see `BlockFormat.quantize`."""
+    return get_format(format).quantize(weight)
+
+
+def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the values of a packed weight; see `PackedWeight.dequantize`."""
+    return packed.dequantize(dtype)
+
+
+def _count_nonfinite(weight: Tensor) -> int:
+    return int((~weight.isfinite()).sum())

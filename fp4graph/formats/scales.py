@@ -1,0 +1,116 @@
+"""Block scales: how a group's largest magnitude becomes a stored scale, and back.
+
+Sources: NVFP4, arXiv 2509.25149 appendix B; MXFP4, OCP Microscaling Formats 1.0, section 6.3, for
+the rule `floor`; torchao's ScaleCalculationMode for `ceil`, `rceil` and `even`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from fp4graph.formats.minifloat import (
+    E2M1,
+    E4M3,
+    ceil_exponent,
+    decode_e8m0,
+    even_exponent,
+    floor_exponent,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_E2M1_MAX_EXPONENT = 2
+_E8M0_BIAS = 127
+
+# Below this the reciprocal of a block scale would overflow float32; such a tensor is all but zero.
+_SMALLEST_PER_TENSOR_SCALE = 2.0**-110
+
+
+class ScaleCodec(Protocol):
+    """Encodes and decodes the scales of all groups of one tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Storage dtype of a block scale, one byte."""
+
+    @property
+    def rule(self) -> str:
+        """Name of the rule that picks a scale."""
+
+    def encode(self, amax: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Turn the largest magnitude of each group into (uint8 codes, per_tensor_scale or None)."""
+
+    def decode(self, codes: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
+        """Return the float32 factor of each group."""
+
+    def reciprocal(self, codes: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
+        """Return the float32 factor that values are multiplied by before rounding to E2M1."""
+
+
+@dataclass(frozen=True)
+class E4M3Scale:
+    """NVFP4: E4M3 scale a group, rounded to nearest even, and one float32 scale a tensor.
+
+    `per_tensor_scale` = amax / (6 * 448), so that the largest block scale is 448. Block scales are
+    clamped to E4M3's smallest subnormal, 2^-9, so that no group is lost to a scale of zero
+    (torchao clamps to 2^-6 and loses resolution in groups below amax / 28672).
+    """
+
+    rule: str = "nearest"
+    dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
+
+    def encode(self, amax: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `ScaleCodec`."""
+        largest = amax.amax() if amax.numel() else amax.new_zeros(())
+        per_tensor_scale = (largest / (E2M1.max * E4M3.max)).clamp(min=_SMALLEST_PER_TENSOR_SCALE)
+        scale = (amax / E2M1.max) / per_tensor_scale
+        return E4M3.encode(scale.clamp(min=E4M3.smallest)), per_tensor_scale
+
+    def decode(self, codes: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
+        """See `ScaleCodec`."""
+        assert per_tensor_scale is not None
+        return per_tensor_scale * E4M3.decode(codes & 0x7F)  # the sign bit is ignored: UE4M3
+
+    def reciprocal(self, codes: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
+        """See `ScaleCodec`; the order of operations is torchao's, so that codes agree bit for bit."""
+        assert per_tensor_scale is not None
+        return (1.0 / per_tensor_scale) / E4M3.decode(codes)
+
+
+_EXPONENT_RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    # amax / scale in [4, 8): the top of a group may clip to 6, by up to a quarter
+    "floor": lambda amax: floor_exponent(amax) - _E2M1_MAX_EXPONENT,
+    # amax / scale in (2, 4]: never clips, wastes the codes 4 and 6
+    "ceil": lambda amax: ceil_exponent(amax) - _E2M1_MAX_EXPONENT,
+    # amax / scale in (3, 6]: the smallest power of two that never clips
+    "rceil": lambda amax: ceil_exponent(amax / E2M1.max),
+    # amax / scale in [3.5, 7)
+    "even": lambda amax: even_exponent(amax) - _E2M1_MAX_EXPONENT,
+}
+
+
+@dataclass(frozen=True)
+class E8M0Scale:
+    """MXFP4: a power of two a group, 2^(code - 127), by a named rule; code 255 is NaN."""
+
+    rule: str = "floor"
+    dtype: ClassVar[torch.dtype] = torch.float8_e8m0fnu
+    rules: ClassVar[tuple[str, ...]] = tuple(_EXPONENT_RULES)
+
+    def encode(self, amax: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See `ScaleCodec`."""
+        exponent = _EXPONENT_RULES[self.rule](amax).clamp(-_E8M0_BIAS, _E8M0_BIAS)
+        return (exponent + _E8M0_BIAS).to(torch.uint8), None
+
+    def decode(self, codes: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
+        """See `ScaleCodec`."""
+        return decode_e8m0(codes)
+
+    def reciprocal(self, codes: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
+        """See `ScaleCodec`; exact, for 2 * 127 - code is the code of the reciprocal."""
+        return decode_e8m0(2 * _E8M0_BIAS - codes.to(torch.int32))

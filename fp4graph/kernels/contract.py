@@ -1,0 +1,104 @@
+"""What a kernel is, which ones there are, and how one is chosen.
+
+A kernel is one `torch.library` op a format, `op(x, *prepack(packed), bias) -> y`, whose meaning is
+`F.linear(x, packed.dequantize(x.dtype), bias)` within float rounding. It is chosen once, when a
+graph is compiled, for the packed layout hangs on it; what depends on M is the op's own affair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fp4graph.errors import OptionError, RefusalError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+    from torch import Tensor
+    from torch._ops import OpOverload
+
+    from fp4graph.formats import BlockFormat, PackedWeight
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A linear as a kernel sees it; the number of rows of `x` stays open.
+
+    Attributes:
+        out_features: N.
+        in_features: K.
+        format: of the weight.
+        dtype: of activations, bias and result.
+        device: where all of it lies.
+    """
+
+    out_features: int
+    in_features: int
+    format: BlockFormat
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Somebody who computes FP4 linears.
+
+    Attributes:
+        name: what `kernel=` and the report say.
+        ops: the op for each format's `base` name.
+        prepack: turns a packed weight into the tensors that the op takes.
+        refuses: says why a problem is not served, or None.
+    """
+
+    name: str
+    ops: Mapping[str, OpOverload[..., Tensor]]
+    prepack: Callable[[PackedWeight], tuple[Tensor, ...]]
+    refuses: Callable[[Problem], str | None]
+
+
+_KERNELS: dict[str, Kernel] = {}
+
+
+def register(kernel: Kernel) -> Kernel:
+    """Add a kernel; the one registered last is asked first by `kernel="auto"`."""
+    _KERNELS[kernel.name] = kernel
+    return kernel
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """Return all kernels in the order in which `auto` asks them."""
+    return tuple(reversed(_KERNELS.values()))
+
+
+def check_name(name: str) -> None:
+    """Check a `kernel=` option.
+
+    Raises:
+        OptionError: no such kernel.
+    """
+    if name != "auto" and name not in _KERNELS:
+        raise OptionError(f"unknown kernel {name!r}; kernels are auto, {', '.join(_KERNELS)}")
+
+
+def choose(problem: Problem, prefer: str = "auto") -> Kernel:
+    """Choose the kernel for a problem.
+
+    Args:
+        problem: the linear.
+        prefer: a kernel's name, or `auto` for the first that serves the problem.
+
+    Raises:
+        OptionError: no such kernel.
+        RefusalError: none serves the problem; the message has each one's reason.
+    """
+    check_name(prefer)
+    reasons = []
+    for kernel in kernels():
+        if prefer in ("auto", kernel.name):
+            reason = kernel.refuses(problem)
+            if reason is None:
+                return kernel
+            reasons.append(f"kernel {kernel.name}: {reason}")
+    raise RefusalError("; ".join(reasons))

@@ -1,0 +1,1 @@
+"""Graph passes: tag, select, choose, pack, rewrite."""

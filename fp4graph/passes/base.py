@@ -1,0 +1,107 @@
+"""What a pass is, and the one runner for all of them."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.fx import GraphModule
+
+_LOG = logging.getLogger("fp4graph.passes")
+_GRAPH_NUMBER = itertools.count()
+
+
+class GraphPass(Protocol):
+    """A frozen dataclass whose fields are its options; valid graph in, valid graph out.
+
+    It changes `gm` in place; linting and recompiling are the runner's.
+    """
+
+    name: ClassVar[str]
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+        """Change the graph.
+
+        Args:
+            gm: a graph as Dynamo made it, parameters lifted to placeholders.
+            example_inputs: one real value a placeholder, in order.
+        """
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did.
+
+    Attributes:
+        name: the pass.
+        seconds: how long it took.
+        changes: (before, after) for each op whose count changed.
+    """
+
+    name: str
+    seconds: float
+    changes: dict[str, tuple[int, int]]
+
+    def __str__(self) -> str:
+        ops = ", ".join(
+            f"{op}: {before} -> {after} ({after - before:+d})"
+            for op, (before, after) in self.changes.items()
+        )
+        return f"{self.name}: {self.seconds * 1e3:.1f} ms; {ops or 'no op added or removed'}"
+
+
+def op_counts(gm: GraphModule) -> Counter[str]:
+    """Count the graph's calls by the name of what they call."""
+    return Counter(
+        getattr(node.target, "__name__", str(node.target))
+        for node in gm.graph.nodes
+        if node.op in ("call_function", "call_method", "call_module")
+    )
+
+
+def run_passes(
+    gm: GraphModule, example_inputs: Sequence[Any], passes: Sequence[GraphPass]
+) -> list[PassRecord]:
+    """Run passes in order: each is timed, the graph linted and recompiled, op counts compared.
+
+    Records are logged to `fp4graph.passes` at level INFO. With the environment variable
+    `FP4GRAPH_DUMP` set to a folder, the graph is written there before and after each pass.
+    """
+    dump = os.environ.get("FP4GRAPH_DUMP")
+    number = next(_GRAPH_NUMBER)
+    records = []
+    for index, run in enumerate(passes):
+        stem = f"graph{number}.{index}.{run.name}"
+        _dump(gm, dump, f"{stem}.before")
+        before = op_counts(gm)
+        start = time.perf_counter()
+        run(gm, example_inputs)
+        seconds = time.perf_counter() - start
+        gm.graph.lint()
+        gm.recompile()
+        after = op_counts(gm)
+        changes = {
+            op: (before[op], after[op])
+            for op in sorted(before | after)
+            if before[op] != after[op]
+        }
+        records.append(PassRecord(run.name, seconds, changes))
+        _LOG.info("graph %d, %s", number, records[-1])
+        _dump(gm, dump, f"{stem}.after")
+    return records
+
+
+def _dump(gm: GraphModule, folder: str | None, stem: str) -> None:
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        text = gm.print_readable(print_output=False)
+        (Path(folder) / f"{stem}.txt").write_text(text, encoding="utf-8")

@@ -1,0 +1,73 @@
+"""choose: find a kernel for every selected linear, or say why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from fp4graph.errors import RefusalError
+from fp4graph.kernels import Kernel, Problem, choose
+from fp4graph.passes.site import LinearSite, mark, sites
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+OnRefusal = Literal["raise", "keep"]
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class ChooseKernels:
+    """Choose kernels by format, shape, dtype and device.
+
+    Given:
+        a node marked scheme=nvfp4 W4A16
+    Result:
+        the same node, marked kernel=reference; or, refused and `on_refusal="keep"`, left dense
+        with the reason
+
+    Raises:
+        RefusalError: a selected linear is refused and `on_refusal` is "raise"; names the linears.
+    """
+
+    name: ClassVar[str] = "choose"
+    on_refusal: OnRefusal = "raise"
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+        """See the class."""
+        refused = []
+        for node, site in sites(gm):
+            if site.scheme is None:
+                continue
+            try:
+                kernel = _choose(site, example_inputs)
+            except RefusalError as error:
+                refused.append(f"{site.tag.fqn}: {error}")
+                mark(node, replace(site, scheme=None, reason=f"refused: {error}"))
+            else:
+                reason = f"{site.reason} as {site.scheme}"
+                mark(node, replace(site, kernel=kernel, reason=reason))
+        if refused and self.on_refusal == "raise":
+            more = f" (and {len(refused) - _SHOWN} more)" if len(refused) > _SHOWN else ""
+            raise RefusalError(
+                f"{len(refused)} selected linears cannot run in FP4; select others, or keep them "
+                f'dense with on_refusal="keep": {"; ".join(refused[:_SHOWN])}{more}'
+            )
+
+
+def _choose(site: LinearSite, example_inputs: Sequence[Any]) -> Kernel:
+    assert site.scheme is not None
+    if site.unsupported or site.weight is None:
+        raise RefusalError(site.unsupported or "it has no weight")
+    weight = example_inputs[site.weight]
+    if weight.device.type == "meta":
+        raise RefusalError("its weight is on the meta device, so there is nothing to pack")
+    if weight.is_inference():
+        raise RefusalError(
+            "its weight was made under torch.inference_mode(), so changes to it cannot be seen: "
+            "load the model outside"
+        )
+    out_features, in_features = site.tag.shape
+    problem = Problem(out_features, in_features, site.scheme.format, site.dtype, weight.device)
+    return choose(problem, site.scheme.kernel)

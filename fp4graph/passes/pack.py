@@ -1,0 +1,46 @@
+"""pack: quantise the weights of the linears that have a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fp4graph.passes.pack_cache import CACHE, PackCache
+from fp4graph.passes.site import mark, sites
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+
+@dataclass(frozen=True)
+class PackWeights:
+    """Fetch or make the packed weight of each linear.
+
+    Given:
+        a node marked kernel=reference, whose weight is the user's own nn.Parameter
+    Result:
+        the same node, marked with its entry in the cache
+
+    Raises:
+        WeightError: a weight holds NaN or Inf; names the linear.
+    """
+
+    name: ClassVar[str] = "pack"
+    cache: PackCache = CACHE
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+        """See the class."""
+        for node, site in sites(gm):
+            if site.kernel is None:
+                continue
+            assert site.weight is not None
+            assert site.scheme is not None
+            entry = self.cache.get(
+                example_inputs[site.weight],
+                site.scheme,
+                site.kernel,
+                transposed=site.transposed,
+                fqn=site.tag.fqn,
+            )
+            mark(node, replace(site, entry=entry))

@@ -1,0 +1,139 @@
+"""Packed weights, once for each parameter and scheme, kept in step with the parameter."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fp4graph.errors import WeightError
+
+if TYPE_CHECKING:
+    from fp4graph.kernels import Kernel
+    from fp4graph.policy import Scheme
+
+_PROBE_BYTES = 64
+
+
+@dataclass(eq=False)
+class PackEntry:
+    """The packed form of one weight; every graph that uses the weight holds the same tensors.
+
+    A weight is taken to have changed when another tensor arrives in its place, when its version
+    counter or data pointer moved, or when the 64 bytes in its middle differ (CPU only: writes
+    through `.data` move no counter, and `peft` merges adapters that way). It is then packed again
+    into the same tensors, so compiled graphs stay valid.
+    """
+
+    scheme: Scheme
+    kernel: Kernel
+    transposed: bool
+    fqn: str
+    tensors: tuple[Tensor, ...] = ()
+    _weight: ref[Tensor] | None = None
+    _version: int = -1
+    _data_ptr: int = -1
+    _probe: bytes = b""
+    _fingerprint: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def ensure(self, weight: Tensor) -> None:
+        """Pack again if `weight` is not what was packed; called before every run of a graph."""
+        if (
+            self._weight is None
+            or self._weight() is not weight
+            or weight._version != self._version
+            or weight.data_ptr() != self._data_ptr
+            or _probe(weight) != self._probe
+        ):
+            self._pack(weight)
+
+    def verify(self, weight: Tensor) -> None:
+        """Like `ensure`, by content: every value counts. Called at compile time."""
+        self.ensure(weight)
+        if _fingerprint(weight) != self._fingerprint:
+            self._pack(weight)
+
+    def _pack(self, weight: Tensor) -> None:
+        # Outside inference mode, or the tensors could not be written again later.
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            w_NK = weight.detach().T if self.transposed else weight.detach()
+            try:
+                packed = self.scheme.format.quantize(w_NK)
+            except WeightError as error:
+                raise WeightError(f"{self.fqn}: {error}") from None
+            fresh = self.kernel.prepack(packed)
+            if self.tensors:
+                for old, new in zip(self.tensors, fresh, strict=True):
+                    old.copy_(new)
+            else:
+                self.tensors = tuple(tensor.contiguous() for tensor in fresh)
+            self._weight = ref(weight)
+            self._version = weight._version
+            self._data_ptr = weight.data_ptr()
+            self._probe = _probe(weight)
+            self._fingerprint = _fingerprint(weight)
+
+
+class PackCache:
+    """Entries by weight identity and by how they are packed; a weight that dies takes its entries.
+
+    Shared by all graphs, shapes, backends and tied uses of a weight.
+    """
+
+    def __init__(self) -> None:
+        self._entries = WeakIdKeyDictionary()
+        self._lock = threading.Lock()
+
+    def get(
+        self, weight: Tensor, scheme: Scheme, kernel: Kernel, *, transposed: bool, fqn: str
+    ) -> PackEntry:
+        """Return the entry of a weight, packed now if it is new or its content changed.
+
+        Raises:
+            WeightError: the weight holds NaN or Inf; names the linear.
+        """
+        key = (scheme.format, scheme.quantizer, kernel.name, transposed)
+        with self._lock:
+            by_scheme = self._entries.setdefault(weight, {})
+            entry = by_scheme.get(key)
+            if entry is None:
+                entry = PackEntry(scheme, kernel, transposed, fqn)
+                entry.ensure(weight)
+                by_scheme[key] = entry
+            else:
+                entry.verify(weight)
+        assert isinstance(entry, PackEntry)
+        return entry
+
+    def __len__(self) -> int:
+        return sum(len(entries) for entries in self._entries.values())
+
+
+CACHE = PackCache()
+"""The process's packed weights."""
+
+
+def _probe(weight: Tensor) -> bytes:
+    if weight.device.type != "cpu" or weight.nbytes < _PROBE_BYTES or not weight.is_contiguous():
+        return b""
+    middle = (weight.nbytes - _PROBE_BYTES) // 2
+    return ctypes.string_at(weight.data_ptr() + middle, _PROBE_BYTES)
+
+
+def _fingerprint(weight: Tensor) -> int:
+    """Hash the content: row sums and column sums of the bits, each weighted by position."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = weight.detach().contiguous().view(integers[weight.element_size()])
+    total = 0
+    for dim in range(bits.ndim):
+        sums = bits.sum(dim=dim, dtype=torch.int64).flatten()
+        positions = torch.arange(1, 2 * sums.numel(), 2, device=sums.device)
+        total = total * 1_000_003 + int((sums * positions).sum())
+    return total

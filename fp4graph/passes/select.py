@@ -1,0 +1,48 @@
+"""select: mark the linears that the policy picks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fp4graph.passes.site import mark, sites
+from fp4graph.policy import Policy
+from fp4graph.tags import LinearTag
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+
+@dataclass(frozen=True)
+class SelectLinears:
+    """Ask the policy about every tagged linear.
+
+    Given:
+        a node marked LinearTag(..., Role.Q, block=7, ...), and the policy `attn,blocks>4`
+    Result:
+        the same node, marked scheme=nvfp4 W4A16, reason="`attn,blocks>4`"
+
+    Raises:
+        SelectorError: a term matches nothing, or only a part of a fused weight.
+
+    Attributes:
+        policy: what runs how.
+        universe: the linears that terms are checked against; None takes the graph's own. A graph
+            without linears is left alone.
+    """
+
+    name: ClassVar[str] = "select"
+    policy: Policy
+    universe: tuple[LinearTag, ...] | None = None
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+        """See the class."""
+        found = list(sites(gm))
+        if not found:
+            return
+        self.policy.check(self.universe or [site.tag for _, site in found])
+        for node, site in found:
+            decision = self.policy.decide(site.tag)
+            reason = decision.reason if decision.scheme else site.unsupported or decision.reason
+            mark(node, replace(site, scheme=decision.scheme, reason=reason))

@@ -1,0 +1,64 @@
+"""A linear in a graph: found by `tag`, decided on by `select` and `choose`, filled by `pack`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from torch.fx import GraphModule, Node
+
+    from fp4graph.kernels import Kernel
+    from fp4graph.passes.pack_cache import PackEntry
+    from fp4graph.policy import Scheme
+    from fp4graph.tags import LinearTag
+
+_KEY = "fp4graph"
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """What is known of the linear that a node computes.
+
+    Attributes:
+        tag: who it is.
+        x: index of the input among the node's args.
+        bias: the node of the bias, or None.
+        weight: index of its weight among the graph's inputs; None if the graph computes it.
+        transposed: whether the weight is stored [K, N].
+        dtype: of the result, which under autocast is not the weight's.
+        bytes_dense: size of the weight.
+        unsupported: why it cannot be rewritten, or None.
+        scheme: how to run it; None leaves it dense.
+        reason: which selector decided, or why it stays dense.
+        kernel: who will compute it.
+        entry: its packed weight.
+    """
+
+    tag: LinearTag
+    x: int
+    bias: Node | None
+    weight: int | None
+    transposed: bool
+    dtype: torch.dtype
+    bytes_dense: int
+    unsupported: str | None = None
+    scheme: Scheme | None = None
+    reason: str = "not selected"
+    kernel: Kernel | None = None
+    entry: PackEntry | None = None
+
+
+def mark(node: Node, site: LinearSite) -> None:
+    """Write a site on its node."""
+    node.meta[_KEY] = site
+
+
+def sites(gm: GraphModule) -> Iterator[tuple[Node, LinearSite]]:
+    """Yield the marked nodes with their sites, in the graph's order."""
+    for node in gm.graph.nodes:
+        if _KEY in node.meta:
+            yield node, node.meta[_KEY]

@@ -1,0 +1,150 @@
+"""What runs how: selectors paired with schemes, later entries winning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from fp4graph.errors import OptionError
+from fp4graph.formats import BlockFormat, get_format
+from fp4graph.selector import Selector, parse
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fp4graph.tags import LinearTag
+
+Select = str | Selector | Mapping[str, "str | BlockFormat | Mapping[str, object] | None"]
+"""A selector, or a mapping from selector to a format, to options of `Scheme`, or to None."""
+
+QUANTIZERS = ("rtn",)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a selected linear runs.
+
+    Attributes:
+        format: of the weight.
+        quantizer: how the codes are found: `rtn`, round to nearest.
+        activations: format that inputs are quantised and dequantised in at each call (W4A4), or
+            None to leave them (W4A16).
+        kernel: name of the kernel, or `auto`.
+    """
+
+    format: BlockFormat
+    quantizer: str = "rtn"
+    activations: BlockFormat | None = None
+    kernel: str = "auto"
+
+    @classmethod
+    def of(
+        cls,
+        format: str | BlockFormat = "nvfp4",
+        quantizer: str = "rtn",
+        activations: str | None = None,
+        kernel: str = "auto",
+    ) -> Scheme:
+        """Build a scheme from options as users give them.
+
+        Args:
+            format: a format or its name.
+            quantizer: `rtn`.
+            activations: None, or `same` for the weight's format.
+            kernel: a kernel's name, or `auto`.
+
+        Raises:
+            OptionError: a value that does not exist.
+        """
+        weight_format = get_format(format)
+        if quantizer not in QUANTIZERS:
+            raise OptionError(
+                f"unknown quantizer {quantizer!r}; quantizers are {', '.join(QUANTIZERS)}"
+            )
+        if activations not in (None, "same"):
+            raise OptionError(f"activations={activations!r}: expected None or 'same'")
+        return cls(weight_format, quantizer, weight_format if activations else None, kernel)
+
+    def merged(self, value: str | BlockFormat | Mapping[str, object]) -> Scheme:
+        """Return the scheme that a mapping's value means, with this one for what it leaves open."""
+        options: dict[str, object] = {
+            "format": self.format,
+            "quantizer": self.quantizer,
+            "activations": "same" if self.activations else None,
+            "kernel": self.kernel,
+        }
+        given = value if isinstance(value, Mapping) else {"format": value}
+        unknown = sorted(set(given) - set(options))
+        if unknown:
+            known = ", ".join(field.name for field in fields(self))
+            raise OptionError(f"unknown option {unknown[0]!r} in select; options are {known}")
+        return Scheme.of(**{**options, **given})  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"{self.format} {'W4A4' if self.activations else 'W4A16'}"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a policy says of one linear: a scheme, or None for dense, and the entry that said it."""
+
+    scheme: Scheme | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Selectors with their schemes, in the user's order; the last that matches wins."""
+
+    entries: tuple[tuple[Selector, Scheme | None], ...]
+
+    @classmethod
+    def of(cls, select: Select, default: Scheme) -> Policy:
+        """Parse `select`.
+
+        Args:
+            select: a selector, which `default` applies to, or a mapping.
+            default: scheme for a plain selector, and for what a mapping's options leave open.
+
+        Raises:
+            SelectorError: a selector that cannot be parsed.
+            OptionError: a mapping value that cannot be read.
+        """
+        if isinstance(select, str | Selector):
+            return cls(((_selector(select), default),))
+        if not isinstance(select, Mapping) or not select:
+            raise OptionError(f"select={select!r}: expected a selector or a mapping of selectors")
+        return cls(
+            tuple(
+                (_selector(text), None if value is None else default.merged(value))
+                for text, value in select.items()
+            )
+        )
+
+    def check(self, tags: Sequence[LinearTag]) -> None:
+        """Check every selector against a model's linears; see `Selector.check`."""
+        for selector, _ in self.entries:
+            selector.check(tags)
+
+    def decide(self, tag: LinearTag) -> Decision:
+        """Say how a linear runs, and by which entry.
+
+        Raises:
+            SelectorError: see `Selector.matches`.
+        """
+        decision = Decision(None, "not selected")
+        for selector, scheme in self.entries:
+            if selector.matches(tag):
+                said = f"`{selector}`"
+                decision = Decision(scheme, said if scheme else f"kept dense by {said}")
+        return decision
+
+    def __str__(self) -> str:
+        if len(self.entries) == 1 and self.entries[0][1] is not None:
+            return str(self.entries[0][0])
+        return "; ".join(f"{selector}: {scheme or 'dense'}" for selector, scheme in self.entries)
+
+
+def _selector(text: str | Selector) -> Selector:
+    return text if isinstance(text, Selector) else parse(text)

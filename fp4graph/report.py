@@ -1,0 +1,151 @@
+"""What became of every linear: one row each, printable, JSON lines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from fp4graph.tags import LinearTag
+
+
+@dataclass(frozen=True)
+class LinearRow:
+    """One linear of a compiled model.
+
+    Attributes:
+        path: module path.
+        role: role by its selector name.
+        block: block index, None outside the blocks.
+        shape: (N, K), experts in front where they are stacked.
+        selected: whether it runs in FP4.
+        kernel: who computes it; None where it stays dense.
+        reason: which selector chose it and how it runs, or why it stays dense.
+        bytes_dense: size of the model's own weight.
+        bytes_packed: size of the packed weight; None where it stays dense.
+    """
+
+    path: str
+    role: str
+    block: int | None
+    shape: tuple[int, ...]
+    selected: bool
+    kernel: str | None
+    reason: str
+    bytes_dense: int
+    bytes_packed: int | None
+
+    @classmethod
+    def of(
+        cls,
+        tag: LinearTag,
+        bytes_dense: int,
+        reason: str,
+        kernel: str | None = None,
+        bytes_packed: int | None = None,
+    ) -> LinearRow:
+        """Build the row of a tagged linear; with a kernel it is selected, without it stays dense."""
+        return cls(
+            path=tag.fqn,
+            role=str(tag.role),
+            block=tag.block,
+            shape=tag.shape,
+            selected=kernel is not None,
+            kernel=kernel,
+            reason=reason,
+            bytes_dense=bytes_dense,
+            bytes_packed=bytes_packed,
+        )
+
+
+@dataclass
+class Report:
+    """The rows of all graphs that a backend compiled; a later graph's row replaces an earlier's.
+
+    Pass an empty one to `backend(report=...)`, or read the backend's `report`.
+
+    Attributes:
+        rows_by_path: the rows.
+        graphs: how many graphs were compiled.
+        notes: what else the user should know, in the order in which it came up.
+    """
+
+    rows_by_path: dict[str, LinearRow] = field(default_factory=dict)
+    graphs: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, rows: Iterable[LinearRow]) -> None:
+        """Take in the rows of one graph."""
+        self.graphs += 1
+        for row in rows:
+            self.rows_by_path[row.path] = row
+
+    def __iter__(self) -> Iterator[LinearRow]:
+        return iter(self.rows_by_path.values())
+
+    def __len__(self) -> int:
+        return len(self.rows_by_path)
+
+    @property
+    def rows(self) -> list[LinearRow]:
+        """All rows, in the order of the model."""
+        return list(self)
+
+    @property
+    def selected(self) -> list[LinearRow]:
+        """The rows of linears that run in FP4."""
+        return [row for row in self if row.selected]
+
+    @property
+    def bytes_dense(self) -> int:
+        """Bytes of all linears' own weights."""
+        return sum(row.bytes_dense for row in self)
+
+    @property
+    def bytes_selected(self) -> int:
+        """Bytes of all linears if the selected ones are packed and their dense weights dropped."""
+        return sum(row.bytes_dense if row.bytes_packed is None else row.bytes_packed for row in self)
+
+    @property
+    def summary(self) -> str:
+        """One line: how many linears, how many bytes."""
+        return (
+            f"{len(self.selected)} of {len(self)} linears in FP4; linear weights "
+            f"{self.bytes_dense / 1e6:.1f} MB dense, {self.bytes_selected / 1e6:.1f} MB as selected"
+        )
+
+    def json_lines(self) -> str:
+        """Return one JSON object a row, one row a line."""
+        return "\n".join(json.dumps(asdict(row)) for row in self)
+
+    def table(self) -> Table:
+        """Return the rows as a table for a terminal."""
+        table = Table(caption=self.summary)
+        for name in ("path", "role", "block", "shape", "kernel", "dense MB", "FP4 MB", "reason"):
+            numeric = name in ("block", "dense MB", "FP4 MB")
+            table.add_column(name, justify="right" if numeric else "left", no_wrap=name != "reason")
+        for row in self:
+            table.add_row(
+                row.path,
+                row.role,
+                "" if row.block is None else str(row.block),
+                "x".join(map(str, row.shape)),
+                row.kernel or "dense",
+                f"{row.bytes_dense / 1e6:.2f}",
+                "" if row.bytes_packed is None else f"{row.bytes_packed / 1e6:.2f}",
+                row.reason,
+                style=None if row.selected else "dim",
+            )
+        return table
+
+    def __str__(self) -> str:
+        out = StringIO()
+        Console(file=out, width=160).print(self.table(), *self.notes, sep="\n")
+        return out.getvalue()

@@ -1,0 +1,220 @@
+"""Selector text to `Selector`: which linears of a model run in FP4.
+
+>>> str(parse("v, q | (blocks>4 , mlp)"))
+'mlp,blocks>4 | q,v'
+>>> parse("attn,blocks>4") == parse("blocks>4, attn")
+True
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from lark import Lark, Token, Transformer, UnexpectedCharacters, UnexpectedInput, UnexpectedToken, v_args
+from lark.exceptions import VisitError
+
+from fp4graph.errors import SelectorError
+from fp4graph.selector_ast import NAMES, Blocks, Name, Node, Not, Path, Size, Term, clause, meet, union
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from lark.tree import Meta
+
+    from fp4graph.tags import LinearTag
+
+__all__ = ["Selector", "parse"]
+
+_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9}
+_A_TERM = "a role, a group, `blocks`, `size`, `path:`, `!` or `(`"
+_EXPECTED = {  # terminals of the grammar, in the reader's words
+    "NAME": _A_TERM,
+    "COMPARE": "`>`, `>=`, `<`, `<=`",
+    "INT": "a whole number",
+    "SIZE": "a number such as 500K, 1M or 7B",
+    "EQUAL": "`=`",
+    "PERCENT": "`%`",
+    "RPAR": "`)`",
+    "COMMA": "`,`",
+    "VBAR": "`|`",
+    "AMPERSAND": "`&`",
+    "__DOT_DOT_0": "`..`",
+}
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A set of linears, described; equal selectors have equal canonical text, `str(selector)`.
+
+    Attributes:
+        root: the syntax tree, normalised.
+        text: what the user wrote, for messages.
+    """
+
+    root: Node
+    text: str
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Selector) and self.root == other.root
+
+    def __hash__(self) -> int:
+        return hash(self.root)
+
+    def matches(self, tag: LinearTag) -> bool:
+        """Tell whether `tag` is selected.
+
+        Raises:
+            SelectorError: only some parts of a fused weight are selected, or a negative block
+                index meets a tag that does not know the number of blocks.
+        """
+        if tag.num_blocks is None and any(term.counts_from_end for term in self.root.terms()):
+            problem = "a negative block index needs the number of blocks: pass model= to backend()"
+            raise SelectorError(self.text, problem)
+        picked = [part for part in tag.role.parts if self.root.accepts(tag, part)]
+        if picked and len(picked) < len(tag.role.parts):
+            parts = ",".join(tag.role.parts)
+            raise SelectorError(
+                self.text,
+                f"{','.join(picked)} is only a part of the fused {tag.fqn}: "
+                f"use {tag.role} or {parts}",
+                self._column_of(tag, picked),
+            )
+        return bool(picked)
+
+    def _column_of(self, tag: LinearTag, parts: Sequence[str]) -> int | None:
+        for term in self.root.terms():
+            if isinstance(term, Name) and any(part == term.name for part in tag.role.parts):
+                return term.column
+        return None
+
+    def check(self, tags: Iterable[LinearTag]) -> None:
+        """Check that the selector fits a model.
+
+        Args:
+            tags: every linear of the model.
+
+        Raises:
+            SelectorError: a term matches no linear, or the whole selects none (`none` may).
+        """
+        tags = list(tags)
+        for term in self.root.terms():
+            if not term.may_be_empty and not any(
+                term.accepts(tag, part) for tag in tags for part in tag.role.parts
+            ):
+                raise SelectorError(
+                    self.text, f"`{term}` matches nothing: {describe(tags)}", term.column
+                )
+        if str(self) != "none" and not any(self.matches(tag) for tag in tags):
+            problem = f"every term matches, but together they select nothing: {describe(tags)}"
+            raise SelectorError(self.text, problem)
+
+
+def describe(tags: Sequence[LinearTag]) -> str:
+    """Say in one line which roles and blocks a model has."""
+    if not tags:
+        return "the graph has no linears"
+    roles = ", ".join(sorted({str(tag.role) for tag in tags}))
+    blocks = sorted({tag.block for tag in tags if tag.block is not None})
+    span = f"blocks {blocks[0]}..{blocks[-1]}" if blocks else "no blocks"
+    return f"the model has {roles}; {span}"
+
+
+@cache
+def parse(text: str) -> Selector:
+    """Parse a selector.
+
+    Raises:
+        SelectorError: with the column, and what was expected there or which names exist.
+    """
+    try:
+        root = _Build(text).transform(_parser().parse(text))
+    except VisitError as error:
+        raise error.orig_exc from None
+    except UnexpectedInput as error:
+        raise SelectorError(text, *_explain(text, error)) from None
+    return Selector(root, text)
+
+
+@cache
+def _parser() -> Lark:
+    grammar = files("fp4graph").joinpath("selector.lark").read_text(encoding="utf-8")
+    return Lark(grammar, parser="lalr", start="selector", propagate_positions=True)
+
+
+def _explain(text: str, error: UnexpectedInput) -> tuple[str, int]:
+    if not text.strip():
+        return f"empty; expected {_A_TERM} (`none` selects nothing)", 1
+    if isinstance(error, UnexpectedToken):
+        at_end = error.token.type == "$END"
+        found = "the text ends" if at_end else f"unexpected {str(error.token)!r}"
+        column = len(text.rstrip()) + 1 if at_end else error.column
+        wanted = error.accepts or error.expected
+    else:
+        assert isinstance(error, UnexpectedCharacters)
+        found, column, wanted = f"unexpected {text[error.pos_in_stream]!r}", error.column, error.allowed
+    expected = sorted({_EXPECTED[name] for name in wanted if name in _EXPECTED}) or ["the end"]
+    return f"{found}; expected {' or '.join(expected)}", column
+
+
+@v_args(meta=True)
+class _Build(Transformer[Token, Node]):
+    """Parse tree to syntax tree."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def name(self, meta: Meta, children: list[Token]) -> Term:
+        name = str(children[0])
+        if name not in NAMES:
+            close = difflib.get_close_matches(name.lower(), NAMES, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            problem = f"unknown name {name!r}{hint}; names are {', '.join(NAMES)}"
+            raise SelectorError(self.text, problem, meta.column)
+        return Name(name, meta.column)
+
+    def path(self, meta: Meta, children: list[Token]) -> Term:
+        pattern = children[0].removeprefix("path:")
+        if not pattern:
+            raise SelectorError(self.text, "`path:` needs a pattern: path:*.mlp.*", meta.column)
+        return Path(pattern, meta.column)
+
+    def blocks(self, meta: Meta, children: list[Token]) -> Term:
+        return Blocks(str(children[0]), (int(children[1]),), meta.column)
+
+    def block_range(self, meta: Meta, children: list[Token]) -> Term:
+        low, high = int(children[0]), int(children[-1])
+        if low > high and (low < 0) == (high < 0):
+            raise SelectorError(self.text, f"the range {low}..{high} is empty", meta.column)
+        return Blocks("=", (low, high), meta.column)
+
+    def block_modulo(self, meta: Meta, children: list[Token]) -> Term:
+        divisor, rest = map(int, children)
+        if not 0 <= rest < divisor:
+            problem = f"blocks%{divisor}={rest} never holds: the rest must be 0 or more, below the divisor"
+            raise SelectorError(self.text, problem, meta.column)
+        return Blocks("%", (divisor, rest), meta.column)
+
+    def size(self, meta: Meta, children: list[Token]) -> Term:
+        compare, number = children
+        value = float(number.rstrip("KMB")) * _SUFFIXES.get(number[-1], 1)
+        return Size(str(compare), round(value), meta.column)
+
+    def negated(self, meta: Meta, children: list[Node]) -> Node:
+        return Not(children[0])
+
+    def clause(self, meta: Meta, children: list[Node]) -> Node:
+        return clause(children)
+
+    def conj(self, meta: Meta, children: list[Node]) -> Node:
+        return meet(children)
+
+    def selector(self, meta: Meta, children: list[Node]) -> Node:
+        return union(children)

@@ -1,0 +1,74 @@
+"""What a linear is: its role in a transformer block, its block, its shape."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    """What a linear does; the value is the name that selectors use."""
+
+    Q = "q"
+    K = "k"
+    V = "v"
+    QKV = "qkv"
+    O = "o"  # noqa: E741 - the field's own name
+    GATE = "gate"
+    UP = "up"
+    GATE_UP = "gate_up"
+    DOWN = "down"
+    LM_HEAD = "lm_head"
+    ROUTER = "router"
+    EXPERT = "expert"
+    ADAPTER = "adapter"
+    OTHER = "other"
+
+    @property
+    def parts(self) -> tuple[Role, ...]:
+        """The roles that one weight serves: three for a fused qkv, itself for a plain role."""
+        return _FUSED.get(self, (self,))
+
+
+_FUSED: dict[Role, tuple[Role, ...]] = {
+    Role.QKV: (Role.Q, Role.K, Role.V),
+    Role.GATE_UP: (Role.GATE, Role.UP),
+}
+
+_NOT_BLOCK_LINEARS = frozenset({Role.LM_HEAD, Role.ROUTER, Role.EXPERT, Role.ADAPTER})
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTag:
+    """Who a linear is.
+
+    Invariants: `shape` is (out_features, in_features) however the model stores the weight, with a
+    leading number of experts where experts are stacked; `0 <= block < num_blocks` where both are
+    known.
+
+    Attributes:
+        fqn: module path, `model.layers.3.self_attn.q_proj`.
+        role: what the linear does.
+        block: index of its transformer block; None outside the blocks.
+        num_blocks: blocks of the whole model, which negative indexes count from; None if unknown.
+        shape: shape of the weight.
+        has_bias: whether a bias is added.
+    """
+
+    fqn: str
+    role: Role
+    block: int | None
+    num_blocks: int | None
+    shape: tuple[int, ...]
+    has_bias: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in the weight."""
+        return math.prod(self.shape)
+
+    @property
+    def is_block_linear(self) -> bool:
+        """Whether the selector `all` means it: inside a block, and no router, expert or adapter."""
+        return self.block is not None and self.role not in _NOT_BLOCK_LINEARS

@@ -1,0 +1,131 @@
+"""A model traced once and rewritten many times: what `explain` and the studies stand on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from fp4graph.errors import StudyError
+from fp4graph.passes.pipeline import (
+    OnRefusal,
+    bind,
+    bindings,
+    check_no_gradients,
+    plan_passes,
+    rewrite_passes,
+    rows,
+    run_passes,
+    tag_pass,
+)
+from fp4graph.report import Report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from fp4graph.policy import Policy
+
+
+class TracedModel:
+    """A model whose linears can be put in FP4 and back without tracing it again.
+
+    Dynamo's trace of a model takes seconds; rewriting a copy of the graph takes a fraction of one.
+    The inner compiler is `eager`.
+
+    Args:
+        model: any module that torch.compile takes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tag = tag_pass(model)
+        self._graphs: list[_TracedGraph] = []
+        self._policy: Policy | None = None
+        self._on_refusal: OnRefusal = "raise"
+        self._runs = 0
+        self._compiled = torch.compile(
+            model, backend=self._capture, isolate_recompiles=True, dynamic=False
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model as last selected.
+
+        Raises:
+            StudyError: no traced graph ran, so the result is the plain model's.
+        """
+        before = self._runs
+        out = self._compiled(*args, **kwargs)
+        if self._runs == before:
+            raise StudyError("the model ran without its traced graph: the result is the dense model's")
+        return out
+
+    def select(self, policy: Policy | None, on_refusal: OnRefusal = "raise") -> Report:
+        """Rewrite every traced graph, from its first form; None runs the model as it is.
+
+        Raises:
+            SelectorError: a term matches nothing.
+            RefusalError: a selected linear cannot run in FP4.
+        """
+        self._policy, self._on_refusal = policy, on_refusal
+        report = Report()
+        for graph in self._graphs:
+            report.add(graph.rewrite(policy, on_refusal))
+        return report
+
+    def plan(self, policy: Policy) -> Report:
+        """Say what `select` would do, packing and changing nothing; refusals become rows."""
+        report = Report()
+        for graph in self._graphs:
+            report.add(graph.plan(policy))
+        return report
+
+    def _capture(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        run_passes(gm, example_inputs, (self._tag,))
+        graph = _TracedGraph(gm, example_inputs)
+        self._graphs.append(graph)
+        if self._policy is not None:
+            graph.rewrite(self._policy, self._on_refusal)
+
+        def run(*args: Any) -> Any:
+            self._runs += 1
+            return graph.run(*args)
+
+        return run
+
+
+class _TracedGraph:
+    """One tagged graph, kept as traced, and its latest rewritten copy."""
+
+    def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        self._tagged = gm
+        self._example_inputs = tuple(example_inputs)
+        self.run: Callable[..., Any] = gm.forward
+
+    def plan(self, policy: Policy) -> list[Any]:
+        copy = _copy(self._tagged)
+        run_passes(copy, self._example_inputs, plan_passes(policy, "keep"))
+        return rows(copy)
+
+    def rewrite(self, policy: Policy | None, on_refusal: OnRefusal) -> list[Any]:
+        if policy is None:
+            self.run = self._tagged.forward
+            return rows(self._tagged)
+        copy = _copy(self._tagged)
+        run_passes(copy, self._example_inputs, plan_passes(policy, on_refusal))
+        found = rows(copy)
+        if any(row.selected for row in found):
+            check_no_gradients(self._example_inputs)
+            run_passes(copy, self._example_inputs, rewrite_passes())
+        self.run = bind(copy.forward, bindings(copy))
+        return found
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copy the graph with its marks; modules and parameters stay shared."""
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, nodes)
+    graph.output(output)
+    for old, new in nodes.items():
+        new.meta = dict(old.meta)
+    return fx.GraphModule(gm, graph)
