@@ -17,7 +17,12 @@ class SelectorError(Fp4GraphError):
         self.text = text
         self.column = column
         where = f", column {column}" if column is not None else ""
+        self.problem = problem
         super().__init__(f"selector {text!r}{where}: {problem}")
+
+    def with_hint(self, hint: str) -> "SelectorError":
+        """Return the same error with advice at its end."""
+        return SelectorError(self.text, f"{self.problem}; {hint}", self.column)
 
 
 class OptionError(Fp4GraphError):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from io import StringIO
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -127,10 +128,10 @@ class Report:
 
     def table(self) -> Table:
         """Return the rows as a table for a terminal."""
-        table = Table(caption=self.summary)
+        table = Table(caption=self.summary, box=box.SIMPLE_HEAD)
         for name in ("path", "role", "block", "shape", "kernel", "dense MB", "FP4 MB", "reason"):
             numeric = name in ("block", "dense MB", "FP4 MB")
-            table.add_column(name, justify="right" if numeric else "left", no_wrap=name != "reason")
+            table.add_column(name, justify="right" if numeric else "left", overflow="fold")
         for row in self:
             table.add_row(
                 row.path,

@@ -58,6 +58,11 @@ class Selector:
     root: Node
     text: str
 
+    @classmethod
+    def parse(cls, text: str) -> Selector:
+        """Parse a selector; see `parse`."""
+        return parse(text)
+
     def __str__(self) -> str:
         return str(self.root)
 

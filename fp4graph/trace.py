@@ -19,7 +19,7 @@ from fp4graph.passes.pipeline import (
     run_passes,
     tag_pass,
 )
-from fp4graph.report import Report
+from fp4graph.report import LinearRow, Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -72,11 +72,11 @@ class TracedModel:
             report.add(graph.rewrite(policy, on_refusal))
         return report
 
-    def plan(self, policy: Policy) -> Report:
+    def plan(self, policy: Policy, on_refusal: OnRefusal = "keep") -> Report:
         """Say what `select` would do, packing and changing nothing; refusals become rows."""
         report = Report()
         for graph in self._graphs:
-            report.add(graph.plan(policy))
+            report.add(graph.plan(policy, on_refusal))
         return report
 
     def _capture(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -101,12 +101,12 @@ class _TracedGraph:
         self._example_inputs = tuple(example_inputs)
         self.run: Callable[..., Any] = gm.forward
 
-    def plan(self, policy: Policy) -> list[Any]:
+    def plan(self, policy: Policy, on_refusal: OnRefusal) -> list[LinearRow]:
         copy = _copy(self._tagged)
-        run_passes(copy, self._example_inputs, plan_passes(policy, "keep"))
+        run_passes(copy, self._example_inputs, plan_passes(policy, on_refusal))
         return rows(copy)
 
-    def rewrite(self, policy: Policy | None, on_refusal: OnRefusal) -> list[Any]:
+    def rewrite(self, policy: Policy | None, on_refusal: OnRefusal) -> list[LinearRow]:
         if policy is None:
             self.run = self._tagged.forward
             return rows(self._tagged)

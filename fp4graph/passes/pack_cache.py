@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fp4graph.errors import WeightError
+from fp4graph.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from fp4graph.kernels import Kernel
@@ -57,7 +58,7 @@ class PackEntry:
     def verify(self, weight: Tensor) -> None:
         """Like `ensure`, by content: every value counts. Called at compile time."""
         self.ensure(weight)
-        if _fingerprint(weight) != self._fingerprint:
+        if fingerprint(weight) != self._fingerprint:
             self._pack(weight)
 
     def _pack(self, weight: Tensor) -> None:
@@ -78,7 +79,7 @@ class PackEntry:
             self._version = weight._version
             self._data_ptr = weight.data_ptr()
             self._probe = _probe(weight)
-            self._fingerprint = _fingerprint(weight)
+            self._fingerprint = fingerprint(weight)
 
 
 class PackCache:
@@ -125,15 +126,3 @@ def _probe(weight: Tensor) -> bytes:
         return b""
     middle = (weight.nbytes - _PROBE_BYTES) // 2
     return ctypes.string_at(weight.data_ptr() + middle, _PROBE_BYTES)
-
-
-def _fingerprint(weight: Tensor) -> int:
-    """Hash the content: row sums and column sums of the bits, each weighted by position."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = weight.detach().contiguous().view(integers[weight.element_size()])
-    total = 0
-    for dim in range(bits.ndim):
-        sums = bits.sum(dim=dim, dtype=torch.int64).flatten()
-        positions = torch.arange(1, 2 * sums.numel(), 2, device=sums.device)
-        total = total * 1_000_003 + int((sums * positions).sum())
-    return total

@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fp4graph.errors import SelectorError
 from fp4graph.passes.site import mark, sites
 from fp4graph.policy import Policy
-from fp4graph.tags import LinearTag
+from fp4graph.tags import LinearTag, Role
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
+
+_FRAGMENT = (
+    "if torch.compile split the model (graph breaks, layers compiled alone), "
+    "pass model= to backend() so that paths are whole"
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,13 @@ class SelectLinears:
         found = list(sites(gm))
         if not found:
             return
-        self.policy.check(self.universe or [site.tag for _, site in found])
+        tags = self.universe or tuple(site.tag for _, site in found)
+        try:
+            self.policy.check(tags)
+        except SelectorError as error:
+            if self.universe is None and any(tag.role is Role.OTHER for tag in tags):
+                raise error.with_hint(_FRAGMENT) from None
+            raise
         for node, site in found:
             decision = self.policy.decide(site.tag)
             reason = decision.reason if decision.scheme else site.unsupported or decision.reason

@@ -1,0 +1,39 @@
+"""The command line: `fp4graph inspect | ablate | latency`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any
+
+import click
+
+import fp4graph
+from fp4graph.cli.ablate import ablate_command
+from fp4graph.cli.common import readable_errors
+from fp4graph.cli.inspect import inspect_command
+from fp4graph.cli.latency import latency_command
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; what a user can mend comes out as one line."""
+        with readable_errors():
+            return super().invoke(ctx)
+
+
+@click.group(cls=_Group)
+@click.version_option(fp4graph.__version__)
+@click.option("-v", "--verbose", is_flag=True, help="Log every pass: its time, the ops it changed.")
+def main(*, verbose: bool) -> None:
+    """Find out which linears of a model can be FP4, and what that costs and saves."""
+    warnings.filterwarnings("ignore", module="torch|torchao|transformers")
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("fp4graph").setLevel(logging.INFO if verbose else logging.WARNING)
+    for noisy in ("torchao", "torch.utils._pytree"):  # about their own installation
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+main.add_command(inspect_command)
+main.add_command(ablate_command)
+main.add_command(latency_command)

@@ -1,0 +1,173 @@
+"""fp4graph ablate: the damage of FP4, selection by selection."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich import box
+from rich.table import Table
+
+from fp4graph import OptionError, Selector, models
+from fp4graph.cli.common import (
+    DTYPES,
+    CommaList,
+    dtype_option,
+    json_option,
+    output,
+    print_json,
+    progress_bar,
+    stderr,
+)
+from fp4graph.study.ablate import Ablation, Row, Trial, selectors_by, trials, write_json_lines
+from fp4graph.study.evaluate import cut
+from fp4graph.study.plot import draw
+from fp4graph.study.store import Store
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_DIRECTIONS = {"only": ("only",), "except": ("except",), "both": ("only", "except")}
+_SHOWN = 40
+
+
+class _Bar:
+    """Shows trials on a progress bar, and their rows as JSON if asked."""
+
+    def __init__(self, bar: Progress, *, as_json: bool) -> None:
+        self._bar = bar
+        self._as_json = as_json
+        self._task: Any = None
+
+    def start(self, total: int) -> None:
+        self._task = self._bar.add_task("dense model", total=total)
+
+    def advance(self) -> None:
+        self._bar.advance(self._task)
+
+    def trial(self, trial: Trial, row: Row, *, cached: bool) -> None:
+        kept = " (kept)" if cached else ""
+        self._bar.update(self._task, description=f"{trial.selector} {trial.format or ''}{kept}")
+        if self._as_json:
+            print_json(row)
+
+
+@click.command("ablate")
+@click.argument("model")
+@click.option("--select", "selects", multiple=True, help="Selector; may be given several times.")
+@click.option("--by", help="One trial for each role, block, or role,block.")
+@click.option(
+    "--direction",
+    type=click.Choice(list(_DIRECTIONS)),
+    default="only",
+    show_default=True,
+    help="FP4 in the selection only, everywhere except in it, or one trial of each.",
+)
+@click.option("--format", "formats", type=CommaList(), default="nvfp4", show_default=True)
+@click.option(
+    "--activations",
+    type=CommaList("none", "same"),
+    default="none",
+    show_default=True,
+    help="none is W4A16, same is W4A4.",
+)
+@click.option("--corpus", default="pydoc", show_default=True, help="pydoc, a file, or hf:DATASET.")
+@click.option("--tokens", type=click.IntRange(min=2), default=4096, show_default=True)
+@click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for results.")
+@dtype_option
+@json_option
+def ablate_command(
+    model: str,
+    selects: tuple[str, ...],
+    by: str | None,
+    direction: str,
+    formats: tuple[str, ...],
+    activations: tuple[str, ...],
+    corpus: str,
+    tokens: int,
+    seq_len: int,
+    out: Path | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Measure what FP4 does to MODEL's predictions on a text, against the dense model.
+
+    Results go to OUT (default: fp4graph-out/MODEL): trials.sqlite, ablation.jsonl, ablation.png
+    and run.json. A run that was stopped, by whatever means, goes on where it was when the same
+    command is given again.
+    """
+    if bool(selects) == bool(by):
+        raise OptionError("give --select (as often as you like) or --by, not both and not neither")
+    for text in selects:
+        Selector.parse(text)  # before minutes of loading
+    trials(["all"], formats, activations, ("only",))
+    text = models.corpus(corpus)
+    out = out or Path("fp4graph-out") / Path(model).name
+    store = Store(out / "trials.sqlite")
+    with stderr.status(f"loading {model}"):
+        loaded = models.load(model, DTYPES[dtype])
+    if loaded.is_random:
+        raise OptionError(f"{model} has random weights: its accuracy means nothing")
+    windows = cut(text, loaded.tokenizer, tokens, seq_len)
+    with stderr.status(f"tracing {model}"):
+        ablation = Ablation(loaded, windows, store, out)
+    if by:
+        selects = tuple(selectors_by(ablation.report(), by))
+    plan = trials(selects, formats, activations, _DIRECTIONS[direction])  # type: ignore[arg-type]
+    ablation.check(plan)
+    provenance = {**ablation.provenance(), "corpus": corpus, "seq_len": seq_len}
+    (out / "run.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    rows: list[Row] = []
+    with progress_bar() as bar:
+        for row in ablation.run(plan, _Bar(bar, as_json=as_json)):
+            rows.append(row)
+            write_json_lines(rows, out / "ablation.jsonl")
+    store.close()
+    title = f"{model}, {corpus}, {provenance['scored_tokens']} tokens, {dtype}"
+    console = output(as_json=as_json)
+    console.print(_table(rows, title))
+    if len(rows) > 1:
+        draw(rows, title, out / "ablation.png")
+        console.print(f"picture: {out / 'ablation.png'}")
+    console.print(f"rows: {out / 'ablation.jsonl'}   kept in: {out / 'trials.sqlite'}")
+
+
+def _table(rows: list[Row], title: str) -> Table:
+    table = Table(title=title, caption=_caption(rows), box=box.SIMPLE_HEAD)
+    table.add_column("selector", no_wrap=True)
+    for name in ("format", "mode"):
+        table.add_column(name, no_wrap=True)
+    for name in ("ppl", "dNLL", "+-", "KL", "top-1", "Mparam", "dNLL/MB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    dense, *rest = rows
+    worst = sorted(rest, key=lambda row: row.dnll, reverse=True)
+    for row in [dense, *worst[:_SHOWN]]:
+        mode = "dense" if row.format is None else "W4A16" if row.activations == "none" else "W4A4"
+        table.add_row(
+            f"all but {row.selector}" if row.direction == "except" else row.selector,
+            row.format or "",
+            mode,
+            f"{row.ppl:.3f}",
+            f"{row.dnll:+.4f}",
+            "" if row.dnll_se is None else f"{row.dnll_se:.4f}",
+            f"{row.kl:.4f}",
+            f"{row.top1:.1%}",
+            f"{row.parameters / 1e6:.1f}",
+            "" if row.dnll_per_mb is None else f"{row.dnll_per_mb:.5f}",
+        )
+    return table
+
+
+def _caption(rows: list[Row]) -> str:
+    lines = [
+        "dNLL, KL: nats a token above the dense model on the same tokens; +-: standard error, "
+        "windows being independent; MB: saved by FP4"
+    ]
+    if len(rows) > _SHOWN + 1:
+        lines.append(f"the {_SHOWN} most damaging of {len(rows) - 1}; all are in the JSON lines")
+    if rows[0].dnll_se is None:
+        lines.append("one window gives no error: take more --tokens or a smaller --seq-len")
+    return "\n".join(lines)

@@ -1,0 +1,114 @@
+"""What the commands share: options, error handling, output, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fp4graph import Fp4GraphError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+USAGE = 2
+INTERRUPTED = 130
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+
+def _console(*, stderr: bool) -> Console:
+    """Make a console; into a file or a pipe it writes wide, for nothing can be scrolled there."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _PIPE_WIDTH
+    return Console(stderr=stderr, highlight=False, width=width)
+
+
+_PIPE_WIDTH = 160
+stderr = _console(stderr=True)
+
+
+class CommaList(click.ParamType):
+    """Values in one argument, commas between them."""
+
+    name = "list"
+
+    def __init__(self, *choices: str) -> None:
+        self._choices = choices
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Split; where choices are given, refuse others."""
+        if not isinstance(value, str):
+            return value
+        parts = tuple(part.strip() for part in value.split(","))
+        for part in parts:
+            if self._choices and part not in self._choices:
+                self.fail(f"{part!r} is not one of {', '.join(self._choices)}", param, ctx)
+        return parts
+
+
+def dtype_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--dtype`."""
+    choice = click.Choice(list(DTYPES))
+    text = "Dtype of weights and activations that stay dense."
+    return click.option("--dtype", type=choice, default="float32", show_default=True, help=text)(
+        command
+    )
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--json`."""
+    text = "Print one JSON object a line on stdout; progress and tables stay on stderr."
+    return click.option("--json", "as_json", is_flag=True, help=text)(command)
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """Turn what a user can mend into one line on stderr and exit status 2, Ctrl-C into 130."""
+    try:
+        yield
+    except Fp4GraphError as error:
+        click.echo(f"fp4graph: {error}", err=True)
+        sys.exit(USAGE)
+    except KeyboardInterrupt:
+        click.echo("fp4graph: interrupted", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def print_json(row: Any) -> None:
+    """Print a dataclass as one line of JSON, at once, for whoever reads along."""
+    click.echo(json.dumps(asdict(row)))
+    sys.stdout.flush()
+
+
+def output(*, as_json: bool) -> Console:
+    """Return where tables go: stdout, or stderr where that holds JSON."""
+    return stderr if as_json else _console(stderr=False)
+
+
+def progress_bar() -> Progress:
+    """Return a progress bar on stderr with an ETA."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=stderr,
+    )

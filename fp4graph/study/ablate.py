@@ -1,0 +1,318 @@
+"""Ablation: put some linears in FP4, or all but some, and measure the damage."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+
+from fp4graph import (
+    OptionError,
+    Policy,
+    Report,
+    Scheme,
+    Selector,
+    SelectorError,
+    StudyError,
+    TracedModel,
+)
+from fp4graph.study.evaluate import DenseReference, Scores, Windows, mean_and_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from fp4graph.models import LoadedModel
+    from fp4graph.study.store import Store
+
+Direction = Literal["only", "except"]
+PROTOCOL = 1
+"""Raised when the meaning of a stored number changes, so that old ones are not mixed with new."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model to score.
+
+    Attributes:
+        selector: canonical text; `none` is the dense model.
+        format: of the FP4 weights; None for the dense model.
+        activations: `none` or `same`.
+        direction: `only` puts the selection in FP4, `except` all block linears but the selection.
+    """
+
+    selector: str
+    format: str | None
+    activations: str = "none"
+    direction: Direction = "only"
+
+    def policy(self) -> Policy | None:
+        """Return what to rewrite, None for nothing."""
+        if self.format is None:
+            return None
+        activations = None if self.activations == "none" else self.activations
+        scheme = Scheme.of(self.format, activations=activations)
+        if self.direction == "only":
+            return Policy.of(self.selector, scheme)
+        return Policy.of({"all": {}, self.selector: None}, scheme)
+
+
+DENSE = Trial("none", None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a trial measured; the fields are the keys of the JSON lines.
+
+    Attributes:
+        selector: see `Trial`, and so are `format`, `activations` and `direction`.
+        ppl: perplexity.
+        dnll: mean NLL less the dense model's on the same tokens, nats.
+        dnll_se: its standard error, windows being independent; None with one window.
+        kl: mean KL divergence of the model from the dense one, nats.
+        kl_se: its standard error.
+        top1: share of tokens where both models' likeliest token is the same.
+        linears: linears in FP4.
+        parameters: their weights' values.
+        bytes_dense: their size in the model's dtype.
+        bytes_packed: their size in FP4.
+        dnll_per_mb: dnll for each MB (10^6 bytes) that FP4 saves; None where it saves nothing.
+    """
+
+    selector: str
+    format: str | None
+    activations: str
+    direction: Direction
+    ppl: float
+    dnll: float
+    dnll_se: float | None
+    kl: float
+    kl_se: float | None
+    top1: float
+    linears: int
+    parameters: int
+    bytes_dense: int
+    bytes_packed: int
+    dnll_per_mb: float | None
+
+
+class Progress(Protocol):
+    """Is told how far a run is."""
+
+    def start(self, total: int) -> None:
+        """A run of `total` window evaluations begins."""
+
+    def advance(self) -> None:
+        """One window was evaluated."""
+
+    def trial(self, trial: Trial, row: Row, *, cached: bool) -> None:
+        """A trial ended, or was found in the store."""
+
+
+def trials(
+    selectors: Sequence[str],
+    formats: Sequence[str],
+    activations: Sequence[str],
+    directions: Sequence[Direction],
+) -> list[Trial]:
+    """Return the dense model, then every combination; with `except`, `all` is added to compare with.
+
+    Raises:
+        SelectorError: a selector cannot be parsed.
+        OptionError: a format or an activation mode that does not exist.
+    """
+    canonical = list(dict.fromkeys(str(Selector.parse(text)) for text in selectors))
+    plan = [DENSE]
+    for format, mode in itertools.product(formats, activations):
+        scheme = Scheme.of(format, activations=None if mode == "none" else mode)
+        for direction in directions:
+            names = ["all", *canonical] if direction == "except" else canonical
+            plan += [
+                Trial(name, scheme.format.name, mode, "only" if name == "all" else direction)
+                for name in names
+                if name != "none"
+            ]
+    return list(dict.fromkeys(plan))
+
+
+def selectors_by(report: Report, what: str) -> list[str]:
+    """Return one selector a role, a block, or both, for the block linears of a model.
+
+    Args:
+        report: of the model, every linear in it.
+        what: `role`, `block` or `role,block`.
+
+    Raises:
+        OptionError: another `what`.
+    """
+    linears = [row for row in report if row.selected]
+    parts = tuple(part.strip() for part in what.split(","))
+    match parts:
+        case ("role",):
+            found = [row.role for row in linears]
+        case ("block",):
+            found = [f"blocks={row.block}" for row in linears]
+        case ("role", "block") | ("block", "role"):
+            found = [f"{row.role},blocks={row.block}" for row in linears]
+        case _:
+            raise OptionError(f"--by {what!r}: expected role, block or role,block")
+    return list(dict.fromkeys(found))
+
+
+class Ablation:
+    """A model, a text and a store: runs trials, each once.
+
+    Args:
+        loaded: the model.
+        windows: the text.
+        store: where results are kept and found again.
+        scratch: folder for the dense model's log probabilities while trials run.
+
+    Raises:
+        StudyError: the model's weights are random.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, windows: Windows, store: Store, scratch: Path
+    ) -> None:
+        if loaded.is_random:
+            raise StudyError(f"{loaded.name} has random weights: its accuracy means nothing")
+        self._loaded = loaded
+        self._windows = windows
+        self._store = store
+        self._scratch = scratch
+        self._traced = TracedModel(loaded.model)
+        self._identity = {
+            "protocol": PROTOCOL,
+            "model": loaded.revision(),
+            "dtype": str(next(loaded.model.parameters()).dtype),
+            "text": windows.digest(),
+            "fp4graph": version("fp4graph"),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        }
+        with torch.no_grad():
+            self._logits(windows.ids[:1])
+
+    def report(self, selector: str = "all") -> Report:
+        """Say which linears a selector picks in this model."""
+        return self._traced.plan(Policy.of(selector, Scheme.of()))
+
+    def check(self, plan: Sequence[Trial]) -> None:
+        """Check every trial against the model before the first one is run.
+
+        Raises:
+            SelectorError: a selector does not fit the model.
+            RefusalError: a linear cannot run in FP4.
+        """
+        for trial in plan:
+            policy = trial.policy()
+            if policy is None:
+                continue
+            if not self._traced.plan(policy, "raise").selected:
+                raise SelectorError(trial.selector, "leaves no linear in FP4 to measure")
+
+    def run(self, plan: Sequence[Trial], progress: Progress) -> Iterator[Row]:
+        """Yield one row a trial, in order, running those that the store does not have.
+
+        Raises:
+            StudyError: the store or the scratch file cannot be written; nothing that was
+                computed before is lost.
+        """
+        known = {trial: self._store.get(self._key(trial)) for trial in plan}
+        missing = [trial for trial in plan if known[trial] is None]
+        rest = len([trial for trial in missing if trial != DENSE])
+        progress.start((rest + bool(missing)) * len(self._windows.ids))
+        path = self._scratch / f"dense-{os.getpid()}.f32"
+        reference: DenseReference | None = None
+        try:
+            for trial in plan:
+                result = known[trial]
+                if result is None:
+                    if reference is None:
+                        self._traced.select(None)
+                        reference = DenseReference(
+                            self._logits, self._windows, path, progress.advance
+                        )
+                    result = self._measure(trial, reference, progress)
+                    self._store.put(self._key(trial), result)
+                row = Row(**result)
+                progress.trial(trial, row, cached=known[trial] is not None)
+                yield row
+        finally:
+            path.unlink(missing_ok=True)
+
+    def provenance(self) -> dict[str, Any]:
+        """Return everything that the numbers hang on, and where they were measured."""
+        return {
+            **self._identity,
+            "model_name": self._loaded.name,
+            "windows": len(self._windows.ids),
+            "scored_tokens": len(self._windows.ids) * self._windows.scored,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "command": sys.argv,
+        }
+
+    def _key(self, trial: Trial) -> dict[str, Any]:
+        return {**self._identity, **asdict(trial)}
+
+    @torch.no_grad()
+    def _logits(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self._traced(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def _measure(
+        self, trial: Trial, reference: DenseReference, progress: Progress
+    ) -> dict[str, Any]:
+        if trial == DENSE:
+            return asdict(_row(trial, reference.scores, reference.scores, Report()))
+        with torch.no_grad():
+            report = self._traced.select(trial.policy())
+        if not report.selected:
+            raise StudyError(f"trial {trial}: no linear was rewritten")
+        scores = reference.score(self._logits, progress.advance)
+        return asdict(_row(trial, scores, reference.scores, report))
+
+
+def _row(trial: Trial, scores: Scores, dense: Scores, report: Report) -> Row:
+    dnll, dnll_se = mean_and_error(scores.nll - dense.nll, scores.tokens)
+    kl, kl_se = mean_and_error(scores.kl, scores.tokens)
+    rows = report.selected
+    bytes_dense = sum(row.bytes_dense for row in rows)
+    bytes_packed = sum(row.bytes_packed or 0 for row in rows)
+    saved = (bytes_dense - bytes_packed) / 1e6
+    return Row(
+        selector=trial.selector,
+        format=trial.format,
+        activations=trial.activations,
+        direction=trial.direction,
+        ppl=scores.perplexity,
+        dnll=dnll,
+        dnll_se=dnll_se,
+        kl=kl,
+        kl_se=kl_se,
+        top1=float(scores.top1.sum()) / (len(scores.top1) * scores.tokens),
+        linears=len(rows),
+        parameters=sum(row.shape[0] * row.shape[1] for row in rows),
+        bytes_dense=bytes_dense,
+        bytes_packed=bytes_packed,
+        dnll_per_mb=dnll / saved if saved > 0 else None,
+    )
+
+
+def write_json_lines(rows: Sequence[Row], path: Path) -> None:
+    """Write rows as JSON lines, the whole file at once, so that a reader never sees half of it."""
+    draft = path.with_suffix(".partial")
+    draft.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
+    draft.replace(path)

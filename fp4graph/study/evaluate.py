@@ -1,0 +1,181 @@
+"""How far a model is from its dense self on a text: NLL, KL divergence, top-1 agreement."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fp4graph.errors import CorpusError, StudyError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A text cut into windows that are scored one by one.
+
+    Attributes:
+        ids: token ids, int64 [windows, length].
+        first: position of the first scored token; what stands before it is context only.
+    """
+
+    ids: Tensor
+    first: int
+
+    @property
+    def scored(self) -> int:
+        """Scored tokens a window."""
+        return self.ids.shape[1] - self.first
+
+    def digest(self) -> str:
+        """Return a hash of the tokens and of how they are cut."""
+        content = self.ids.numpy().tobytes() + repr((tuple(self.ids.shape), self.first)).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
+
+
+def cut(text: str, tokenizer: Any, tokens: int, seq_len: int) -> Windows:
+    """Tokenise a text, take its first tokens, cut them into windows that do not overlap.
+
+    A BOS stands in front of each window only where the tokenizer adds one by default. A window's
+    first text token is context only, and tokens beyond the last whole window are dropped.
+
+    Args:
+        text: the corpus.
+        tokenizer: of the model.
+        tokens: how many tokens of the text to use.
+        seq_len: text tokens in a window.
+
+    Raises:
+        CorpusError: the text has fewer tokens, or they do not fill one window.
+    """
+    if seq_len < 2 or tokens < seq_len:
+        raise CorpusError(f"{tokens} tokens in windows of {seq_len}: a window needs 2 tokens or more")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+    if len(ids) < tokens:
+        raise CorpusError(f"the text has {len(ids)} tokens, fewer than the {tokens} asked for")
+    count = len(ids) // seq_len
+    rows = torch.tensor(ids[: count * seq_len], dtype=torch.int64).reshape(count, seq_len)
+    default = tokenizer("a")["input_ids"]
+    if tokenizer.bos_token_id is None or default[0] != tokenizer.bos_token_id:
+        return Windows(rows, first=1)
+    bos = torch.full((count, 1), tokenizer.bos_token_id)
+    return Windows(torch.cat((bos, rows), dim=1), first=2)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums over the scored tokens of each window, float64 [windows].
+
+    Attributes:
+        nll: negative log likelihood, nats.
+        kl: KL divergence of the model from the dense model, nats.
+        top1: tokens where both models' likeliest token is the same.
+        tokens: scored tokens a window.
+    """
+
+    nll: Floats
+    kl: Floats
+    top1: Floats
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean NLL."""
+        return math.exp(float(self.nll.mean()) / self.tokens)
+
+
+def mean_and_error(sums: Floats, tokens: int) -> tuple[float, float | None]:
+    """Return a mean per token and its standard error, windows being the independent units.
+
+    Tokens within a window are correlated, so the spread is taken between windows. One window has
+    no spread: its error is None.
+    """
+    means = sums / tokens
+    if len(means) < 2:
+        return float(means.mean()), None
+    return float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means)))
+
+
+class DenseReference:
+    """The dense model's log probabilities on all windows, in a file: float32 [windows, scored, vocab].
+
+    Args:
+        run: the dense model, token ids [1, length] to logits [1, length, vocab].
+        windows: the text.
+        path: where the file goes; the caller removes it.
+        progress: called once after each window.
+
+    Raises:
+        StudyError: the file cannot be written, for instance for lack of space.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Tensor], Tensor],
+        windows: Windows,
+        path: Path,
+        progress: Callable[[], None],
+    ) -> None:
+        self.windows = windows
+        self._file: np.memmap[Any, np.dtype[np.float32]] | None = None
+        sums = []
+        for index, row in enumerate(windows.ids):
+            logp_TV = _log_probabilities(run, row, windows)
+            if self._file is None:
+                self._file = _allocate(path, (len(windows.ids), *logp_TV.shape))
+            self._file[index] = logp_TV.numpy()
+            sums.append(_nll(logp_TV, row[windows.first :]))
+            progress()
+        zeros = np.zeros(len(sums))
+        self.scores = Scores(np.array(sums), zeros, zeros + windows.scored, windows.scored)
+
+    def score(self, run: Callable[[Tensor], Tensor], progress: Callable[[], None]) -> Scores:
+        """Score another model on the same windows."""
+        assert self._file is not None
+        sums = []
+        for index, row in enumerate(self.windows.ids):
+            logp_TV = _log_probabilities(run, row, self.windows)
+            dense_TV = torch.from_numpy(self._file[index])
+            kl = (dense_TV.exp() * (dense_TV - logp_TV)).sum(dtype=torch.float64)
+            same = logp_TV.argmax(-1) == dense_TV.argmax(-1)
+            nll = _nll(logp_TV, row[self.windows.first :])
+            sums.append((nll, float(kl), float(same.sum())))
+            progress()
+        nll_W, kl_W, top1_W = np.array(sums).T
+        return Scores(nll_W, kl_W, top1_W, self.windows.scored)
+
+
+def _log_probabilities(run: Callable[[Tensor], Tensor], row: Tensor, windows: Windows) -> Tensor:
+    logits_TV = run(row[None])[0, windows.first - 1 : -1].to(torch.float32).cpu()
+    return logits_TV.log_softmax(-1)
+
+
+def _nll(logp_TV: Tensor, targets_T: Tensor) -> float:
+    return -float(logp_TV.gather(1, targets_T[:, None]).sum(dtype=torch.float64))
+
+
+def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float32]]:
+    """Make the file and reserve its blocks, so that a full disk is an error now, not a crash later."""
+    size = math.prod(shape) * 4
+    try:
+        with path.open("wb") as file:
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, size)
+        return np.memmap(path, dtype=np.float32, mode="r+", shape=shape)
+    except OSError as error:
+        raise StudyError(
+            f"cannot keep the dense model's {size / 1e9:.1f} GB of log probabilities in {path} "
+            f"({error.strerror}): use fewer --tokens, or an --out folder with more room"
+        ) from None

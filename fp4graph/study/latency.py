@@ -1,0 +1,267 @@
+"""End-to-end latency of greedy generation, variants alternating in one run.
+
+Protocol: fixed random prompt, static cache, batch 1, greedy, no stop at EOS. Each variant is
+warmed up by two whole generations, whose time is reported apart as compilation; then rounds run
+every variant once, in an order that rotates, so that a slow moment of the machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import psutil
+import torch
+from torch._dynamo.utils import counters
+from transformers import StaticCache
+
+import fp4graph
+from fp4graph import OptionError, Report, StudyError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+_RESAMPLES = 2000
+_WARM_UPS = 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the model.
+
+    Attributes:
+        selector: canonical text; `none` is the inner compiler alone.
+        format: of the FP4 weights; None for the dense model.
+        inner: `inductor` or `eager`.
+        activations: None or `same`.
+    """
+
+    selector: str
+    format: str | None
+    inner: str
+    activations: str | None = None
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster than the dense variant: median of paired ratios, 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """What was measured of a variant; the fields are the keys of the JSON lines.
+
+    Attributes:
+        selector: see `Variant`, and so are `format` and `inner`.
+        ttft_s: time to first token, median over rounds, seconds.
+        prefill_tokens_per_s: prompt tokens over `ttft_s`.
+        decode_tokens_per_s: tokens after the first over their time, median over rounds.
+        per_token_ms: p50, p90, p99 over all decoded tokens of all rounds.
+        compile_s: time of the warm-up generations, compilation included.
+        weight_bytes: bytes of the linear weights that a token reads, FP4 ones as packed.
+        peak_rss: highest resident memory of the process while this variant ran, bytes; the dense
+            weights and other variants' packed ones are in it.
+        gb_per_s: weight_bytes times decode_tokens_per_s, in 10^9.
+        recompiles: graphs compiled after the warm-up; 0 unless something is wrong.
+        graph_breaks: breaks that Dynamo counted while it compiled this variant.
+        ratio: of `prefill` and `decode` against the dense variant, None for itself.
+    """
+
+    selector: str
+    format: str | None
+    inner: str
+    ttft_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    per_token_ms: dict[str, float]
+    compile_s: float
+    weight_bytes: int
+    peak_rss: int
+    gb_per_s: float
+    recompiles: int
+    graph_breaks: int
+    ratio: dict[str, Ratio] | None
+
+
+class Progress(Protocol):
+    """Is told how far a run is."""
+
+    def start(self, total: int) -> None:
+        """A run of `total` generations begins."""
+
+    def advance(self, what: str) -> None:
+        """A generation ended."""
+
+
+class _Runner:
+    """A compiled variant with its measurements."""
+
+    def __init__(self, model: nn.Module, variant: Variant, prompt: Tensor, new_tokens: int) -> None:
+        self.variant = variant
+        self.report = Report()
+        self._model = model
+        self._prompt = prompt
+        self._new_tokens = new_tokens
+        backend = fp4graph.backend(
+            variant.selector,
+            format=variant.format or "nvfp4",
+            activations=variant.activations,
+            inner=variant.inner,
+            model=model,
+            report=self.report,
+        )
+        # Each variant counts its own recompiles, and dynamic shapes would cost the decode graph.
+        self._call = torch.compile(model, backend=backend, dynamic=False, isolate_recompiles=True)
+        self._cache = StaticCache(
+            config=model.config, max_cache_len=prompt.shape[1] + new_tokens
+        )
+        self.first_s: list[float] = []
+        self.decode_s: list[list[float]] = []
+        self.tokens: list[int] = []
+        self.peak_rss = 0
+        start, breaks = time.perf_counter(), sum(counters["graph_break"].values())
+        for _ in range(_WARM_UPS):
+            self.generate()
+        self.compile_s = time.perf_counter() - start
+        self.graph_breaks = sum(counters["graph_break"].values()) - breaks
+        self.first_s, self.decode_s = [], []
+        self._graphs = self.report.graphs
+        if not self._graphs or bool(self.report.selected) == (variant.selector == "none"):
+            raise StudyError(f"{variant}: the model did not run as selected")
+
+    @property
+    def recompiles(self) -> int:
+        return self.report.graphs - self._graphs
+
+    @torch.no_grad()
+    def generate(self) -> None:
+        """Generate once and note the times."""
+        _reset_peak_rss()
+        self._cache.reset()
+        start = time.perf_counter()
+        token = self._next(self._prompt)
+        first = time.perf_counter()
+        times, tokens = [first], [int(token)]
+        for _ in range(self._new_tokens - 1):
+            token = self._next(token)
+            times.append(time.perf_counter())
+            tokens.append(int(token))
+        self.first_s.append(first - start)
+        self.decode_s.append(np.diff(times).tolist())
+        self.tokens = tokens
+        self.peak_rss = max(self.peak_rss, _peak_rss())
+
+    def _next(self, ids: Tensor) -> Tensor:
+        out = self._call(
+            input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        )
+        token: Tensor = out.logits[:, -1:].argmax(-1)
+        token.sum().item()  # waits for an accelerator
+        return token
+
+
+def measure(
+    model: nn.Module,
+    variants: Sequence[Variant],
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    rounds: int,
+    progress: Progress,
+) -> list[LatencyRow]:
+    """Measure variants against the first, which should be the dense one.
+
+    Args:
+        model: a causal language model of transformers.
+        variants: what to measure.
+        prompt_tokens: length of the prompt.
+        new_tokens: tokens to generate, at least 2.
+        rounds: how many times each variant generates, at least 1.
+        progress: is told about each generation.
+
+    Raises:
+        OptionError: a number too small.
+        StudyError: a variant did not run as selected.
+    """
+    if prompt_tokens < 1 or new_tokens < 2 or rounds < 1:
+        raise OptionError("latency needs at least 1 prompt token, 2 new tokens and 1 round")
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator)
+    progress.start(len(variants) * (1 + rounds))
+    runners = []
+    for variant in variants:
+        runners.append(_Runner(model, variant, prompt, new_tokens))
+        progress.advance(f"compiled {variant.selector}")
+    for index in range(rounds):
+        shift = index % len(runners)
+        for runner in runners[shift:] + runners[:shift]:
+            runner.generate()
+            progress.advance(f"round {index + 1}: {runner.variant.selector}")
+    return [_row(runner, runners[0], prompt_tokens) for runner in runners]
+
+
+def _row(runner: _Runner, dense: _Runner, prompt_tokens: int) -> LatencyRow:
+    variant = runner.variant
+    ttft = float(np.median(runner.first_s))
+    decode = np.array(runner.decode_s)
+    rate = float(np.median(decode.shape[1] / decode.sum(axis=1)))
+    p50, p90, p99 = (float(p) * 1e3 for p in np.percentile(decode, [50, 90, 99]))
+    weight_bytes = runner.report.bytes_selected
+    ratio = {
+        "prefill": paired_ratio(dense.first_s, runner.first_s),
+        "decode": paired_ratio(np.ravel(dense.decode_s), np.ravel(decode)),
+    }
+    return LatencyRow(
+        selector=variant.selector,
+        format=variant.format,
+        inner=variant.inner,
+        ttft_s=ttft,
+        prefill_tokens_per_s=prompt_tokens / ttft,
+        decode_tokens_per_s=rate,
+        per_token_ms={"p50": p50, "p90": p90, "p99": p99},
+        compile_s=runner.compile_s,
+        weight_bytes=weight_bytes,
+        peak_rss=runner.peak_rss,
+        gb_per_s=weight_bytes * rate / 1e9,
+        recompiles=runner.recompiles,
+        graph_breaks=runner.graph_breaks,
+        ratio=None if runner is dense else ratio,
+    )
+
+
+def paired_ratio(dense: Any, candidate: Any) -> Ratio:
+    """Return how many times faster `candidate` is, from times taken in pairs.
+
+    The interval is the 2.5 % to 97.5 % range of the median over bootstrap resamples of the pairs.
+    """
+    ratios = np.asarray(dense) / np.asarray(candidate)
+    picks = np.random.default_rng(0).integers(len(ratios), size=(_RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
+    return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def _reset_peak_rss() -> None:
+    """Let the kernel's high-water mark start from now (Linux; elsewhere the mark is not read)."""
+    mark = Path("/proc/self/clear_refs")
+    try:
+        mark.write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def _peak_rss() -> int:
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return int(psutil.Process().memory_info().rss)
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if "VmHWM" in line)
