@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fp4graph.errors import Fp4GraphError, OptionError
-from fp4graph.kernels import check_name
+from fp4graph.passes.pin import pin_to_module
 from fp4graph.passes.pipeline import (
     OnRefusal,
     bind,
@@ -87,6 +87,8 @@ class Backend:
         plan = plan_passes(self.policy, self._on_refusal, self._universe)
         run_passes(gm, example_inputs, (self._tag, *plan))
         found = rows(gm)
+        if found:
+            pin_to_module(gm)
         if any(row.selected for row in found):
             check_no_gradients(example_inputs)
             run_passes(gm, example_inputs, rewrite_passes())
@@ -138,7 +140,6 @@ def backend(
             call of the compiled model.
         OptionError: an option that does not exist.
     """
-    check_name(kernel)
     if on_refusal not in ("raise", "keep"):
         raise OptionError(f"on_refusal={on_refusal!r}: expected 'raise' or 'keep'")
     if isinstance(inner, str) and inner not in _INNER:

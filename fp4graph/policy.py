@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from fp4graph.errors import OptionError
 from fp4graph.formats import BlockFormat, get_format
+from fp4graph.kernels import check_name
 from fp4graph.selector import Selector, parse
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Scheme:
             )
         if activations not in (None, "same"):
             raise OptionError(f"activations={activations!r}: expected None or 'same'")
+        check_name(kernel)
         return cls(weight_format, quantizer, weight_format if activations else None, kernel)
 
     def merged(self, value: str | BlockFormat | Mapping[str, object]) -> Scheme:

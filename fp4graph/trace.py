@@ -8,6 +8,7 @@ import torch
 from torch import fx, nn
 
 from fp4graph.errors import StudyError
+from fp4graph.passes.pin import pin_to_module
 from fp4graph.passes.pipeline import (
     OnRefusal,
     bind,
@@ -81,6 +82,7 @@ class TracedModel:
 
     def _capture(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         run_passes(gm, example_inputs, (self._tag,))
+        pin_to_module(gm)
         graph = _TracedGraph(gm, example_inputs)
         self._graphs.append(graph)
         if self._policy is not None:

@@ -97,7 +97,7 @@ class BlockFormat:
         factor_RG = self.scale_codec.decode(scale, per_tensor_scale)
         factor_RG = torch.where(amax_RG.isfinite(), factor_RG, torch.nan)
         y_RK = (E2M1.decode(codes) * factor_RG[..., None]).flatten(1)[:, : x.shape[-1]]
-        return y_RK.to(x.dtype).reshape(x.shape)
+        return y_RK.to(x.dtype).reshape(x.shape).contiguous()
 
     def _groups(self, x_RK: Tensor) -> Tensor:
         x_RK = x_RK.to(torch.float32)
@@ -157,9 +157,9 @@ def get_format(name: str | BlockFormat) -> BlockFormat:
     """
     if isinstance(name, BlockFormat):
         return name
-    base, _, rule = str(name).partition(":")
-    if base in FORMATS and not rule:
-        return FORMATS[base]
+    if name in FORMATS:
+        return FORMATS[name]
+    base, _, rule = name.partition(":")
     if base == "mxfp4" and rule in E8M0Scale.rules:
         return replace(MXFP4, scale_codec=E8M0Scale(rule))
     known = [*FORMATS, *(f"mxfp4:{rule}" for rule in E8M0Scale.rules)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fp4graph.errors import SelectorError
 from fp4graph.passes.site import mark, sites
 from fp4graph.policy import Policy
-from fp4graph.tags import LinearTag, Role
+from fp4graph.tags import LinearTag
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -51,7 +51,7 @@ class SelectLinears:
         try:
             self.policy.check(tags)
         except SelectorError as error:
-            if self.universe is None and any(tag.role is Role.OTHER for tag in tags):
+            if self.universe is None and not any(tag.block == 0 for tag in tags):
                 raise error.with_hint(_FRAGMENT) from None
             raise
         for node, site in found:

@@ -64,10 +64,14 @@ BLOCK_LINEARS = {
 DENSE = ["q", "k", "v", "o", "gate", "up", "down"]
 
 
-def tiny(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+def tiny(
+    family: str, dtype: torch.dtype = torch.float32, seed: int = 0, vocab: int = VOCAB
+) -> torch.nn.Module:
     """Build a random model; weights have the spread of trained ones, so FP4 changes results."""
     torch.manual_seed(seed)
-    model = hf.AutoModelForCausalLM.from_config(CONFIGS[family]()).to(dtype).eval()
+    config = CONFIGS[family]()
+    config.vocab_size = vocab
+    model = hf.AutoModelForCausalLM.from_config(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -1,0 +1,55 @@
+"""Fixtures: a clean Dynamo for each test, a tiny model on disk, the real model once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from support.models import tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import fp4graph.models
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    config = torch._dynamo.config
+    torch._dynamo.reset()
+    with config.patch(  # a Backend changes these for good
+        recompile_limit=config.recompile_limit,
+        accumulated_recompile_limit=config.accumulated_recompile_limit,
+        fail_on_recompile_limit_hit=False,
+    ):
+        yield
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Make a tokenizer of bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, **{letter: i + 1 for i, letter in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a random Llama with a byte tokenizer, as `from_pretrained` wants it."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    model = tiny("llama", vocab=300)
+    model.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> fp4graph.models.LoadedModel:
+    """Load the real model."""
+    return fp4graph.models.load(fp4graph.models.SMOLLM2)

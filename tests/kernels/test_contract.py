@@ -1,0 +1,117 @@
+"""Every kernel on every format, dtype and odd shape means dequantise, then F.linear."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.closer import assert_closer, relative_l2
+from torch.nn.functional import linear
+
+import fp4graph
+from fp4graph import OptionError, RefusalError
+from fp4graph.formats import FORMATS
+from fp4graph.kernels import FAKE_QUANTIZE, Kernel, Problem, choose, kernels
+
+SHAPES = [(1, 1, 1), (1, 16, 32), (3, 17, 33), (17, 64, 48), (128, 40, 80), (0, 8, 16)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+CPU = torch.device("cpu")
+EVERY = [pytest.param(kernel, name, id=f"{kernel.name}-{name}") for kernel in kernels() for name in FORMATS]
+
+
+def problem(name: str, dtype: torch.dtype = torch.float32, n: int = 8, k: int = 16) -> Problem:
+    return Problem(n, k, FORMATS[name], dtype, CPU)
+
+
+def run(kernel: Kernel, packed: fp4graph.PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return kernel.ops[packed.format.base](x, *kernel.prepack(packed), bias)
+
+
+@pytest.mark.parametrize("kernel, name", EVERY)
+@pytest.mark.parametrize("m, n, k", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_no_further_from_float64_than_the_dense_linear(
+    kernel: Kernel, name: str, m: int, n: int, k: int, dtype: torch.dtype, with_bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(m * 100 + n)
+    w = torch.randn(n, k, generator=generator)
+    x = torch.randn(m, k, generator=generator).to(dtype)
+    bias = torch.randn(n, generator=generator).to(dtype) if with_bias else None
+    packed = fp4graph.quantize(w, name)
+    if kernel.refuses(problem(name, dtype, n, k)):
+        pytest.fail("a registered kernel refuses a dtype that the contract names")
+    y = run(kernel, packed, x, bias)
+    assert y.dtype == dtype
+    assert y.shape == (m, n)
+    dense = packed.dequantize(dtype)
+    exact = linear(x.double(), dense.double(), None if bias is None else bias.double())
+    if m:
+        assert_closer(y, exact, linear(x, dense, bias), slack=1.05)
+
+
+@pytest.mark.parametrize("kernel, name", EVERY)
+def test_exact_on_values_that_add_without_rounding(kernel: Kernel, name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randint(-2, 3, (24, 96), generator=generator).float()
+    w[:, ::16] = 6.0
+    w[0, 0] = 6.0
+    packed = fp4graph.quantize(w * 448 if name == "nvfp4" else w, name)
+    x = torch.randint(-4, 5, (2, 5, 96), generator=generator).float()
+    assert torch.equal(run(kernel, packed, x, None), linear(x, packed.dequantize()))
+
+
+@pytest.mark.parametrize("kernel, name", EVERY)
+def test_takes_any_leading_dimensions_and_strides(kernel: Kernel, name: str) -> None:
+    packed = fp4graph.quantize(torch.randn(8, 48), name)
+    x = torch.randn(48, 2, 3).permute(2, 1, 0)
+    y = run(kernel, packed, x, None)
+    assert y.shape == (3, 2, 8)
+    assert relative_l2(y, linear(x.double(), packed.dequantize(torch.float64))) < 5e-7
+    one = run(kernel, packed, x[0, 0], None)
+    assert one.shape == (8,)
+    assert relative_l2(one, y[0, 0]) < 5e-7
+
+
+@pytest.mark.parametrize("kernel, name", EVERY)
+def test_opcheck(kernel: Kernel, name: str) -> None:
+    packed = fp4graph.quantize(torch.randn(8, 33), name)
+    for bias in (None, torch.randn(8)):
+        args = (torch.randn(4, 33), *kernel.prepack(packed), bias)
+        torch.library.opcheck(kernel.ops[name], args)
+
+
+def test_opcheck_fake_quantize() -> None:
+    for name in ("nvfp4", "mxfp4:even"):
+        torch.library.opcheck(FAKE_QUANTIZE, (torch.randn(2, 3, 33), name))
+
+
+@pytest.mark.parametrize("kernel, name", EVERY)
+def test_non_finite_activations_come_through(kernel: Kernel, name: str) -> None:
+    packed = fp4graph.quantize(torch.randn(8, 32), name)
+    x = torch.randn(3, 32)
+    x[0, 4], x[1, 4] = torch.nan, torch.inf
+    y = run(kernel, packed, x, None)
+    assert y[0].isnan().all()
+    assert not y[1].isfinite().any()
+    assert y[2].isfinite().all()
+
+
+def test_refusal_says_why_and_names_the_kernel() -> None:
+    with pytest.raises(RefusalError, match=r"kernel reference: activations of torch\.int8"):
+        choose(problem("nvfp4", torch.int8))
+    assert choose(problem("nvfp4")).name == kernels()[0].name
+    assert choose(problem("nvfp4"), "reference").name == "reference"
+
+
+def test_unknown_kernel() -> None:
+    with pytest.raises(OptionError, match="kernels are auto, reference"):
+        choose(problem("nvfp4"), "triton9")
+
+
+def test_auto_falls_through_a_kernel_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    picky = Kernel("picky", kernels()[0].ops, kernels()[0].prepack, lambda p: "never on a Tuesday")
+    monkeypatch.setitem(fp4graph.kernels.contract._KERNELS, "picky", picky)
+    assert kernels()[0] is picky
+    assert choose(problem("nvfp4")).name != "picky"
+    with pytest.raises(RefusalError, match="kernel picky: never on a Tuesday$"):
+        choose(problem("nvfp4"), "picky")

@@ -1,0 +1,353 @@
+"""The backend as users meet it: through torch.compile, on every family."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from support.closer import relative_l2
+from support.models import BLOCKS, CONFIGS, DENSE, tiny, tokens
+
+import fp4graph
+from fp4graph import GradientError, OptionError, RefusalError, Report, SelectorError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def compiled(model: nn.Module, select: object = "all", **options: object) -> nn.Module:
+    options.setdefault("inner", "eager")
+    return torch.compile(model, backend=fp4graph.backend(select, **options))  # type: ignore[arg-type]
+
+
+def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        return model(tokens() if ids is None else ids, use_cache=False).logits
+
+
+def dequantised(model: nn.Module, report: Report, format: str = "nvfp4") -> nn.Module:
+    """Copy a model with the selected weights rounded to FP4, by hand."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for row in report.selected:
+            module = model.get_submodule(row.path)
+            stored_KN = type(module).__name__ == "Conv1D"
+            w = module.weight.T if stored_KN else module.weight
+            rounded = fp4graph.quantize(w, format).dequantize(w.dtype)
+            module.weight.copy_(rounded.T if stored_KN else rounded)
+    return model
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_none_is_bit_identical_to_the_inner_compiler(family: str) -> None:
+    model = tiny(family)
+    plain = logits(torch.compile(model, backend="eager"))
+    torch._dynamo.reset()
+    assert torch.equal(logits(compiled(model, "none")), plain)
+    assert torch.equal(plain, logits(model))
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_all_equals_the_model_with_dequantised_weights(family: str, format: str) -> None:
+    model = tiny(family)
+    backend = fp4graph.backend("all", format=format, inner="eager")
+    out = logits(torch.compile(model, backend=backend))
+    assert relative_l2(out, logits(dequantised(model, backend.report, format))) < 1e-5
+    assert relative_l2(out, logits(model)) > 1e-2, "FP4 changed nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    model = tiny("llama", dtype)
+    backend = fp4graph.backend(inner="eager")
+    out = logits(torch.compile(model, backend=backend))
+    assert out.dtype == dtype
+    assert torch.equal(out, logits(dequantised(model, backend.report)))
+
+
+def test_unselected_linears_are_bit_identical() -> None:
+    model = tiny("llama")
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> None:
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda _m, _i, out: outputs.__setitem__(name, out))
+
+    first = "model.layers.0.self_attn.q_proj"
+    keep(first)
+    logits(model)
+    dense = outputs.pop(first)
+    logits(compiled(model, "blocks=1"))
+    assert torch.equal(outputs[first], dense)
+
+
+@pytest.mark.slow
+def test_inductor_none_is_bit_identical_and_all_is_right() -> None:
+    model = tiny("qwen2")
+    plain = logits(torch.compile(model))
+    torch._dynamo.reset()
+    assert torch.equal(logits(compiled(model, "none", inner="inductor")), plain)
+    backend = fp4graph.backend("all")
+    out = logits(torch.compile(model, backend=backend))
+    assert relative_l2(out, logits(dequantised(model, backend.report))) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_warm_inductor_cache_does_not_serve_another_format_or_other_weights() -> None:
+    ids = tokens()
+    for format in ("nvfp4", "mxfp4", "nvfp4"):
+        for seed in (0, 1):
+            for activations in (None, "same"):
+                torch._dynamo.reset()
+                model = tiny("llama", seed=seed)
+                options = {"format": format, "activations": activations}
+                expected = logits(compiled(model, "q", **options), ids)
+                out = logits(compiled(model, "q", inner="inductor", **options), ids)
+                assert relative_l2(out, expected) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_autocast(inner: str) -> None:
+    model = tiny("qwen2")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        backend = fp4graph.backend("all", inner=inner)
+        out = logits(torch.compile(model, backend=backend))
+        expected = logits(dequantised(model, backend.report))
+    assert out.dtype == expected.dtype == torch.bfloat16
+    assert relative_l2(out, expected) < (1e-9 if inner == "eager" else 2e-2)
+
+
+def test_inference_mode_and_no_grad() -> None:
+    model = tiny("llama")
+    call = compiled(model)
+    with torch.inference_mode():
+        first = call(tokens(), use_cache=False).logits
+    assert torch.equal(logits(call), first)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_call_that_needs_gradients_says_no_grad(inner: str) -> None:
+    call = compiled(tiny("llama"), "q", inner=inner)
+    for _ in range(2):
+        with pytest.raises(GradientError, match=r"torch\.no_grad\(\)"):
+            call(tokens(), use_cache=False)
+
+
+def test_gradients_enabled_without_need_is_fine() -> None:
+    model = tiny("llama").requires_grad_(False)
+    call = compiled(model, "q")
+    assert call(tokens(), use_cache=False).logits.shape == (1, 8, 96)
+
+
+def test_none_still_trains() -> None:
+    model = tiny("llama")
+    compiled(model, "none")(tokens(), labels=tokens(), use_cache=False).loss.backward()
+    assert model.lm_head.weight.grad is not None
+
+
+def test_lengths_and_batches_change() -> None:
+    model = tiny("llama")
+    backend = fp4graph.backend("all", inner="eager")
+    call = torch.compile(model, backend=backend)
+    dense = None
+    for length, batch in ((16, 1), (17, 1), (40, 2), (1, 1), (5, 3)):
+        ids = tokens(length, batch)
+        out = logits(call, ids)
+        dense = dense or dequantised(model, backend.report)
+        assert relative_l2(out, logits(dense, ids)) < 1e-5
+    assert backend.report.graphs <= 4
+    assert len(backend.report.selected) == BLOCKS * 7
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("how", ["forward", "compile"])
+def test_generate(cache: str, how: str) -> None:
+    model = tiny("qwen2")
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache}
+    backend = fp4graph.backend("all", inner="eager")
+    logits(torch.compile(model, backend=backend))
+    torch._dynamo.reset()
+    expected = dequantised(model, backend.report).generate(tokens(), **options)
+    fresh = fp4graph.backend("all", inner="eager")
+    if how == "forward":
+        model.forward = torch.compile(model.forward, backend=fresh)
+    else:
+        model.compile(backend=fresh)
+    assert model.generate(tokens(), **options).tolist() == expected.tolist()
+    assert fresh.report.graphs >= 2
+    assert len(fresh.report.selected) == BLOCKS * 7
+
+
+def test_thirty_selectors_in_a_row_all_run() -> None:
+    model = tiny("llama")
+    plain = logits(model)
+    seen = []
+    for index in range(30):
+        role, block = DENSE[index % 7], (index // 7) % 2
+        select = f"{role},blocks={block}" + (" | lm_head" if index >= 14 else "") + (",q" if index >= 28 else "")
+        backend = fp4graph.backend(select, inner="eager", format="mxfp4" if index % 3 else "nvfp4")
+        out = logits(torch.compile(model, backend=backend))
+        assert backend.report.selected, select
+        assert not torch.equal(out, plain), select
+        seen.append(out)
+    assert torch._dynamo.config.fail_on_recompile_limit_hit
+
+
+def test_past_the_recompile_limit_is_an_error_never_the_dense_model() -> None:
+    model = tiny("llama")
+    call = torch.compile(model, backend=fp4graph.backend("q", inner="eager"), dynamic=False)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        logits(call, tokens(3))
+        logits(call, tokens(4))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            logits(call, tokens(5))
+
+
+def test_entry_point_takes_options() -> None:
+    model = tiny("llama")
+    expected = logits(compiled(model, "attn", format="mxfp4"))
+    torch._dynamo.reset()
+    options = {"select": "attn", "format": "mxfp4", "inner": "eager"}
+    assert torch.equal(logits(torch.compile(model, backend="fp4graph", options=options)), expected)
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"selct": "attn"}, OptionError, "no such option: 'selct'"),
+        ({"select": "atn"}, SelectorError, "did you mean 'attn'"),
+        ({"format": "fp4"}, OptionError, "formats are"),
+    ],
+)
+def test_entry_point_refuses_what_it_does_not_know(
+    options: dict[str, object], error: type[Exception], words: str
+) -> None:
+    call = torch.compile(tiny("llama"), backend="fp4graph", options=options)
+    with pytest.raises(error, match=words):
+        logits(call)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"inner": "indcutor"}, "inner='indcutor'"),
+        ({"on_refusal": "shrug"}, "on_refusal='shrug'"),
+        ({"kernel": "warp"}, "kernels are auto"),
+        ({"quantizer": "gptq9"}, "quantizers are rtn"),
+        ({"activations": "int8x"}, "activations='int8x'"),
+        ({"calibration": "file"}, "takes none"),
+        ({"format": "mxfp4:up"}, "formats are"),
+    ],
+)
+def test_bad_options_fail_at_once(options: dict[str, object], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        fp4graph.backend("all", **options)  # type: ignore[arg-type]
+
+
+def test_a_term_that_matches_nothing_raises_at_every_call() -> None:
+    call = compiled(tiny("llama"), "attn,blocks>99")
+    for _ in range(2):
+        with pytest.raises(SelectorError, match=r"column 6: `blocks>99` matches nothing.*blocks 0\.\.1"):
+            logits(call)
+
+
+def test_nan_weight_is_refused_by_name() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = torch.nan
+    with pytest.raises(fp4graph.WeightError, match=r"model\.layers\.1\.mlp\.up_proj: 1 of 6144"):
+        logits(compiled(model, "up"))
+    logits(compiled(model, "q"))
+
+
+def test_expert_refused_by_default_kept_on_request() -> None:
+    model = tiny("mixtral")
+    with pytest.raises(RefusalError, match="stacked expert"):
+        logits(compiled(model, "all | expert"))
+    backend = fp4graph.backend("all | expert", inner="eager", on_refusal="keep")
+    logits(torch.compile(model, backend=backend))
+    assert {row.role for row in backend.report.selected} == {"q", "k", "v", "o"}
+
+
+def test_layers_compiled_alone_need_the_model() -> None:
+    model = tiny("llama")
+    expected = logits(compiled(model, "blocks=-1"))
+    torch._dynamo.reset()
+    backend = fp4graph.backend("blocks=-1", inner="eager", model=model)
+    whole = copy.deepcopy(model)
+    for layer in model.model.layers:
+        layer.compile(backend=backend)
+    assert relative_l2(logits(model), expected) < 1e-6
+    assert [row.block for row in backend.report.selected] == [1] * 7
+    torch._dynamo.reset()
+    blind = fp4graph.backend("blocks=-1", inner="eager")
+    for layer in whole.model.layers:
+        layer.compile(backend=blind)
+    with pytest.raises(SelectorError, match="pass model= to backend"):
+        logits(whole)
+
+
+def test_a_graph_break_keeps_every_linear() -> None:
+    model = tiny("opt")  # its static cache path breaks the graph; a hook does so everywhere
+    model.model.decoder.layers[1].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    backend = fp4graph.backend("all", inner="eager", model=model)
+    out = logits(torch.compile(model, backend=backend))
+    assert len(backend.report.selected) == 12
+    assert relative_l2(out, logits(dequantised(model, backend.report))) < 1e-5
+
+
+def test_a_callable_inner_gets_the_rewritten_graph() -> None:
+    counts = []
+
+    def inner(gm: torch.fx.GraphModule, example_inputs: object) -> object:
+        counts.append(fp4graph.passes.base.op_counts(gm)["reference_nvfp4.default"])
+        return gm.forward
+
+    logits(compiled(tiny("llama"), "q", inner=inner))
+    assert counts == [BLOCKS]
+
+
+def test_unknown_keywords_of_torch_compile_are_refused() -> None:
+    call = torch.compile(tiny("llama"), backend=fp4graph.backend("q"), options={"max_autotune": True})
+    with pytest.raises(OptionError, match="max_autotune"):
+        logits(call)
+
+
+def test_report_prints_and_serialises() -> None:
+    report = Report()
+    logits(compiled(tiny("llama"), "attn,blocks>0", report=report))
+    assert len(report) == 15
+    assert [row.path.rsplit(".", 1)[1] for row in report.selected] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert report.bytes_dense - report.bytes_selected == sum(
+        row.bytes_dense - (row.bytes_packed or 0) for row in report.selected
+    )
+    rows = [json.loads(line) for line in report.json_lines().splitlines()]
+    assert set(rows[0]) == {
+        "path", "role", "block", "shape", "selected", "kernel", "reason", "bytes_dense", "bytes_packed",
+    }  # fmt: skip
+    text = str(report)
+    assert "model.layers.1.self_attn.q_proj" in text
+    assert "4 of 15 linears in FP4" in text
+
+
+def test_explain_compiles_and_packs_nothing() -> None:
+    model = tiny("llama")
+    before = len(fp4graph.passes.pack_cache.CACHE)
+    report = fp4graph.explain(model, tokens(), select="attn", format="mxfp4", use_cache=False)
+    assert len(fp4graph.passes.pack_cache.CACHE) == before
+    assert {row.kernel for row in report.selected} == {"reference"}
+    assert all("mxfp4 W4A16" in row.reason for row in report.selected)
+    refused = fp4graph.explain(tiny("mixtral"), tokens(), select="expert", use_cache=False)
+    assert all(row.reason.startswith("refused: stacked") for row in refused if row.role == "expert")
+
+
+def test_passes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fp4graph"):
+        logits(compiled(tiny("llama"), "q"))
+    assert "linear: 15 -> 13 (-2)" in caplog.text
