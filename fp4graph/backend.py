@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, cast
 
 from fp4graph.errors import Fp4GraphError, OptionError
-from fp4graph.passes.pin import pin_to_module
+from fp4graph.passes.dynamo import make_room_for_recompiles, pin_to_module
 from fp4graph.passes.pipeline import (
     OnRefusal,
     bind,
@@ -27,6 +24,7 @@ from fp4graph.report import Report
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch import nn
     from torch.fx import GraphModule
 
     from fp4graph.formats import BlockFormat
@@ -59,7 +57,7 @@ class Backend:
         self._tag = tag_pass(model)
         self._universe = model_tags(model) if model is not None else None
         self._num_blocks: int | None = None
-        _make_room_for_recompiles()
+        make_room_for_recompiles()
 
     def __call__(
         self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
@@ -163,7 +161,9 @@ def dynamo_backend(
         try:
             made = backend(**options)
         except TypeError as error:
-            problem = str(error).replace("backend() got an unexpected keyword argument", "no such option:")
+            problem = str(error).replace(
+                "backend() got an unexpected keyword argument", "no such option:"
+            )
             raise OptionError(problem) from None
     except Fp4GraphError as error:
         return _raiser(error)
@@ -191,8 +191,9 @@ def _compile_inner(
         from torch._inductor.compile_fx import compile_fx
 
         patches = list_mode_options(mode) if mode else None
-        compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=patches)
-        return compiled
+        return cast(
+            "Callable[..., Any]", compile_fx(gm, list(example_inputs), config_patches=patches)
+        )
     assert callable(inner)
     return inner(gm, example_inputs)
 
@@ -202,19 +203,3 @@ def _raiser(error: Fp4GraphError) -> Callable[..., Any]:
         raise error.with_traceback(None)
 
     return raise_error
-
-
-def _make_room_for_recompiles() -> None:
-    """Let each backend object compile as often as Dynamo lets one alone, and make excess an error.
-
-    Dynamo counts the graphs of all backends together, and past `recompile_limit` runs the plain
-    model without a word: an ablation over nine selectors would report the ninth as undamaged.
-    """
-    config = torch._dynamo.config
-    config.recompile_limit += _RECOMPILES
-    config.accumulated_recompile_limit += _RECOMPILES
-    if not config.suppress_errors:
-        config.fail_on_recompile_limit_hit = True
-
-
-_RECOMPILES = torch._dynamo.config.recompile_limit

@@ -30,7 +30,10 @@ def explain(
     Args:
         model: the model; called once, dense, with `args` and `kwargs`.
         args: positional inputs, for example the token ids, int64 [batch, sequence].
-        select: as in `backend`, and so are `format`, `activations` and `kernel`.
+        select: as in `backend`.
+        format: as in `backend`.
+        activations: as in `backend`.
+        kernel: as in `backend`.
         kwargs: further inputs of the model.
 
     Returns:

@@ -103,8 +103,8 @@ def load(name: str, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Loa
     except Exception as error:  # transformers raises anything, with pages of text
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"cannot load {name!r} ({type(error).__name__}: {reason}); expected a hub id, a folder, "
-            f"a GGUF file, {SMOLLM2}, or one of {', '.join(RANDOM_MODELS)}"
+            f"cannot load {name!r} ({type(error).__name__}: {reason}); expected a hub id, a "
+            f"folder, a GGUF file, {SMOLLM2}, or one of {', '.join(RANDOM_MODELS)}"
         ) from None
     return LoadedModel(name, _frozen(model), tokenizer)
 

@@ -115,7 +115,8 @@ class Policy:
         """
         if isinstance(select, str | Selector):
             return cls(((_selector(select), default),))
-        if not isinstance(select, Mapping) or not select:
+        given: object = select  # the annotation is no promise
+        if not isinstance(given, Mapping) or not given:
             raise OptionError(f"select={select!r}: expected a selector or a mapping of selectors")
         return cls(
             tuple(

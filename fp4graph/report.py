@@ -52,7 +52,7 @@ class LinearRow:
         kernel: str | None = None,
         bytes_packed: int | None = None,
     ) -> LinearRow:
-        """Build the row of a tagged linear; with a kernel it is selected, without it stays dense."""
+        """Build the row of a tagged linear, which stays dense unless it has a kernel."""
         return cls(
             path=tag.fqn,
             role=str(tag.role),
@@ -75,12 +75,10 @@ class Report:
     Attributes:
         rows_by_path: the rows.
         graphs: how many graphs were compiled.
-        notes: what else the user should know, in the order in which it came up.
     """
 
     rows_by_path: dict[str, LinearRow] = field(default_factory=dict)
     graphs: int = 0
-    notes: list[str] = field(default_factory=list)
 
     def add(self, rows: Iterable[LinearRow]) -> None:
         """Take in the rows of one graph."""
@@ -112,7 +110,9 @@ class Report:
     @property
     def bytes_selected(self) -> int:
         """Bytes of all linears if the selected ones are packed and their dense weights dropped."""
-        return sum(row.bytes_dense if row.bytes_packed is None else row.bytes_packed for row in self)
+        return sum(
+            row.bytes_dense if row.bytes_packed is None else row.bytes_packed for row in self
+        )
 
     @property
     def summary(self) -> str:
@@ -148,5 +148,5 @@ class Report:
 
     def __str__(self) -> str:
         out = StringIO()
-        Console(file=out, width=160).print(self.table(), *self.notes, sep="\n")
+        Console(file=out, width=160).print(self.table())
         return out.getvalue()

@@ -14,11 +14,31 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from lark import Lark, Token, Transformer, UnexpectedCharacters, UnexpectedInput, UnexpectedToken, v_args
+from lark import (
+    Lark,
+    Token,
+    Transformer,
+    UnexpectedCharacters,
+    UnexpectedInput,
+    UnexpectedToken,
+    v_args,
+)
 from lark.exceptions import VisitError
 
 from fp4graph.errors import SelectorError
-from fp4graph.selector_ast import NAMES, Blocks, Name, Node, Not, Path, Size, Term, clause, meet, union
+from fp4graph.selector_ast import (
+    NAMES,
+    Blocks,
+    Name,
+    Node,
+    Not,
+    Path,
+    Size,
+    Term,
+    clause,
+    meet,
+    union,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -163,7 +183,8 @@ def _explain(text: str, error: UnexpectedInput) -> tuple[str, int]:
         wanted = error.accepts or error.expected
     else:
         assert isinstance(error, UnexpectedCharacters)
-        found, column, wanted = f"unexpected {text[error.pos_in_stream]!r}", error.column, error.allowed
+        found, column = f"unexpected {text[error.column - 1]!r}", error.column
+        wanted = error.allowed
     expected = sorted({_EXPECTED[name] for name in wanted if name in _EXPECTED}) or ["the end"]
     return f"{found}; expected {' or '.join(expected)}", column
 
@@ -183,34 +204,34 @@ class _Build(Transformer[Token, Node]):
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             problem = f"unknown name {name!r}{hint}; names are {', '.join(NAMES)}"
             raise SelectorError(self.text, problem, meta.column)
-        return Name(name, meta.column)
+        return Name(name, column=meta.column)
 
     def path(self, meta: Meta, children: list[Token]) -> Term:
         pattern = children[0].removeprefix("path:")
         if not pattern:
             raise SelectorError(self.text, "`path:` needs a pattern: path:*.mlp.*", meta.column)
-        return Path(pattern, meta.column)
+        return Path(pattern, column=meta.column)
 
     def blocks(self, meta: Meta, children: list[Token]) -> Term:
-        return Blocks(str(children[0]), (int(children[1]),), meta.column)
+        return Blocks(str(children[0]), (int(children[1]),), column=meta.column)
 
     def block_range(self, meta: Meta, children: list[Token]) -> Term:
         low, high = int(children[0]), int(children[-1])
         if low > high and (low < 0) == (high < 0):
             raise SelectorError(self.text, f"the range {low}..{high} is empty", meta.column)
-        return Blocks("=", (low, high), meta.column)
+        return Blocks("=", (low, high), column=meta.column)
 
     def block_modulo(self, meta: Meta, children: list[Token]) -> Term:
         divisor, rest = map(int, children)
         if not 0 <= rest < divisor:
-            problem = f"blocks%{divisor}={rest} never holds: the rest must be 0 or more, below the divisor"
+            problem = f"blocks%{divisor}={rest} never holds: expected 0 <= rest < divisor"
             raise SelectorError(self.text, problem, meta.column)
-        return Blocks("%", (divisor, rest), meta.column)
+        return Blocks("%", (divisor, rest), column=meta.column)
 
     def size(self, meta: Meta, children: list[Token]) -> Term:
         compare, number = children
         value = float(number.rstrip("KMB")) * _SUFFIXES.get(number[-1], 1)
-        return Size(str(compare), round(value), meta.column)
+        return Size(str(compare), round(value), column=meta.column)
 
     def negated(self, meta: Meta, children: list[Node]) -> Node:
         return Not(children[0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from fp4graph.tags import LinearTag, Role
 
@@ -47,8 +47,17 @@ class Node:
 class Term(Node):
     """A leaf."""
 
-    may_be_empty: ClassVar[bool] = False
-    counts_from_end: ClassVar[bool] = False
+    column: int = field(default=1, compare=False, kw_only=True)
+
+    @property
+    def may_be_empty(self) -> bool:
+        """Whether the term need not match anything."""
+        return False
+
+    @property
+    def counts_from_end(self) -> bool:
+        """Whether the number of blocks is needed."""
+        return False
 
     def terms(self) -> Iterator[Term]:
         """Yield itself."""
@@ -60,10 +69,9 @@ class Name(Term):
     """A role or a group, by one of `NAMES`."""
 
     name: str
-    column: int = field(default=1, compare=False)
 
     @property
-    def may_be_empty(self) -> bool:  # type: ignore[override]
+    def may_be_empty(self) -> bool:
         """`none` asks for nothing."""
         return self.name == "none"
 
@@ -90,7 +98,6 @@ class Path(Term):
     """An fnmatch pattern on the module path."""
 
     pattern: str
-    column: int = field(default=1, compare=False)
 
     def accepts(self, tag: LinearTag, part: Role) -> bool:
         """Match the whole path, letter case counting."""
@@ -110,10 +117,9 @@ class Blocks(Term):
 
     op: str
     values: tuple[int, ...]
-    column: int = field(default=1, compare=False)
 
     @property
-    def counts_from_end(self) -> bool:  # type: ignore[override]
+    def counts_from_end(self) -> bool:
         """Whether the number of blocks is needed."""
         return min(self.values) < 0
 
@@ -146,7 +152,6 @@ class Size(Term):
 
     op: str
     parameters: int
-    column: int = field(default=1, compare=False)
 
     def accepts(self, tag: LinearTag, part: Role) -> bool:
         """Compare; a fused weight counts whole."""
@@ -175,7 +180,7 @@ class Not(Node):
 
 @dataclass(frozen=True)
 class Clause(Node):
-    """(The union of `picks`, every block linear if there are none) within `bounds`, less `removes`."""
+    """The union of `picks` (all block linears if none), within `bounds`, less `removes`."""
 
     picks: tuple[Node, ...]
     bounds: tuple[Node, ...] = ()
@@ -268,7 +273,9 @@ def union(nodes: Sequence[Node]) -> Node:
 
 
 def _combine(kind: type[Combination], nodes: Sequence[Node]) -> Node:
-    flat = [inner for node in nodes for inner in (node.nodes if isinstance(node, kind) else (node,))]
+    flat = [
+        inner for node in nodes for inner in (node.nodes if isinstance(node, kind) else (node,))
+    ]
     unique = _sorted(flat)
     return unique[0] if len(unique) == 1 else kind(unique)
 

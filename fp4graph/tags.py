@@ -53,7 +53,6 @@ class LinearTag:
         block: index of its transformer block; None outside the blocks.
         num_blocks: blocks of the whole model, which negative indexes count from; None if unknown.
         shape: shape of the weight.
-        has_bias: whether a bias is added.
     """
 
     fqn: str
@@ -61,7 +60,6 @@ class LinearTag:
     block: int | None
     num_blocks: int | None
     shape: tuple[int, ...]
-    has_bias: bool = False
 
     @property
     def parameters(self) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from fp4graph.errors import StudyError
-from fp4graph.passes.pin import pin_to_module
+from fp4graph.passes.dynamo import make_room_for_recompiles, pin_to_module
 from fp4graph.passes.pipeline import (
     OnRefusal,
     bind,
@@ -44,9 +44,8 @@ class TracedModel:
         self._policy: Policy | None = None
         self._on_refusal: OnRefusal = "raise"
         self._runs = 0
-        self._compiled = torch.compile(
-            model, backend=self._capture, isolate_recompiles=True, dynamic=False
-        )
+        make_room_for_recompiles()
+        self._compiled = torch.compile(model, backend=self._capture, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model as last selected.
@@ -57,7 +56,9 @@ class TracedModel:
         before = self._runs
         out = self._compiled(*args, **kwargs)
         if self._runs == before:
-            raise StudyError("the model ran without its traced graph: the result is the dense model's")
+            raise StudyError(
+                "the model ran without its traced graph: the result is the dense model's"
+            )
         return out
 
     def select(self, policy: Policy | None, on_refusal: OnRefusal = "raise") -> Report:

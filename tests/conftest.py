@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests ask no hub
 
 import pytest
 import torch

@@ -14,6 +14,7 @@ from support.models import BLOCKS, CONFIGS, DENSE, tiny, tokens
 
 import fp4graph
 from fp4graph import GradientError, OptionError, RefusalError, Report, SelectorError
+from fp4graph.passes.pack_cache import CACHE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -190,7 +191,11 @@ def test_thirty_selectors_in_a_row_all_run() -> None:
     seen = []
     for index in range(30):
         role, block = DENSE[index % 7], (index // 7) % 2
-        select = f"{role},blocks={block}" + (" | lm_head" if index >= 14 else "") + (",q" if index >= 28 else "")
+        select = (
+            f"{role},blocks={block}"
+            + (" | lm_head" if index >= 14 else "")
+            + (",q" if index >= 28 else "")
+        )
         backend = fp4graph.backend(select, inner="eager", format="mxfp4" if index % 3 else "nvfp4")
         out = logits(torch.compile(model, backend=backend))
         assert backend.report.selected, select
@@ -253,7 +258,9 @@ def test_bad_options_fail_at_once(options: dict[str, object], words: str) -> Non
 def test_a_term_that_matches_nothing_raises_at_every_call() -> None:
     call = compiled(tiny("llama"), "attn,blocks>99")
     for _ in range(2):
-        with pytest.raises(SelectorError, match=r"column 6: `blocks>99` matches nothing.*blocks 0\.\.1"):
+        with pytest.raises(
+            SelectorError, match=r"column 6: `blocks>99` matches nothing.*blocks 0\.\.1"
+        ):
             logits(call)
 
 
@@ -314,7 +321,9 @@ def test_a_callable_inner_gets_the_rewritten_graph() -> None:
 
 
 def test_unknown_keywords_of_torch_compile_are_refused() -> None:
-    call = torch.compile(tiny("llama"), backend=fp4graph.backend("q"), options={"max_autotune": True})
+    call = torch.compile(
+        tiny("llama"), backend=fp4graph.backend("q"), options={"max_autotune": True}
+    )
     with pytest.raises(OptionError, match="max_autotune"):
         logits(call)
 
@@ -323,13 +332,19 @@ def test_report_prints_and_serialises() -> None:
     report = Report()
     logits(compiled(tiny("llama"), "attn,blocks>0", report=report))
     assert len(report) == 15
-    assert [row.path.rsplit(".", 1)[1] for row in report.selected] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert [row.path.rsplit(".", 1)[1] for row in report.selected] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    ]
     assert report.bytes_dense - report.bytes_selected == sum(
         row.bytes_dense - (row.bytes_packed or 0) for row in report.selected
     )
     rows = [json.loads(line) for line in report.json_lines().splitlines()]
     assert set(rows[0]) == {
-        "path", "role", "block", "shape", "selected", "kernel", "reason", "bytes_dense", "bytes_packed",
+        "path", "role", "block", "shape", "selected", "kernel", "reason", "bytes_dense",
+        "bytes_packed",
     }  # fmt: skip
     text = str(report)
     assert "model.layers.1.self_attn.q_proj" in text
@@ -338,9 +353,9 @@ def test_report_prints_and_serialises() -> None:
 
 def test_explain_compiles_and_packs_nothing() -> None:
     model = tiny("llama")
-    before = len(fp4graph.passes.pack_cache.CACHE)
     report = fp4graph.explain(model, tokens(), select="attn", format="mxfp4", use_cache=False)
-    assert len(fp4graph.passes.pack_cache.CACHE) == before
+    packed = CACHE._entries.keys()
+    assert not any(parameter is weight for parameter in model.parameters() for weight in packed)
     assert {row.kernel for row in report.selected} == {"reference"}
     assert all("mxfp4 W4A16" in row.reason for row in report.selected)
     refused = fp4graph.explain(tiny("mixtral"), tokens(), select="expert", use_cache=False)

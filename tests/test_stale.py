@@ -97,9 +97,9 @@ def test_what_no_counter_shows_is_seen_at_the_next_compilation() -> None:
     q_proj(model).weight.data[0, 0] = 5.0  # neither the version nor the probe can tell
     torch._dynamo.reset()
     out = torch.compile(model, backend=fp4graph.backend(select, inner="eager"))(tokens()).logits
-    expected = torch.compile(
-        copy.deepcopy(model), backend=fp4graph.backend(select, inner="eager")
-    )(tokens()).logits
+    expected = torch.compile(copy.deepcopy(model), backend=fp4graph.backend(select, inner="eager"))(
+        tokens()
+    ).logits
     assert torch.equal(out, expected)
 
 
@@ -167,6 +167,10 @@ def test_fingerprint_sees_values_and_places(dtype: torch.dtype) -> None:
     x = (torch.randn(8, 6) * 50).to(dtype)
     base = fingerprint(x)
     assert fingerprint(x.clone()) == base
-    swapped_rows, swapped_columns, changed = x[[1, 0, *range(2, 8)]], x[:, [1, 0, 2, 3, 4, 5]], x.clone()
+    swapped_rows, swapped_columns, changed = (
+        x[[1, 0, *range(2, 8)]],
+        x[:, [1, 0, 2, 3, 4, 5]],
+        x.clone(),
+    )
     changed[3, 3] += 1
     assert len({base, *map(fingerprint, (swapped_rows, swapped_columns, changed))}) == 4

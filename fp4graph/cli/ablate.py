@@ -104,13 +104,13 @@ def ablate_command(
     for text in selects:
         Selector.parse(text)  # before minutes of loading
     trials(["all"], formats, activations, ("only",))
+    if model in models.RANDOM_MODELS:
+        raise OptionError(f"{model} has random weights: its accuracy means nothing")
     text = models.corpus(corpus)
     out = out or Path("fp4graph-out") / Path(model).name
     store = Store(out / "trials.sqlite")
     with stderr.status(f"loading {model}"):
         loaded = models.load(model, DTYPES[dtype])
-    if loaded.is_random:
-        raise OptionError(f"{model} has random weights: its accuracy means nothing")
     windows = cut(text, loaded.tokenizer, tokens, seq_len)
     with stderr.status(f"tracing {model}"):
         ablation = Ablation(loaded, windows, store, out)

@@ -31,7 +31,6 @@ INTERRUPTED = 130
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-
 def _console(*, stderr: bool) -> Console:
     """Make a console; into a file or a pipe it writes wide, for nothing can be scrolled there."""
     stream = sys.stderr if stderr else sys.stdout
@@ -43,7 +42,7 @@ _PIPE_WIDTH = 160
 stderr = _console(stderr=True)
 
 
-class CommaList(click.ParamType):
+class CommaList(click.ParamType[tuple[str, ...]]):
     """Values in one argument, commas between them."""
 
     name = "list"

@@ -85,32 +85,35 @@ def latency_command(
     if as_json:
         for row in rows:
             print_json(row)
-    title = f"{model}, {dtype}, {inner}: {prompt_tokens} prompt + {new_tokens} new tokens, {rounds} rounds"
+    work = f"{prompt_tokens} prompt + {new_tokens} new tokens, {rounds} rounds"
+    title = f"{model}, {dtype}, {inner}: {work}"
     output(as_json=as_json).print(_table(rows, title))
 
 
 def _table(rows: list[LatencyRow], title: str) -> Table:
+    recompiles = sum(row.recompiles for row in rows)
+    breaks = sum(row.graph_breaks for row in rows)
     table = Table(
         title=title,
         box=box.SIMPLE_HEAD,
         caption="ratio: times faster than dense, median of paired times [95 % bootstrap interval]; "
-        "GB/s: linear weights read; RSS holds the dense weights too",
+        "GB/s: linear weights read; RSS holds the dense weights too; "
+        f"{recompiles} recompiles after warm-up, {breaks} graph breaks",
     )
     for name in ("selector", "format"):
         table.add_column(name, no_wrap=True)
+    for name in ("decode ratio", "prefill ratio"):
+        table.add_column(name, no_wrap=True, justify="right")
     for name in (
-        "decode ratio",
-        "prefill ratio",
         "TTFT ms",
-        "prefill tok/s",
-        "decode tok/s",
-        "ms/token p50 p90 p99",
-        "weights MB",
+        "tok/s",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "MB",
         "GB/s",
         "compile s",
-        "peak RSS MB",
-        "recompiles",
-        "breaks",
+        "RSS MB",
     ):
         table.add_column(name, justify="right")
     for row in rows:
@@ -120,15 +123,12 @@ def _table(rows: list[LatencyRow], title: str) -> Table:
             _ratio(row, "decode"),
             _ratio(row, "prefill"),
             f"{row.ttft_s * 1e3:.1f}",
-            f"{row.prefill_tokens_per_s:.1f}",
             f"{row.decode_tokens_per_s:.2f}",
-            " ".join(f"{ms:.1f}" for ms in row.per_token_ms.values()),
+            *(f"{ms:.1f}" for ms in row.per_token_ms.values()),
             f"{row.weight_bytes / 1e6:.1f}",
             f"{row.gb_per_s:.2f}",
             f"{row.compile_s:.1f}",
             f"{row.peak_rss / 1e6:.0f}",
-            str(row.recompiles),
-            str(row.graph_breaks),
         )
     return table
 

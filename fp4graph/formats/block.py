@@ -69,7 +69,9 @@ class BlockFormat:
         w_NGB = self._groups(weight.detach())
         amax_NG = w_NGB.abs().amax(-1)
         if not bool(amax_NG.isfinite().all()):
-            raise WeightError(f"{_count_nonfinite(weight)} of {weight.numel()} values are NaN or Inf")
+            raise WeightError(
+                f"{_count_nonfinite(weight)} of {weight.numel()} values are NaN or Inf"
+            )
         codes, scale, per_tensor_scale = self._encode(w_NGB, amax_NG)
         codes = codes.flatten(1)
         return PackedWeight(

@@ -77,7 +77,7 @@ class E4M3Scale:
         return per_tensor_scale * E4M3.decode(codes & 0x7F)  # the sign bit is ignored: UE4M3
 
     def reciprocal(self, codes: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
-        """See `ScaleCodec`; the order of operations is torchao's, so that codes agree bit for bit."""
+        """See `ScaleCodec`; operations are in torchao's order, so that codes agree bit for bit."""
         assert per_tensor_scale is not None
         return (1.0 / per_tensor_scale) / E4M3.decode(codes)
 

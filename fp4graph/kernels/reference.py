@@ -36,7 +36,9 @@ def _refuses(problem: Problem) -> str | None:
 def _define(format: BlockFormat) -> torch._ops.OpOverload[..., Tensor]:
     """Register `fp4graph::reference_<format>(x, qdata, scale, [per_tensor_scale,] bias)`."""
     name = f"reference_{format.base}"
-    scales = "Tensor scale, Tensor per_tensor_scale" if format.has_per_tensor_scale else "Tensor scale"
+    scales = (
+        "Tensor scale, Tensor per_tensor_scale" if format.has_per_tensor_scale else "Tensor scale"
+    )
     _LIBRARY.define(f"{name}(Tensor x, Tensor qdata, {scales}, Tensor? bias) -> Tensor")
 
     def meaning(x: Tensor, qdata: Tensor, scale: Tensor, *rest: Tensor | None) -> Tensor:
@@ -66,7 +68,7 @@ torch.library.register_fake(
 )
 
 FAKE_QUANTIZE: torch._ops.OpOverload[..., Tensor] = torch.ops.fp4graph.fake_quantize.default
-"""`fake_quantize(x, format name) -> y`: the activation half of W4A4, see `BlockFormat.fake_quantize`."""
+"""`fake_quantize(x, format name) -> y`: the activation half of W4A4; see `BlockFormat`."""
 
 REFERENCE = register(
     Kernel(

@@ -90,9 +90,7 @@ def run_passes(
         gm.recompile()
         after = op_counts(gm)
         changes = {
-            op: (before[op], after[op])
-            for op in sorted(before | after)
-            if before[op] != after[op]
+            op: (before[op], after[op]) for op in sorted(before | after) if before[op] != after[op]
         }
         records.append(PassRecord(run.name, seconds, changes))
         _LOG.info("graph %d, %s", number, records[-1])

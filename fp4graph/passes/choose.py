@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -11,6 +10,8 @@ from fp4graph.kernels import Kernel, Problem, choose
 from fp4graph.passes.site import LinearSite, mark, sites
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch.fx import GraphModule
 
 OnRefusal = Literal["raise", "keep"]

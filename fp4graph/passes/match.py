@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -48,15 +48,11 @@ def match_linear(node: Node) -> LinearForm | None:
     if node.target in _MATMUL and len(node.args) == 2 and isinstance(node.args[1], Node):
         return _form(0, node.args[1], None, stored_NK=False)
     if node.target in _ADDMM and len(node.args) == 3 and isinstance(node.args[2], Node):
-        bias, _, weight = node.args
-        form = _form(1, weight, bias, stored_NK=False)
-        scaled = any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta"))
-        return form and (_refused(form, "addmm with alpha or beta") if scaled else form)
+        form = _form(1, node.args[2], node.args[0], stored_NK=False)
+        if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
+            return replace(form, unsupported="it is an addmm with alpha or beta")
+        return form
     return None
-
-
-def _refused(form: LinearForm, reason: str) -> LinearForm:
-    return LinearForm(form.x, form.weight, form.placeholder, form.transposed, form.bias, reason)
 
 
 def _form(x: int, weight: Node, bias: object, *, stored_NK: bool) -> LinearForm:

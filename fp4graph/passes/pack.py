@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,6 +9,8 @@ from fp4graph.passes.pack_cache import CACHE, PackCache
 from fp4graph.passes.site import mark, sites
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch.fx import GraphModule
 
 

@@ -16,6 +16,8 @@ from fp4graph.errors import WeightError
 from fp4graph.fingerprint import fingerprint
 
 if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
     from fp4graph.kernels import Kernel
     from fp4graph.policy import Scheme
 
@@ -89,7 +91,7 @@ class PackCache:
     """
 
     def __init__(self) -> None:
-        self._entries = WeakIdKeyDictionary()
+        self._entries: MutableMapping[Tensor, dict[object, PackEntry]] = WeakIdKeyDictionary()
         self._lock = threading.Lock()
 
     def get(
@@ -102,7 +104,9 @@ class PackCache:
         """
         key = (scheme.format, scheme.quantizer, kernel.name, transposed)
         with self._lock:
-            by_scheme = self._entries.setdefault(weight, {})
+            by_scheme = self._entries.get(weight)
+            if by_scheme is None:
+                by_scheme = self._entries[weight] = {}
             entry = by_scheme.get(key)
             if entry is None:
                 entry = PackEntry(scheme, kernel, transposed, fqn)
@@ -110,11 +114,10 @@ class PackCache:
                 by_scheme[key] = entry
             else:
                 entry.verify(weight)
-        assert isinstance(entry, PackEntry)
         return entry
 
     def __len__(self) -> int:
-        return sum(len(entries) for entries in self._entries.values())
+        return sum(map(len, self._entries.values()))
 
 
 CACHE = PackCache()

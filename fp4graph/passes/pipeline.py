@@ -70,7 +70,9 @@ def rows(gm: GraphModule) -> list[LinearRow]:
             site.bytes_dense,
             site.reason,
             site.kernel.name if site.kernel else None,
-            site.scheme.format.packed_bytes(*site.tag.shape) if site.kernel and site.scheme else None,
+            site.scheme.format.packed_bytes(*site.tag.shape)
+            if site.kernel and site.scheme
+            else None,
         )
         for _, site in sites(gm)
     ]

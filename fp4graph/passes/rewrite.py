@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch._dynamo.source import ConstantSource
+from torch.fx import Node
 
 from fp4graph.kernels import FAKE_QUANTIZE
 from fp4graph.passes.site import LinearSite, sites
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch import Tensor
-    from torch.fx import GraphModule, Node
+    from torch.fx import GraphModule
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def _replace(
     graph = gm.graph
     with graph.inserting_before(node):
         source = node.args[site.x]
+        assert isinstance(source, Node)
         x = _cast(gm, source, site.dtype)
         if site.scheme.activations is not None:
             key = (source, site.dtype, site.scheme.activations.name)

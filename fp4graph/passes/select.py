@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fp4graph.errors import SelectorError
 from fp4graph.passes.site import mark, sites
-from fp4graph.policy import Policy
-from fp4graph.tags import LinearTag
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch.fx import GraphModule
+
+    from fp4graph.policy import Policy
+    from fp4graph.tags import LinearTag
 
 _FRAGMENT = (
     "if torch.compile split the model (graph breaks, layers compiled alone), "

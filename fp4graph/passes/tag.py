@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +15,8 @@ from fp4graph.roles import block_of, role_of
 from fp4graph.tags import LinearTag, Role
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from torch.fx import GraphModule, Node
 
 _EXPERTS = "stacked expert weights are not supported yet"
@@ -81,7 +82,6 @@ class TagLinears:
             block=block_of(path),
             num_blocks=None,
             shape=(columns, rows) if form.transposed else (rows, columns),
-            has_bias=form.bias is not None,
         )
         unsupported = form.unsupported or (None if is_parameter else _NO_PARAMETER)
         mark(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import platform
 import sys
 from dataclasses import asdict, dataclass
@@ -124,7 +123,7 @@ def trials(
     activations: Sequence[str],
     directions: Sequence[Direction],
 ) -> list[Trial]:
-    """Return the dense model, then every combination; with `except`, `all` is added to compare with.
+    """Return the dense model, then every combination; `except` brings `all` to compare with.
 
     Raises:
         SelectorError: a selector cannot be parsed.
@@ -181,9 +180,7 @@ class Ablation:
         StudyError: the model's weights are random.
     """
 
-    def __init__(
-        self, loaded: LoadedModel, windows: Windows, store: Store, scratch: Path
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, windows: Windows, store: Store, scratch: Path) -> None:
         if loaded.is_random:
             raise StudyError(f"{loaded.name} has random weights: its accuracy means nothing")
         self._loaded = loaded
@@ -232,24 +229,20 @@ class Ablation:
         missing = [trial for trial in plan if known[trial] is None]
         rest = len([trial for trial in missing if trial != DENSE])
         progress.start((rest + bool(missing)) * len(self._windows.ids))
-        path = self._scratch / f"dense-{os.getpid()}.f32"
         reference: DenseReference | None = None
-        try:
-            for trial in plan:
-                result = known[trial]
-                if result is None:
-                    if reference is None:
-                        self._traced.select(None)
-                        reference = DenseReference(
-                            self._logits, self._windows, path, progress.advance
-                        )
-                    result = self._measure(trial, reference, progress)
-                    self._store.put(self._key(trial), result)
-                row = Row(**result)
-                progress.trial(trial, row, cached=known[trial] is not None)
-                yield row
-        finally:
-            path.unlink(missing_ok=True)
+        for trial in plan:
+            result = known[trial]
+            if result is None:
+                if reference is None:
+                    self._traced.select(None)
+                    reference = DenseReference(
+                        self._logits, self._windows, self._scratch, progress.advance
+                    )
+                result = self._measure(trial, reference, progress)
+                self._store.put(self._key(trial), result)
+            row = Row(**result)
+            progress.trial(trial, row, cached=known[trial] is not None)
+            yield row
 
     def provenance(self) -> dict[str, Any]:
         """Return everything that the numbers hang on, and where they were measured."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,9 @@ def cut(text: str, tokenizer: Any, tokens: int, seq_len: int) -> Windows:
         CorpusError: the text has fewer tokens, or they do not fill one window.
     """
     if seq_len < 2 or tokens < seq_len:
-        raise CorpusError(f"{tokens} tokens in windows of {seq_len}: a window needs 2 tokens or more")
+        raise CorpusError(
+            f"{tokens} tokens in windows of {seq_len}: a window needs 2 tokens or more"
+        )
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
     if len(ids) < tokens:
         raise CorpusError(f"the text has {len(ids)} tokens, fewer than the {tokens} asked for")
@@ -91,7 +94,7 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean NLL."""
+        """Exp of the mean NLL."""
         return math.exp(float(self.nll.mean()) / self.tokens)
 
 
@@ -108,12 +111,15 @@ def mean_and_error(sums: Floats, tokens: int) -> tuple[float, float | None]:
 
 
 class DenseReference:
-    """The dense model's log probabilities on all windows, in a file: float32 [windows, scored, vocab].
+    """The dense model's log probabilities on all windows: float32 [windows, scored, vocab].
+
+    They are mapped from a file, for they can outgrow the memory, and the file's name is removed as
+    soon as it is mapped, so that not even kill -9 leaves it behind.
 
     Args:
         run: the dense model, token ids [1, length] to logits [1, length, vocab].
         windows: the text.
-        path: where the file goes; the caller removes it.
+        folder: whose disk the file takes up.
         progress: called once after each window.
 
     Raises:
@@ -124,7 +130,7 @@ class DenseReference:
         self,
         run: Callable[[Tensor], Tensor],
         windows: Windows,
-        path: Path,
+        folder: Path,
         progress: Callable[[], None],
     ) -> None:
         self.windows = windows
@@ -133,7 +139,7 @@ class DenseReference:
         for index, row in enumerate(windows.ids):
             logp_TV = _log_probabilities(run, row, windows)
             if self._file is None:
-                self._file = _allocate(path, (len(windows.ids), *logp_TV.shape))
+                self._file = _allocate(folder, (len(windows.ids), *logp_TV.shape))
             self._file[index] = logp_TV.numpy()
             sums.append(_nll(logp_TV, row[windows.first :]))
             progress()
@@ -165,17 +171,16 @@ def _nll(logp_TV: Tensor, targets_T: Tensor) -> float:
     return -float(logp_TV.gather(1, targets_T[:, None]).sum(dtype=torch.float64))
 
 
-def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float32]]:
-    """Make the file and reserve its blocks, so that a full disk is an error now, not a crash later."""
+def _allocate(folder: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float32]]:
+    """Map a nameless file, its blocks reserved: a full disk is an error now, not a crash later."""
     size = math.prod(shape) * 4
     try:
-        with path.open("wb") as file:
-            file.truncate(size)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="dense-", suffix=".f32") as file:
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(file.fileno(), 0, size)
-        return np.memmap(path, dtype=np.float32, mode="r+", shape=shape)
+            return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
     except OSError as error:
         raise StudyError(
-            f"cannot keep the dense model's {size / 1e9:.1f} GB of log probabilities in {path} "
+            f"cannot keep the dense model's {size / 1e9:.1f} GB of log probabilities in {folder} "
             f"({error.strerror}): use fewer --tokens, or an --out folder with more room"
         ) from None

@@ -119,11 +119,8 @@ class _Runner:
             model=model,
             report=self.report,
         )
-        # Each variant counts its own recompiles, and dynamic shapes would cost the decode graph.
-        self._call = torch.compile(model, backend=backend, dynamic=False, isolate_recompiles=True)
-        self._cache = StaticCache(
-            config=model.config, max_cache_len=prompt.shape[1] + new_tokens
-        )
+        self._call = torch.compile(model, backend=backend, dynamic=False)
+        self._cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
         self.first_s: list[float] = []
         self.decode_s: list[list[float]] = []
         self.tokens: list[int] = []

@@ -37,13 +37,19 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         panels = {key: group for key, group in panels.items() if _is_grid(group)}
     height = max(_panel_height(group) for group in panels.values())
     figure, axes = plt.subplots(
-        len(panels), 1, figsize=(9, 1 + height * len(panels)), squeeze=False, layout="constrained"
+        len(panels),
+        1,
+        figsize=(9, 1 + height * len(panels)),
+        sharex=True,  # so that formats compare by eye; panels of a heat map have the same blocks
+        squeeze=False,
+        layout="constrained",
     )
     for axis, (key, group) in zip(axes[:, 0], panels.items(), strict=True):
         format, activations, direction = key
         mode = "W4A16" if activations == "none" else "W4A4"
         (_heat_map if _is_grid(group) else _bars)(axis, group)
-        axis.set_title(f"{format} {mode}, {direction} this selection in FP4", fontsize=10)
+        where = "this selection only" if direction == "only" else "all but this selection"
+        axis.set_title(f"{format} {mode}, FP4 in {where}", fontsize=10)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=120)
     plt.close(figure)

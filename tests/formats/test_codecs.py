@@ -69,7 +69,9 @@ def test_encode_agrees_with_ml_dtypes(minifloat: Minifloat, oracle: type) -> Non
 
 def test_e4m3_agrees_with_torch_on_every_byte_and_back() -> None:
     torch_values = ALL_BYTES.view(torch.float8_e4m3fn).to(torch.float32)
-    assert bits(E4M3.decode(ALL_BYTES).nan_to_num(nan=1e9)) == bits(torch_values.nan_to_num(nan=1e9))
+    assert bits(E4M3.decode(ALL_BYTES).nan_to_num(nan=1e9)) == bits(
+        torch_values.nan_to_num(nan=1e9)
+    )
     finite = ALL_BYTES[torch_values.isfinite()]
     assert torch.equal(E4M3.encode(E4M3.decode(finite)), finite)
     x = samples().clamp(-448, 448)

@@ -15,14 +15,20 @@ from fp4graph.kernels import FAKE_QUANTIZE, Kernel, Problem, choose, kernels
 SHAPES = [(1, 1, 1), (1, 16, 32), (3, 17, 33), (17, 64, 48), (128, 40, 80), (0, 8, 16)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CPU = torch.device("cpu")
-EVERY = [pytest.param(kernel, name, id=f"{kernel.name}-{name}") for kernel in kernels() for name in FORMATS]
+EVERY = [
+    pytest.param(kernel, name, id=f"{kernel.name}-{name}")
+    for kernel in kernels()
+    for name in FORMATS
+]
 
 
 def problem(name: str, dtype: torch.dtype = torch.float32, n: int = 8, k: int = 16) -> Problem:
     return Problem(n, k, FORMATS[name], dtype, CPU)
 
 
-def run(kernel: Kernel, packed: fp4graph.PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def run(
+    kernel: Kernel, packed: fp4graph.PackedWeight, x: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     return kernel.ops[packed.format.base](x, *kernel.prepack(packed), bias)
 
 
@@ -113,5 +119,5 @@ def test_auto_falls_through_a_kernel_that_refuses(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(fp4graph.kernels.contract._KERNELS, "picky", picky)
     assert kernels()[0] is picky
     assert choose(problem("nvfp4")).name != "picky"
-    with pytest.raises(RefusalError, match="kernel picky: never on a Tuesday$"):
+    with pytest.raises(RefusalError, match=r"kernel picky: never on a Tuesday$"):
         choose(problem("nvfp4"), "picky")

@@ -62,6 +62,8 @@ def test_a_broken_graph_is_caught_at_once() -> None:
 def test_dumps_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FP4GRAPH_DUMP", str(tmp_path / "dump"))
     run_passes(graph(), (), (ReluToAbs(),))
-    before, after = (next(tmp_path.glob(f"dump/*.relu_to_abs.{when}.txt")) for when in ("before", "after"))
+    before, after = (
+        next(tmp_path.glob(f"dump/*.relu_to_abs.{when}.txt")) for when in ("before", "after")
+    )
     assert "relu" in before.read_text()
     assert "abs" in after.read_text()

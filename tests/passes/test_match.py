@@ -32,7 +32,9 @@ ACCEPTED = {
     "addmm": (lambda g, x, w, b: g.call_function(torch.addmm, (b, x, w)), 1, True, True),
     "matmul": (lambda g, x, w, b: g.call_function(torch.matmul, (x, w)), 0, True, False),
     "x @ w.T": (
-        lambda g, x, w, b: g.call_function(operator.matmul, (x, g.call_function(getattr, (w, "T")))),
+        lambda g, x, w, b: g.call_function(
+            operator.matmul, (x, g.call_function(getattr, (w, "T")))
+        ),
         0, False, False,
     ),
     "x.matmul(w.t())": (

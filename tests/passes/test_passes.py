@@ -107,7 +107,7 @@ def test_a_selected_expert_raises_by_default_and_can_be_kept() -> None:
 
 
 def test_the_error_names_the_linears_and_the_way_out() -> None:
-    with pytest.raises(Exception, match="experts.gate_up_proj") as caught:
+    with pytest.raises(Exception, match=r"experts\.gate_up_proj") as caught:
         record("mixtral", "expert")
     text = str(caught.value)
     assert 'on_refusal="keep"' in text
@@ -176,6 +176,3 @@ def test_weights_made_in_inference_mode_are_refused() -> None:
         recorder = Recorder(tag_pass(None), *plan_passes(Policy.of("q", Scheme.of()), "keep"))
         torch.compile(model, backend=recorder)(tokens(), use_cache=False)
     assert "load the model outside" in marks(recorder)["model.layers.0.self_attn.q_proj"].reason
-
-
-

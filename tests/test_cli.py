@@ -1,0 +1,167 @@
+"""The commands: what they print, where, and how they fail."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fp4graph.cli import main
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ABLATE_KEYS = (
+    "selector format activations direction ppl dnll dnll_se kl kl_se top1 "
+    "linears parameters bytes_dense bytes_packed dnll_per_mb"
+)
+LATENCY_KEYS = (
+    "selector format inner ttft_s prefill_tokens_per_s decode_tokens_per_s per_token_ms "
+    "compile_s weight_bytes peak_rss gb_per_s recompiles graph_breaks"
+)
+INSPECT_KEYS = "path role block shape selected kernel reason bytes_dense bytes_packed"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments, catch_exceptions=False)
+
+
+def rows(result: Result) -> list[dict[str, object]]:
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_inspect_json(tiny_folder: Path) -> None:
+    found = rows(run("inspect", str(tiny_folder), "--select", "attn,blocks>0", "--json"))
+    assert len(found) == 15
+    assert all(list(row) == INSPECT_KEYS.split() for row in found)
+    picked = [row for row in found if row["selected"]]
+    assert {row["role"] for row in picked} == {"q", "k", "v", "o"}
+    assert {row["block"] for row in picked} == {1}
+    assert all(row["kernel"] == "reference" for row in picked)
+
+
+def test_inspect_table(tiny_folder: Path) -> None:
+    result = run("inspect", str(tiny_folder), "--select", "down", "--format", "mxfp4")
+    assert result.exit_code == 0
+    assert "model.layers.0.mlp.down_proj" in result.stdout
+    assert "`down` as mxfp4 W4A16" in result.stdout
+    assert "2 of 15 linears in FP4" in result.stdout
+
+
+@pytest.mark.parametrize("select", ["atn", "blocks>99", "q &"])
+def test_a_bad_selector_exits_2_with_one_line(tiny_folder: Path, select: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "fp4graph.cli", "inspect", str(tiny_folder), "--select", select],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("fp4graph:")]
+    assert len(lines) == 1
+    assert f"selector {select!r}, column" in lines[0]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["inspect", "no/such-model"], "cannot load"),
+        (["inspect", "{model}", "--format", "fp5"], "formats are"),
+        (["inspect", "{model}", "--kernel", "warp"], "kernels are"),
+        (["ablate", "{model}"], "give --select"),
+        (["ablate", "{model}", "--select", "q", "--by", "role"], "give --select"),
+        (["ablate", "{model}", "--select", "atn"], "did you mean 'attn'"),
+        (["ablate", "{model}", "--by", "layer"], "expected role, block"),
+        (["ablate", "{model}", "--by", "role", "--format", "nvfp5"], "formats are"),
+        (["ablate", "{model}", "--by", "role", "--activations", "int8"], "not one of none, same"),
+        (["ablate", "{model}", "--by", "role", "--corpus", "/none"], "cannot read corpus"),
+        (["ablate", "{model}", "--by", "role", "--tokens", "9999999"], "fewer than"),
+        (
+            ["ablate", "{model}", "--select", "qkv", "--tokens", "32", "--seq-len", "16"],
+            "matches nothing",
+        ),
+        (["ablate", "qwen2.5-0.5b-random", "--by", "role"], "random weights"),
+        (["latency", "{model}", "--select", "atn"], "did you mean 'attn'"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(
+    tiny_folder: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    arguments = [argument.format(model=tiny_folder) for argument in arguments]
+    if arguments[0] == "ablate":
+        arguments += ["--out", str(tmp_path)]
+    result = run(*arguments)
+    assert result.exit_code == 2
+    (line,) = [line for line in result.stderr.splitlines() if words in line]
+    assert line.startswith(("fp4graph: ", "Error: "))
+
+
+def test_ablate(tiny_folder: Path, tmp_path: Path) -> None:
+    arguments = [
+        "ablate", str(tiny_folder), "--by", "role", "--direction", "both",
+        "--format", "nvfp4,mxfp4", "--activations", "none,same",
+        "--tokens", "64", "--seq-len", "16",
+        "--out", str(tmp_path / "o"),
+    ]  # fmt: skip
+    found = rows(run(*arguments, "--json"))
+    assert all(list(row) == ABLATE_KEYS.split() for row in found)
+    assert found[0]["selector"] == "none"
+    assert len(found) == 1 + 2 * 2 * (7 + 1 + 7)
+    written = [
+        json.loads(line) for line in (tmp_path / "o" / "ablation.jsonl").read_text().splitlines()
+    ]
+    assert written == found
+    assert (tmp_path / "o" / "ablation.png").stat().st_size > 10_000
+    provenance = json.loads((tmp_path / "o" / "run.json").read_text())
+    assert provenance["scored_tokens"] == 60
+    table = run(*arguments)
+    assert table.exit_code == 0
+    assert "all but down" in table.stdout
+    damage = [
+        float(line.split("+")[1].split()[0])
+        for line in table.stdout.splitlines()
+        if " W4A4 " in line and "+" in line
+    ]
+    assert damage == sorted(damage, reverse=True)
+
+
+def test_ablate_takes_selectors_and_a_text(tiny_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox " * 20)
+    found = rows(run(
+        "ablate", str(tiny_folder), "--select", "down,blocks<1", "--select", "all | lm_head",
+        "--corpus", str(text), "--tokens", "60", "--seq-len", "30",
+        "--out", str(tmp_path / "o"), "--json",
+    ))  # fmt: skip
+    assert [row["selector"] for row in found] == ["none", "down,blocks<1", "all | lm_head"]
+    assert [row["linears"] for row in found] == [0, 1, 15]
+
+
+def test_latency(tiny_folder: Path) -> None:
+    arguments = [
+        "latency", str(tiny_folder), "--select", "all", "--select", "attn", "--inner", "eager",
+        "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "2",
+    ]  # fmt: skip
+    found = rows(run(*arguments, "--json"))
+    assert [row["selector"] for row in found] == ["none", "all", "attn"]
+    assert all(set(LATENCY_KEYS.split()) <= set(row) for row in found)
+    table = run(*arguments)
+    assert "decode ratio" in table.stdout
+
+
+def test_verbose_logs_passes(tiny_folder: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "fp4graph.cli", "-v", "inspect", str(tiny_folder), "--json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "fp4graph.passes: graph 0, tag:" in result.stderr
+
+
+def test_help_names_the_commands() -> None:
+    text = run("--help").stdout
+    assert all(name in text for name in ("inspect", "ablate", "latency"))
