@@ -9,7 +9,7 @@ True
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -71,26 +71,22 @@ class Selector:
     """A set of linears, described; equal selectors have equal canonical text, `str(selector)`.
 
     Attributes:
-        root: the syntax tree, normalised.
         text: what the user wrote, for messages.
+        root: the syntax tree, normalised.
+
+    Raises:
+        SelectorError: the text cannot be parsed; with the column, and what was expected there or
+            which names exist.
     """
 
-    root: Node
-    text: str
+    text: str = field(compare=False)
+    root: Node = field(init=False)
 
-    @classmethod
-    def parse(cls, text: str) -> Selector:
-        """Parse a selector; see `parse`."""
-        return parse(text)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", _parse(self.text))
 
     def __str__(self) -> str:
         return str(self.root)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Selector) and self.root == other.root
-
-    def __hash__(self) -> int:
-        return hash(self.root)
 
     def matches(self, tag: LinearTag) -> bool:
         """Tell whether `tag` is selected.
@@ -109,15 +105,14 @@ class Selector:
                 self.text,
                 f"{','.join(picked)} is only a part of the fused {tag.fqn}: "
                 f"use {tag.role} or {parts}",
-                self._column_of(tag, picked),
+                self._column_of(tag),
             )
         return bool(picked)
 
-    def _column_of(self, tag: LinearTag, parts: Sequence[str]) -> int | None:
-        for term in self.root.terms():
-            if isinstance(term, Name) and any(part == term.name for part in tag.role.parts):
-                return term.column
-        return None
+    def _column_of(self, tag: LinearTag) -> int | None:
+        """Return where a part of the tag's role is named."""
+        named = (term for term in self.root.terms() if isinstance(term, Name))
+        return next((term.column for term in named if term.name in tag.role.parts), None)
 
     def check(self, tags: Iterable[LinearTag]) -> None:
         """Check that the selector fits a model.
@@ -153,18 +148,17 @@ def describe(tags: Sequence[LinearTag]) -> str:
 
 @cache
 def parse(text: str) -> Selector:
-    """Parse a selector.
+    """Return `Selector(text)`."""
+    return Selector(text)
 
-    Raises:
-        SelectorError: with the column, and what was expected there or which names exist.
-    """
+
+def _parse(text: str) -> Node:
     try:
-        root = _Build(text).transform(_parser().parse(text))
+        return _Build(text).transform(_parser().parse(text))
     except VisitError as error:
         raise error.orig_exc from None
     except UnexpectedInput as error:
         raise SelectorError(text, *_explain(text, error)) from None
-    return Selector(root, text)
 
 
 @cache

@@ -102,7 +102,7 @@ def ablate_command(
     if bool(selects) == bool(by):
         raise OptionError("give --select (as often as you like) or --by, not both and not neither")
     for text in selects:
-        Selector.parse(text)  # before minutes of loading
+        Selector(text)  # before minutes of loading
     trials(["all"], formats, activations, ("only",))
     if model in models.RANDOM_MODELS:
         raise OptionError(f"{model} has random weights: its accuracy means nothing")

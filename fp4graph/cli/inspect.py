@@ -39,7 +39,7 @@ def inspect_command(
     MODEL is a Hub id, a folder, a GGUF file, smollm2-135m, or qwen2.5-SIZE-random. The model is
     run once, dense, to trace it; nothing is packed.
     """
-    fp4graph.Selector.parse(select)  # before minutes of loading
+    fp4graph.Selector(select)  # before minutes of loading
     fp4graph.Scheme.of(format_name, kernel=kernel)
     with stderr.status(f"loading {model}"):
         loaded = models.load(model, DTYPES[dtype])

@@ -68,7 +68,7 @@ def latency_command(
     mode = None if activations == "none" else activations
     variants = [Variant("none", None, inner)]
     for text, name in itertools.product(selects, formats):
-        selector, format = str(Selector.parse(text)), Scheme.of(name).format.name
+        selector, format = str(Selector(text)), Scheme.of(name).format.name
         if selector != "none":
             variants.append(Variant(selector, format, inner, mode))
     with stderr.status(f"loading {model}"):

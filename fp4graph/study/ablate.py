@@ -129,7 +129,7 @@ def trials(
         SelectorError: a selector cannot be parsed.
         OptionError: a format or an activation mode that does not exist.
     """
-    canonical = list(dict.fromkeys(str(Selector.parse(text)) for text in selectors))
+    canonical = list(dict.fromkeys(str(Selector(text)) for text in selectors))
     plan = [DENSE]
     for format, mode in itertools.product(formats, activations):
         scheme = Scheme.of(format, activations=None if mode == "none" else mode)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from support.closer import relative_l2
 from torch import Tensor
 from torchao.prototype.mx_formats.mx_tensor import MXTensor, ScaleCalculationMode
@@ -148,12 +149,9 @@ def test_the_sign_of_an_nvfp4_scale_is_ignored() -> None:
 
 
 def test_compressed_tensors_reads_our_nibbles() -> None:
-    unpack = pytest.importorskip(
-        "compressed_tensors.compressors.nvfp4.helpers", reason="moved in compressed-tensors"
-    ).unpack_fp4_from_uint8
     w = rand(8, 64)
     packed = fp4graph.quantize(w)
-    codes = unpack(packed.qdata, 8, 64, dtype=torch.float32)
+    codes = unpack_fp4_from_uint8(packed.qdata, 8, 64, dtype=torch.float32)
     factor = packed.scale.float() * packed.per_tensor_scale
     assert torch.equal((codes.view(8, 4, 16) * factor[..., None]).flatten(1), packed.dequantize())
 
