@@ -21,10 +21,11 @@ from fp4graph.cli.common import (
     progress_bar,
     stderr,
 )
-from fp4graph.study.ablate import Ablation, Row, Trial, selectors_by, trials, write_json_lines
+from fp4graph.study.ablate import Ablation, write_json_lines
 from fp4graph.study.evaluate import cut
 from fp4graph.study.plot import draw
 from fp4graph.study.store import Store
+from fp4graph.study.trial import Row, Trial, selectors_by, trials
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fp4graph import (
-    OptionError,
-    Policy,
-    Report,
-    Scheme,
-    Selector,
-    SelectorError,
-    StudyError,
-    TracedModel,
-)
+from fp4graph import Policy, Report, Scheme, SelectorError, StudyError, TracedModel
 from fp4graph.study.evaluate import DenseReference, Scores, Windows, mean_and_error
+from fp4graph.study.trial import DENSE, Row, Trial
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,75 +24,8 @@ if TYPE_CHECKING:
     from fp4graph.models import LoadedModel
     from fp4graph.study.store import Store
 
-Direction = Literal["only", "except"]
 PROTOCOL = 1
 """Raised when the meaning of a stored number changes, so that old ones are not mixed with new."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One model to score.
-
-    Attributes:
-        selector: canonical text; `none` is the dense model.
-        format: of the FP4 weights; None for the dense model.
-        activations: `none` or `same`.
-        direction: `only` puts the selection in FP4, `except` all block linears but the selection.
-    """
-
-    selector: str
-    format: str | None
-    activations: str = "none"
-    direction: Direction = "only"
-
-    def policy(self) -> Policy | None:
-        """Return what to rewrite, None for nothing."""
-        if self.format is None:
-            return None
-        activations = None if self.activations == "none" else self.activations
-        scheme = Scheme.of(self.format, activations=activations)
-        if self.direction == "only":
-            return Policy.of(self.selector, scheme)
-        return Policy.of({"all": {}, self.selector: None}, scheme)
-
-
-DENSE = Trial("none", None)
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a trial measured; the fields are the keys of the JSON lines.
-
-    Attributes:
-        selector: see `Trial`, and so are `format`, `activations` and `direction`.
-        ppl: perplexity.
-        dnll: mean NLL less the dense model's on the same tokens, nats.
-        dnll_se: its standard error, windows being independent; None with one window.
-        kl: mean KL divergence of the model from the dense one, nats.
-        kl_se: its standard error.
-        top1: share of tokens where both models' likeliest token is the same.
-        linears: linears in FP4.
-        parameters: their weights' values.
-        bytes_dense: their size in the model's dtype.
-        bytes_packed: their size in FP4.
-        dnll_per_mb: dnll for each MB (10^6 bytes) that FP4 saves; None where it saves nothing.
-    """
-
-    selector: str
-    format: str | None
-    activations: str
-    direction: Direction
-    ppl: float
-    dnll: float
-    dnll_se: float | None
-    kl: float
-    kl_se: float | None
-    top1: float
-    linears: int
-    parameters: int
-    bytes_dense: int
-    bytes_packed: int
-    dnll_per_mb: float | None
 
 
 class Progress(Protocol):
@@ -115,56 +39,6 @@ class Progress(Protocol):
 
     def trial(self, trial: Trial, row: Row, *, cached: bool) -> None:
         """A trial ended, or was found in the store."""
-
-
-def trials(
-    selectors: Sequence[str],
-    formats: Sequence[str],
-    activations: Sequence[str],
-    directions: Sequence[Direction],
-) -> list[Trial]:
-    """Return the dense model, then every combination; `except` brings `all` to compare with.
-
-    Raises:
-        SelectorError: a selector cannot be parsed.
-        OptionError: a format or an activation mode that does not exist.
-    """
-    canonical = list(dict.fromkeys(str(Selector(text)) for text in selectors))
-    plan = [DENSE]
-    for format, mode in itertools.product(formats, activations):
-        scheme = Scheme.of(format, activations=None if mode == "none" else mode)
-        for direction in directions:
-            names = ["all", *canonical] if direction == "except" else canonical
-            plan += [
-                Trial(name, scheme.format.name, mode, "only" if name == "all" else direction)
-                for name in names
-                if name != "none"
-            ]
-    return list(dict.fromkeys(plan))
-
-
-def selectors_by(report: Report, what: str) -> list[str]:
-    """Return one selector a role, a block, or both, for the block linears of a model.
-
-    Args:
-        report: of the model, every linear in it.
-        what: `role`, `block` or `role,block`.
-
-    Raises:
-        OptionError: another `what`.
-    """
-    linears = [row for row in report if row.selected]
-    parts = tuple(part.strip() for part in what.split(","))
-    match parts:
-        case ("role",):
-            found = [row.role for row in linears]
-        case ("block",):
-            found = [f"blocks={row.block}" for row in linears]
-        case ("role", "block") | ("block", "role"):
-            found = [f"{row.role},blocks={row.block}" for row in linears]
-        case _:
-            raise OptionError(f"--by {what!r}: expected role, block or role,block")
-    return list(dict.fromkeys(found))
 
 
 class Ablation:

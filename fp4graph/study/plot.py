@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from fp4graph.study.ablate import Row
+    from fp4graph.study.trial import Row
 
 _CELL = re.compile(r"(\w+),blocks=(\d+)")
 _NO_NUMBER = float("nan")

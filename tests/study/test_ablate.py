@@ -19,18 +19,11 @@ from support.models import tiny, tokens
 import fp4graph
 from fp4graph import OptionError, SelectorError, StudyError
 from fp4graph.models import LoadedModel
-from fp4graph.study.ablate import (
-    DENSE,
-    Ablation,
-    Row,
-    Trial,
-    selectors_by,
-    trials,
-    write_json_lines,
-)
+from fp4graph.study.ablate import Ablation, write_json_lines
 from fp4graph.study.evaluate import Windows
 from fp4graph.study.plot import draw
 from fp4graph.study.store import Store
+from fp4graph.study.trial import DENSE, Row, Trial, selectors_by, trials
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,9 +11,10 @@ from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
 from fp4graph import models
-from fp4graph.study.ablate import DENSE, Ablation, Trial
+from fp4graph.study.ablate import Ablation
 from fp4graph.study.evaluate import cut
 from fp4graph.study.store import Store
+from fp4graph.study.trial import DENSE, Trial
 
 if TYPE_CHECKING:
     from pathlib import Path
