@@ -85,7 +85,8 @@ def readable_errors() -> Iterator[None]:
         click.echo(f"fp4graph: {error}", err=True)
         sys.exit(USAGE)
     except KeyboardInterrupt:
-        click.echo("fp4graph: interrupted", err=True)
+        kept = "trials that ended are kept: the same ablate command goes on where it was"
+        click.echo(f"fp4graph: interrupted; {kept}", err=True)
         sys.exit(INTERRUPTED)
 
 
