@@ -179,7 +179,8 @@ def _explain(text: str, error: UnexpectedInput) -> tuple[str, int]:
         assert isinstance(error, UnexpectedCharacters)
         found, column = f"unexpected {text[error.column - 1]!r}", error.column
         wanted = error.allowed
-    expected = sorted({_EXPECTED[name] for name in wanted if name in _EXPECTED}) or ["the end"]
+    open_ended = {name for name in wanted if name != "RPAR" or "(" in text}
+    expected = sorted(_EXPECTED[name] for name in open_ended if name in _EXPECTED) or ["the end"]
     return f"{found}; expected {' or '.join(expected)}", column
 
 

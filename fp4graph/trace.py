@@ -20,12 +20,14 @@ from fp4graph.passes.pipeline import (
     run_passes,
     tag_pass,
 )
+from fp4graph.passes.site import sites
 from fp4graph.report import LinearRow, Report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fp4graph.policy import Policy
+    from fp4graph.tags import LinearTag
 
 
 class TracedModel:
@@ -74,11 +76,17 @@ class TracedModel:
             report.add(graph.rewrite(policy, on_refusal))
         return report
 
-    def plan(self, policy: Policy, on_refusal: OnRefusal = "keep") -> Report:
+    @property
+    def tags(self) -> tuple[LinearTag, ...]:
+        """The linears of all traced graphs."""
+        found = (site.tag for graph in self._graphs for _, site in sites(graph.tagged))
+        return tuple(dict.fromkeys(found))
+
+    def plan(self, policy: Policy) -> Report:
         """Say what `select` would do, packing and changing nothing; refusals become rows."""
         report = Report()
         for graph in self._graphs:
-            report.add(graph.plan(policy, on_refusal))
+            report.add(graph.plan(policy))
         return report
 
     def _capture(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -100,20 +108,20 @@ class _TracedGraph:
     """One tagged graph, kept as traced, and its latest rewritten copy."""
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-        self._tagged = gm
+        self.tagged = gm
         self._example_inputs = tuple(example_inputs)
         self.run: Callable[..., Any] = gm.forward
 
-    def plan(self, policy: Policy, on_refusal: OnRefusal) -> list[LinearRow]:
-        copy = _copy(self._tagged)
-        run_passes(copy, self._example_inputs, plan_passes(policy, on_refusal))
+    def plan(self, policy: Policy) -> list[LinearRow]:
+        copy = _copy(self.tagged)
+        run_passes(copy, self._example_inputs, plan_passes(policy, "keep"))
         return rows(copy)
 
     def rewrite(self, policy: Policy | None, on_refusal: OnRefusal) -> list[LinearRow]:
         if policy is None:
-            self.run = self._tagged.forward
-            return rows(self._tagged)
-        copy = _copy(self._tagged)
+            self.run = self.tagged.forward
+            return rows(self.tagged)
+        copy = _copy(self.tagged)
         run_passes(copy, self._example_inputs, plan_passes(policy, on_refusal))
         found = rows(copy)
         if any(row.selected for row in found):

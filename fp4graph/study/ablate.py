@@ -83,13 +83,14 @@ class Ablation:
 
         Raises:
             SelectorError: a selector does not fit the model.
-            RefusalError: a linear cannot run in FP4.
         """
+        tags = self._traced.tags
         for trial in plan:
             policy = trial.policy()
             if policy is None:
                 continue
-            if not self._traced.plan(policy, "raise").selected:
+            policy.check(tags)
+            if not any(policy.decide(tag).scheme for tag in tags):
                 raise SelectorError(trial.selector, "leaves no linear in FP4 to measure")
 
     def run(self, plan: Sequence[Trial], progress: Progress) -> Iterator[Row]:

@@ -61,9 +61,8 @@ def cut(text: str, tokenizer: Any, tokens: int, seq_len: int) -> Windows:
         CorpusError: the text has fewer tokens, or they do not fill one window.
     """
     if seq_len < 2 or tokens < seq_len:
-        raise CorpusError(
-            f"{tokens} tokens in windows of {seq_len}: a window needs 2 tokens or more"
-        )
+        problem = "a window needs 2 tokens or more, and the tokens must fill one"
+        raise CorpusError(f"{tokens} tokens in windows of {seq_len}: {problem}")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
     if len(ids) < tokens:
         raise CorpusError(f"the text has {len(ids)} tokens, fewer than the {tokens} asked for")
