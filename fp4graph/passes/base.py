@@ -71,7 +71,7 @@ def op_counts(gm: GraphModule) -> Counter[str]:
 def run_passes(
     gm: GraphModule, example_inputs: Sequence[Any], passes: Sequence[GraphPass]
 ) -> list[PassRecord]:
-    """Run passes in order: each is timed, the graph linted and recompiled, op counts compared.
+    """Run passes in order: each is timed, the graph linted and op counts compared; then recompile.
 
     Records are logged to `fp4graph.passes` at level INFO. With the environment variable
     `FP4GRAPH_DUMP` set to a folder, the graph is written there before and after each pass.
@@ -87,7 +87,6 @@ def run_passes(
         run(gm, example_inputs)
         seconds = time.perf_counter() - start
         gm.graph.lint()
-        gm.recompile()
         after = op_counts(gm)
         changes = {
             op: (before[op], after[op]) for op in sorted(before | after) if before[op] != after[op]
@@ -95,6 +94,7 @@ def run_passes(
         records.append(PassRecord(run.name, seconds, changes))
         _LOG.info("graph %d, %s", number, records[-1])
         _dump(gm, dump, f"{stem}.after")
+    gm.recompile()
     return records
 
 
