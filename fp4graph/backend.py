@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from fp4graph.errors import Fp4GraphError, OptionError
+from fp4graph.errors import Fp4GraphError, OptionError, SelectorError
 from fp4graph.passes.dynamo import make_room_for_recompiles, pin_to_module
 from fp4graph.passes.pipeline import (
     OnRefusal,
@@ -17,6 +17,7 @@ from fp4graph.passes.pipeline import (
     run_passes,
     tag_pass,
 )
+from fp4graph.passes.site import sites
 from fp4graph.passes.tag import model_tags
 from fp4graph.policy import Policy, Scheme, Select
 from fp4graph.report import Report
@@ -84,6 +85,7 @@ class Backend:
     ) -> Callable[..., Any]:
         plan = plan_passes(self.policy, self._on_refusal, self._universe)
         run_passes(gm, example_inputs, (self._tag, *plan))
+        self._check_num_blocks(gm)
         found = rows(gm)
         if found:
             pin_to_module(gm)
@@ -93,6 +95,19 @@ class Backend:
         bound = bindings(gm)
         self.report.add(found)
         return bind(_compile_inner(self._inner, gm, example_inputs, mode), bound)
+
+    def _check_num_blocks(self, gm: GraphModule) -> None:
+        """Refuse to count blocks from the end of what turns out to be a fragment of the model."""
+        total = max((site.tag.num_blocks or 0 for _, site in sites(gm)), default=0)
+        if self._universe is not None or not total:
+            return
+        if self._num_blocks not in (None, total) and self.policy.counts_from_end:
+            raise SelectorError(
+                str(self.policy),
+                f"graphs with {self._num_blocks} and {total} blocks were seen, so negative block "
+                "indexes are in doubt: pass model= to backend(), one backend for each model",
+            )
+        self._num_blocks = total
 
 
 def backend(

@@ -125,6 +125,11 @@ class Policy:
             )
         )
 
+    @property
+    def counts_from_end(self) -> bool:
+        """Whether a selector has a negative block index."""
+        return any(selector.counts_from_end for selector, _ in self.entries)
+
     def check(self, tags: Sequence[LinearTag]) -> None:
         """Check every selector against a model's linears; see `Selector.check`."""
         for selector, _ in self.entries:

@@ -88,6 +88,11 @@ class Selector:
     def __str__(self) -> str:
         return str(self.root)
 
+    @property
+    def counts_from_end(self) -> bool:
+        """Whether a term has a negative block index."""
+        return any(term.counts_from_end for term in self.root.terms())
+
     def matches(self, tag: LinearTag) -> bool:
         """Tell whether `tag` is selected.
 
@@ -95,7 +100,7 @@ class Selector:
             SelectorError: only some parts of a fused weight are selected, or a negative block
                 index meets a tag that does not know the number of blocks.
         """
-        if tag.num_blocks is None and any(term.counts_from_end for term in self.root.terms()):
+        if tag.num_blocks is None and self.counts_from_end:
             problem = "a negative block index needs the number of blocks: pass model= to backend()"
             raise SelectorError(self.text, problem)
         picked = [part for part in tag.role.parts if self.root.accepts(tag, part)]

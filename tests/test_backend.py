@@ -309,6 +309,17 @@ def test_a_graph_break_keeps_every_linear() -> None:
     assert relative_l2(out, logits(dequantised(model, backend.report))) < 1e-5
 
 
+def test_a_negative_block_in_a_fragment_is_refused_without_the_model() -> None:
+    model = tiny("opt")
+    model.model.decoder.layers[1].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    with pytest.raises(SelectorError, match="pass model= to backend"):
+        logits(compiled(model, "blocks=-1"))
+    torch._dynamo.reset()
+    backend = fp4graph.backend("blocks=-1", inner="eager", model=model)
+    logits(torch.compile(model, backend=backend))
+    assert {row.block for row in backend.report.selected} == {1}
+
+
 def test_a_callable_inner_gets_the_rewritten_graph() -> None:
     counts = []
 

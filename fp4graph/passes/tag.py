@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fp4graph.passes.match import LinearForm, match_linear
 from fp4graph.passes.site import LinearSite, mark, sites
@@ -15,9 +15,11 @@ from fp4graph.roles import block_of, role_of
 from fp4graph.tags import LinearTag, Role
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping, MutableMapping, Sequence
 
     from torch.fx import GraphModule, Node
+
+    Names = Mapping[nn.Parameter, tuple[str, ...]]
 
 _EXPERTS = "stacked expert weights are not supported yet"
 _NO_PARAMETER = "its weight is no nn.Parameter"
@@ -39,13 +41,13 @@ class TagLinears:
     reads them, as unsupported, so that they leave a row in the report too.
 
     Attributes:
-        names: module paths by id of the parameter, from `parameter_names(model)`; where given,
-            paths are whole even if a submodule is compiled alone.
+        names: module paths by parameter, from `parameter_names(model)`; where given, paths are
+            whole even if a submodule is compiled alone.
         num_blocks: blocks of the model; None counts those in the graph.
     """
 
     name: ClassVar[str] = "tag"
-    names: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    names: Names = field(default_factory=dict)
     num_blocks: int | None = None
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
@@ -120,18 +122,18 @@ class TagLinears:
 
     def _known(self, weight: object, own: str) -> str:
         """Return the parameter's path in the model that ends like the calling module's own path."""
-        names = self.names.get(id(weight), ())
-        return next((name for name in names if own and name.endswith(own)), "") or (
-            names[0] if names and not own else ""
-        )
+        names = self.names.get(weight, ()) if isinstance(weight, nn.Parameter) else ()
+        if not own:
+            return names[0] if names else ""
+        return next((name for name in names if f".{name}".endswith(f".{own}")), "")
 
 
-def parameter_names(model: nn.Module) -> dict[int, tuple[str, ...]]:
-    """Map the id of each parameter to all module paths that hold it (more than one where tied)."""
-    names: defaultdict[int, tuple[str, ...]] = defaultdict(tuple)
+def parameter_names(model: nn.Module) -> Names:
+    """Map each parameter to all module paths that hold it (more than one where tied)."""
+    names: MutableMapping[nn.Parameter, tuple[str, ...]] = WeakIdKeyDictionary()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[id(parameter)] += (name.removesuffix(".weight"),)
-    return dict(names)
+        names[parameter] = (*names.get(parameter, ()), name.removesuffix(".weight"))
+    return names
 
 
 def model_tags(model: nn.Module) -> tuple[LinearTag, ...]:
