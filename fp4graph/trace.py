@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from fp4graph.policy import Policy
     from fp4graph.tags import LinearTag
 
+    Tags = tuple[LinearTag, ...]
+
 
 class TracedModel:
     """A model whose linears can be put in FP4 and back without tracing it again.
@@ -73,11 +75,11 @@ class TracedModel:
         self._policy, self._on_refusal = policy, on_refusal
         report = Report()
         for graph in self._graphs:
-            report.add(graph.rewrite(policy, on_refusal))
+            report.add(graph.rewrite(policy, on_refusal, self.tags))
         return report
 
     @property
-    def tags(self) -> tuple[LinearTag, ...]:
+    def tags(self) -> Tags:
         """The linears of all traced graphs."""
         found = (site.tag for graph in self._graphs for _, site in sites(graph.tagged))
         return tuple(dict.fromkeys(found))
@@ -86,7 +88,7 @@ class TracedModel:
         """Say what `select` would do, packing and changing nothing; refusals become rows."""
         report = Report()
         for graph in self._graphs:
-            report.add(graph.plan(policy))
+            report.add(graph.plan(policy, self.tags))
         return report
 
     def _capture(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -95,7 +97,7 @@ class TracedModel:
         graph = _TracedGraph(gm, example_inputs)
         self._graphs.append(graph)
         if self._policy is not None:
-            graph.rewrite(self._policy, self._on_refusal)
+            graph.rewrite(self._policy, self._on_refusal, self.tags)
 
         def run(*args: Any) -> Any:
             self._runs += 1
@@ -112,17 +114,19 @@ class _TracedGraph:
         self._example_inputs = tuple(example_inputs)
         self.run: Callable[..., Any] = gm.forward
 
-    def plan(self, policy: Policy) -> list[LinearRow]:
+    def plan(self, policy: Policy, universe: Tags) -> list[LinearRow]:
         copy = _copy(self.tagged)
-        run_passes(copy, self._example_inputs, plan_passes(policy, "keep"))
+        run_passes(copy, self._example_inputs, plan_passes(policy, "keep", universe))
         return rows(copy)
 
-    def rewrite(self, policy: Policy | None, on_refusal: OnRefusal) -> list[LinearRow]:
+    def rewrite(
+        self, policy: Policy | None, on_refusal: OnRefusal, universe: Tags
+    ) -> list[LinearRow]:
         if policy is None:
             self.run = self.tagged.forward
             return rows(self.tagged)
         copy = _copy(self.tagged)
-        run_passes(copy, self._example_inputs, plan_passes(policy, on_refusal))
+        run_passes(copy, self._example_inputs, plan_passes(policy, on_refusal, universe))
         found = rows(copy)
         if any(row.selected for row in found):
             check_no_gradients(self._example_inputs)

@@ -373,6 +373,14 @@ def test_explain_compiles_and_packs_nothing() -> None:
     assert all(row.reason.startswith("refused: stacked") for row in refused if row.role == "expert")
 
 
+def test_explain_sees_a_model_whole_that_graph_breaks_split() -> None:
+    model = tiny("opt")
+    model.model.decoder.layers[1].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    report = fp4graph.explain(model, tokens(), select="blocks=-1", use_cache=False)
+    assert [row.block for row in report.selected] == [1] * 6
+    assert len(report) == 13
+
+
 def test_passes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fp4graph"):
         logits(compiled(tiny("llama"), "q"))
