@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fp4graph.errors import Fp4GraphError, OptionError, SelectorError
 from fp4graph.passes.dynamo import make_room_for_recompiles, pin_to_module
+from fp4graph.passes.names import named_linears
 from fp4graph.passes.pipeline import (
     OnRefusal,
     bind,
@@ -15,10 +16,9 @@ from fp4graph.passes.pipeline import (
     rewrite_passes,
     rows,
     run_passes,
-    tag_pass,
 )
 from fp4graph.passes.site import sites
-from fp4graph.passes.tag import model_tags
+from fp4graph.passes.tag import TagLinears
 from fp4graph.policy import Policy, Scheme, Select
 from fp4graph.report import Report
 
@@ -55,8 +55,10 @@ class Backend:
         self.report = report
         self._inner = inner
         self._on_refusal = on_refusal
-        self._tag = tag_pass(model)
-        self._universe = model_tags(model) if model is not None else None
+        self._tag = TagLinears.of(model)
+        self._universe = (
+            tuple(each.tag for each in named_linears(model)) if model is not None else None
+        )
         self._num_blocks: int | None = None
         make_room_for_recompiles()
 

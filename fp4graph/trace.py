@@ -18,9 +18,10 @@ from fp4graph.passes.pipeline import (
     rewrite_passes,
     rows,
     run_passes,
-    tag_pass,
 )
+from fp4graph.passes.regions import copy_graph
 from fp4graph.passes.site import sites
+from fp4graph.passes.tag import TagLinears
 from fp4graph.report import LinearRow, Report
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class TracedModel:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._tag = tag_pass(model)
+        self._tag = TagLinears.of(model)
         self._graphs: list[_TracedGraph] = []
         self._policy: Policy | None = None
         self._on_refusal: OnRefusal = "raise"
@@ -115,7 +116,7 @@ class _TracedGraph:
         self.run: Callable[..., Any] = gm.forward
 
     def plan(self, policy: Policy, universe: Tags) -> list[LinearRow]:
-        copy = _copy(self.tagged)
+        copy = copy_graph(self.tagged)
         run_passes(copy, self._example_inputs, plan_passes(policy, "keep", universe))
         return rows(copy)
 
@@ -125,7 +126,7 @@ class _TracedGraph:
         if policy is None:
             self.run = self.tagged.forward
             return rows(self.tagged)
-        copy = _copy(self.tagged)
+        copy = copy_graph(self.tagged)
         run_passes(copy, self._example_inputs, plan_passes(policy, on_refusal, universe))
         found = rows(copy)
         if any(row.selected for row in found):
@@ -133,14 +134,3 @@ class _TracedGraph:
             run_passes(copy, self._example_inputs, rewrite_passes())
         self.run = bind(copy.forward, bindings(copy))
         return found
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """Copy the graph with its marks; modules and parameters stay shared."""
-    graph = fx.Graph()
-    nodes: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, nodes)
-    graph.output(output)
-    for old, new in nodes.items():
-        new.meta = dict(old.meta)
-    return fx.GraphModule(gm, graph)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests ask no hub
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import fp4graph.models
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
@@ -43,13 +44,23 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save a random Llama with a byte tokenizer, as `from_pretrained` wants it."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    model = tiny("llama", vocab=300)
-    model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
-    return folder
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Save a random model of a family with a byte tokenizer, as `from_pretrained` wants it."""
+
+    @cache
+    def save(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(f"tiny-{family}")
+        tiny(family, vocab=300).save_pretrained(folder)
+        _tokenizer().save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(folder_of: Callable[[str], Path]) -> Path:
+    """Save a random Llama."""
+    return folder_of("llama")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from support.closer import relative_l2
-from support.models import BLOCKS, CONFIGS, DENSE, tiny, tokens
+from support.models import BLOCKS, CONFIGS, DENSE, dequantised, tiny, tokens
 
 import fp4graph
 from fp4graph import GradientError, OptionError, RefusalError, Report, SelectorError
@@ -28,19 +28,6 @@ def compiled(model: nn.Module, select: object = "all", **options: object) -> nn.
 def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
     with torch.no_grad():
         return model(tokens() if ids is None else ids, use_cache=False).logits
-
-
-def dequantised(model: nn.Module, report: Report, format: str = "nvfp4") -> nn.Module:
-    """Copy a model with the selected weights rounded to FP4, by hand."""
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for row in report.selected:
-            module = model.get_submodule(row.path)
-            stored_KN = type(module).__name__ == "Conv1D"
-            w = module.weight.T if stored_KN else module.weight
-            rounded = fp4graph.quantize(w, format).dequantize(w.dtype)
-            module.weight.copy_(rounded.T if stored_KN else rounded)
-    return model
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from fp4graph.cli import main
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 ABLATE_KEYS = (
@@ -152,6 +153,24 @@ def test_latency(tiny_folder: Path) -> None:
     assert all(set(LATENCY_KEYS.split()) <= set(row) for row in found)
     table = run(*arguments)
     assert "decode ratio" in table.stdout
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "opt", "phi3", "gemma3", "mixtral"])
+def test_ablate_and_latency_on_every_kind_of_model(
+    folder_of: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    folder = str(folder_of(family))
+    damage = rows(run(
+        "ablate", folder, "--select", "attn", "--activations", "none,same",
+        "--tokens", "64", "--seq-len", "16", "--out", str(tmp_path), "--json",
+    ))  # fmt: skip
+    assert [row["selector"] for row in damage] == ["none", "attn", "attn"]
+    assert all(row["kl"] > 0 for row in damage[1:])
+    speed = rows(run(
+        "latency", folder, "--select", "attn", "--inner", "eager",
+        "--prompt-tokens", "4", "--new-tokens", "2", "--rounds", "1", "--json",
+    ))  # fmt: skip
+    assert [row["selector"] for row in speed] == ["none", "attn"]
 
 
 def test_verbose_logs_passes(tiny_folder: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from support.models import BLOCK_LINEARS, BLOCKS, CONFIGS, DENSE, tiny, tokens
 
 import fp4graph
-from fp4graph.passes.tag import model_tags
+from fp4graph.passes.names import named_linears
 from fp4graph.roles import block_of, role_of
 from fp4graph.tags import Role
 
@@ -38,7 +38,7 @@ def test_tags_every_linear_of_the_family(family: str) -> None:
 def test_tags_from_modules_agree_with_tags_from_the_graph(family: str) -> None:
     model = tiny(family)
     graph = fp4graph.explain(model, tokens(), select="all", use_cache=False)
-    modules = {tag.fqn: tag for tag in model_tags(model)}
+    modules = {each.tag.fqn: each.tag for each in named_linears(model)}
     for row in graph:
         tag = modules[row.path]
         assert (str(tag.role), tag.block, tag.shape) == (row.role, row.block, row.shape)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from fp4graph.passes.regions import regions
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -63,7 +65,8 @@ def op_counts(gm: GraphModule) -> Counter[str]:
     """Count the graph's calls by the name of what they call."""
     return Counter(
         getattr(node.target, "__name__", str(node.target))
-        for node in gm.graph.nodes
+        for region in regions(gm)
+        for node in region.gm.graph.nodes
         if node.op in ("call_function", "call_method", "call_module")
     )
 
@@ -86,7 +89,8 @@ def run_passes(
         start = time.perf_counter()
         run(gm, example_inputs)
         seconds = time.perf_counter() - start
-        gm.graph.lint()
+        for region in regions(gm):
+            region.gm.graph.lint()
         after = op_counts(gm)
         changes = {
             op: (before[op], after[op]) for op in sorted(before | after) if before[op] != after[op]
@@ -94,7 +98,8 @@ def run_passes(
         records.append(PassRecord(run.name, seconds, changes))
         _LOG.info("graph %d, %s", number, records[-1])
         _dump(gm, dump, f"{stem}.after")
-    gm.recompile()
+    for region in list(regions(gm)):
+        region.gm.recompile()
     return records
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
+
 from fp4graph.errors import RefusalError
 from fp4graph.kernels import Kernel, Problem, choose
 from fp4graph.passes.site import LinearSite, mark, sites
@@ -62,6 +64,10 @@ def _choose(site: LinearSite, example_inputs: Sequence[Any]) -> Kernel:
     if site.unsupported or site.weight is None:
         raise RefusalError(site.unsupported or "it has no weight")
     weight = example_inputs[site.weight]
+    if type(weight).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise RefusalError(f"its weight is a {type(weight).__name__}, not a plain tensor")
+    if weight.layout != torch.strided or not weight.dtype.is_floating_point:
+        raise RefusalError(f"its weight is {weight.dtype} with layout {weight.layout}")
     if weight.device.type == "meta":
         raise RefusalError("its weight is on the meta device, so there is nothing to pack")
     if weight.is_inference():

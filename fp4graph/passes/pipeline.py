@@ -14,13 +14,11 @@ from fp4graph.passes.pack import PackWeights
 from fp4graph.passes.rewrite import RewriteLinears
 from fp4graph.passes.select import SelectLinears
 from fp4graph.passes.site import sites
-from fp4graph.passes.tag import TagLinears, model_tags, parameter_names
 from fp4graph.report import LinearRow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from torch import nn
     from torch.fx import GraphModule
 
     from fp4graph.passes.pack_cache import PackEntry
@@ -36,18 +34,10 @@ class Binding:
     entry: PackEntry
 
 
-def tag_pass(model: nn.Module | None) -> TagLinears:
-    """Build the tag pass, with whole module paths where the model is known."""
-    if model is None:
-        return TagLinears()
-    tags = model_tags(model)
-    return TagLinears(parameter_names(model), tags[0].num_blocks if tags else None)
-
-
 def plan_passes(
     policy: Policy, on_refusal: OnRefusal, universe: tuple[LinearTag, ...] | None = None
 ) -> tuple[GraphPass, ...]:
-    """Return the passes that decide and change nothing; they come after `tag_pass`."""
+    """Return the passes that decide and change nothing; they come after `TagLinears`."""
     return (
         SelectLinears(policy, universe),
         ChooseKernels(on_refusal),  # before pack, for the packed layout is the kernel's
@@ -122,5 +112,4 @@ __all__ = [
     "rewrite_passes",
     "rows",
     "run_passes",
-    "tag_pass",
 ]

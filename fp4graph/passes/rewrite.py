@@ -6,17 +6,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch._dynamo.source import ConstantSource
-from torch.fx import Node
 
 from fp4graph.kernels import FAKE_QUANTIZE
-from fp4graph.passes.site import LinearSite, sites
+from fp4graph.passes.match import match_linear
+from fp4graph.passes.regions import lift, regions
+from fp4graph.passes.site import LinearSite, site_of
+from fp4graph.passes.writes import writes_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
     from torch import Tensor
-    from torch.fx import GraphModule
+    from torch.fx import GraphModule, Node
+
+    from fp4graph.passes.pack_cache import PackEntry
+
+    _Input = tuple[Node, torch.dtype, str, int]
 
 
 @dataclass(frozen=True)
@@ -37,64 +43,78 @@ class RewriteLinears:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         """See the class."""
-        quantized: dict[tuple[Node, torch.dtype, str], Node] = {}
-        for count, (node, site) in enumerate(list(sites(gm))):
-            if site.entry is not None:
-                _replace(gm, node, site, count, quantized)
+        packed: dict[PackEntry, list[tuple[str, Tensor, Node]]] = {}
+        for region in list(regions(gm)):
+            quantized: dict[_Input, Node] = {}
+            buffers: dict[PackEntry, list[Node]] = {}
+            writes = 0
+            for node in list(region.gm.graph.nodes):
+                writes += writes_in_place(node)
+                site = site_of(node)
+                if site is None or site.entry is None:
+                    continue
+                entry = site.entry
+                if entry not in packed:
+                    packed[entry] = _register(gm, f"fp4graph_{len(packed)}", entry)
+                if entry not in buffers:
+                    buffers[entry] = [lift(region, *each) for each in packed[entry]]
+                _replace(node, site, buffers[entry], quantized, writes)
 
 
 def _replace(
-    gm: GraphModule,
     node: Node,
     site: LinearSite,
-    count: int,
-    quantized: dict[tuple[Node, torch.dtype, str], Node],
+    packed: list[Node],
+    quantized: dict[_Input, Node],
+    writes: int,
 ) -> None:
-    assert site.entry is not None
+    form = match_linear(node)
+    assert form is not None
     assert site.kernel is not None
     assert site.scheme is not None
-    graph = gm.graph
+    graph = node.graph
     with graph.inserting_before(node):
-        source = node.args[site.x]
-        assert isinstance(source, Node)
-        x = _cast(gm, source, site.dtype)
+        x = _cast(form.x, site.dtype)
         if site.scheme.activations is not None:
-            key = (source, site.dtype, site.scheme.activations.name)
+            # an input that is written to in between is not the same input
+            key = (form.x, site.dtype, site.scheme.activations.name, writes)
             if key not in quantized:
                 quantized[key] = graph.call_function(FAKE_QUANTIZE, (x, key[2]))
                 quantized[key].meta = dict(x.meta)
             x = quantized[key]
-        buffers = [
-            _buffer(gm, f"fp4graph_{count}_{i}", tensor)
-            for i, tensor in enumerate(site.entry.tensors)
-        ]
-        bias = None if site.bias is None else _cast(gm, site.bias, site.dtype)
+        bias = None if form.bias is None else _cast(form.bias, site.dtype)
         op = site.kernel.ops[site.scheme.format.base]
-        new = graph.call_function(op, (x, *buffers, bias))
+        new = graph.call_function(op, (x, *packed, bias))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 
 
-def _cast(gm: GraphModule, node: Node, dtype: torch.dtype) -> Node:
+def _cast(node: Node, dtype: torch.dtype) -> Node:
     value = node.meta["example_value"]
     if value.dtype == dtype:
         return node
-    cast = gm.graph.call_method("to", (node, dtype))
+    cast = node.graph.call_method("to", (node, dtype))
     cast.meta = {**node.meta, "example_value": value.to(dtype)}
     return cast
 
 
-def _buffer(gm: GraphModule, name: str, tensor: Tensor) -> Node:
-    """Add a packed tensor as a buffer that AOTAutograd accepts.
+def _register(gm: GraphModule, name: str, entry: PackEntry) -> list[tuple[str, Tensor, Node]]:
+    """Add packed tensors as buffers that AOTAutograd accepts, read at the start of the graph.
 
     AOTAutograd asks where each parameter and buffer of Dynamo's module came from, and asserts that
     it is told; as buffers they count among the static inputs, which CUDA graphs do not copy.
     """
-    gm.register_buffer(name, tensor)
+    found = []
     sources = getattr(gm, "_param_name_to_source", None)
-    if sources is not None:
-        sources[name] = ConstantSource(source_name=f"fp4graph.{name}")
-    node = gm.graph.get_attr(name)
-    node.meta["example_value"] = tensor
-    return node
+    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    with gm.graph.inserting_before(first):
+        for index, tensor in enumerate(entry.tensors):
+            each = f"{name}_{index}"
+            gm.register_buffer(each, tensor)
+            if sources is not None:
+                sources[each] = ConstantSource(source_name=f"fp4graph.{each}")
+            node = gm.graph.get_attr(each)
+            node.meta["example_value"] = tensor
+            found.append((each, tensor, node))
+    return found

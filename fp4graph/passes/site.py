@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fp4graph.passes.regions import regions
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -21,12 +23,10 @@ _KEY = "fp4graph"
 
 @dataclass(frozen=True)
 class LinearSite:
-    """What is known of the linear that a node computes.
+    """What is known of the linear that a node computes; it holds no node, so that it can be copied.
 
     Attributes:
         tag: who it is.
-        x: index of the input among the node's args.
-        bias: the node of the bias, or None.
         weight: index of its weight among the graph's inputs; None if the graph computes it.
         transposed: whether the weight is stored [K, N].
         dtype: of the result, which under autocast is not the weight's.
@@ -39,8 +39,6 @@ class LinearSite:
     """
 
     tag: LinearTag
-    x: int
-    bias: Node | None
     weight: int | None
     transposed: bool
     dtype: torch.dtype
@@ -57,8 +55,15 @@ def mark(node: Node, site: LinearSite) -> None:
     node.meta[_KEY] = site
 
 
+def site_of(node: Node) -> LinearSite | None:
+    """Return the site on a node, or None."""
+    return node.meta.get(_KEY)
+
+
 def sites(gm: GraphModule) -> Iterator[tuple[Node, LinearSite]]:
-    """Yield the marked nodes with their sites, in the graph's order."""
-    for node in gm.graph.nodes:
-        if _KEY in node.meta:
-            yield node, node.meta[_KEY]
+    """Yield the marked nodes of a graph and of the graphs within it, with their sites, in order."""
+    for region in regions(gm):
+        for node in region.gm.graph.nodes:
+            site = site_of(node)
+            if site is not None:
+                yield node, site

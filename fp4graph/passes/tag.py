@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from fp4graph.passes.match import LinearForm, match_linear
-from fp4graph.passes.site import LinearSite, mark, sites
+from fp4graph.passes.match import LinearForm, is_linear, match_linear, source_of
+from fp4graph.passes.names import count_blocks, named_linears, parameter_names, path_of
+from fp4graph.passes.regions import regions, unshare
+from fp4graph.passes.site import LinearSite, mark, site_of, sites
+from fp4graph.passes.writes import written
 from fp4graph.roles import block_of, role_of
 from fp4graph.tags import LinearTag, Role
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping, Sequence
+    from collections.abc import Sequence
 
     from torch.fx import GraphModule, Node
 
-    Names = Mapping[nn.Parameter, tuple[str, ...]]
+    from fp4graph.passes.names import Names
+    from fp4graph.passes.regions import Region
 
 _EXPERTS = "stacked expert weights are not supported yet"
 _NO_PARAMETER = "its weight is no nn.Parameter"
-_ROOT = re.compile(r"^[A-Z]\['[^']*'\]\.?")
-_MEMBER = re.compile(r"_(?:modules|parameters|buffers)\['([^']*)'\]")
+_WRITTEN = "the graph changes its weight in place"
+_ADDEND = "what it adds is not a bias of one value a row of the weight"
+_PRODUCTS = {  # ops that multiply by a weight and are not matched as linears
+    *("einsum", "bmm", "baddbmm", "mv", "addmv", "tensordot", "inner", "bilinear", "chain_matmul"),
+    *("multi_head_attention_forward", "_native_multi_head_attention"),
+    *("_transformer_encoder_layer_fwd", "matmul", "mm", "addmm"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,9 @@ class TagLinears:
     Result:
         the same node, marked LinearTag("model.layers.0.self_attn.q_proj", Role.Q, block=0, ...)
 
-    The role comes from the module that made the call (`nn_module_stack`), the weight from the
-    graph input: they differ for a tied lm_head. Stacked experts are marked on the first node that
-    reads them, as unsupported, so that they leave a row in the report too.
+    Bodies of higher-order ops are tagged too, each call's apart. A weight that another product
+    reads (einsum, a fused attention op, stacked experts) is marked there as unsupported, so that it
+    leaves a row in the report.
 
     Attributes:
         names: module paths by parameter, from `parameter_names(model)`; where given, paths are
@@ -50,49 +58,67 @@ class TagLinears:
     names: Names = field(default_factory=dict)
     num_blocks: int | None = None
 
+    @classmethod
+    def of(cls, model: nn.Module | None) -> TagLinears:
+        """Build the pass, with whole module paths where the model is known."""
+        if model is None:
+            return cls()
+        tags = [each.tag for each in named_linears(model)]
+        return cls(parameter_names(model), count_blocks(tags))
+
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         """See the class."""
-        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        index = {node: i for i, node in enumerate(placeholders)}
-        for node in gm.graph.nodes:
-            form = match_linear(node)
-            if form is not None:
-                self._mark_linear(node, form, index, example_inputs)
-        for node, i in index.items():
-            self._mark_experts(node, example_inputs[i], i)
+        unshare(gm)
+        outer = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        found_regions = list(regions(gm))
+        overwritten = set().union(*(_written_inputs(region) for region in found_regions))
+        for region in found_regions:
+            for node in region.gm.graph.nodes:
+                form = match_linear(node)
+                if form is not None:
+                    self._mark_linear(node, form, region, outer, example_inputs, overwritten)
+            for placeholder, index in region.inputs.items():
+                if isinstance(example_inputs[index], nn.Parameter):
+                    self._mark_product(
+                        placeholder, example_inputs[index], region, outer[index], index
+                    )
         found = list(sites(gm))
-        blocks = [site.tag.block for _, site in found if site.tag.block is not None]
-        total = self.num_blocks or (max(blocks) + 1 if blocks else None)
+        total = self.num_blocks or count_blocks([site.tag for _, site in found])
         for node, site in found:
             mark(node, replace(site, tag=replace(site.tag, num_blocks=total)))
 
     def _mark_linear(
-        self, node: Node, form: LinearForm, index: Mapping[Node, int], inputs: Sequence[Any]
+        self,
+        node: Node,
+        form: LinearForm,
+        region: Region,
+        outer: Sequence[Node],
+        inputs: Sequence[Any],
+        overwritten: set[int],
     ) -> None:
-        weight = None if form.placeholder is None else inputs[index[form.placeholder]]
+        index = None if form.placeholder is None else region.inputs.get(form.placeholder)
+        weight = None if index is None else inputs[index]
         is_parameter = isinstance(weight, nn.Parameter)
-        if not is_parameter and node.target is not nn.functional.linear:
+        if not is_parameter and not is_linear(node):
             return  # a product of two activations
-        value = weight if weight is not None else form.weight.meta["example_value"]
+        value = weight if isinstance(weight, torch.Tensor) else form.weight.meta["example_value"]
         if value.ndim != 2:
             return
         rows, columns = value.shape
-        path = self._path(node, form.placeholder, weight)
-        tag = LinearTag(
-            fqn=path,
-            role=role_of(path),
-            block=block_of(path),
-            num_blocks=None,
-            shape=(columns, rows) if form.transposed else (rows, columns),
-        )
-        unsupported = form.unsupported or (None if is_parameter else _NO_PARAMETER)
+        shape = (columns, rows) if form.transposed else (rows, columns)
+        unsupported = region.unsupported or form.unsupported
+        if not is_parameter:
+            unsupported = unsupported or _NO_PARAMETER
+        elif index in overwritten:
+            unsupported = unsupported or _WRITTEN
+        elif form.bias is not None and form.bias.meta["example_value"].shape != shape[:1]:
+            unsupported = unsupported or _ADDEND
+        source = None if index is None else outer[index]
         mark(
             node,
             LinearSite(
-                tag=tag,
-                x=form.x,
-                bias=form.bias,
-                weight=index[form.placeholder] if form.placeholder and is_parameter else None,
+                tag=self._tag(node, source, weight, shape, region),
+                weight=index if is_parameter else None,
                 transposed=form.transposed,
                 dtype=node.meta["example_value"].dtype,
                 bytes_dense=rows * columns * value.element_size(),
@@ -100,64 +126,50 @@ class TagLinears:
             ),
         )
 
-    def _mark_experts(self, placeholder: Node, value: object, index: int) -> None:
-        if not isinstance(value, nn.Parameter) or value.ndim != 3 or not placeholder.users:
-            return
-        path = self._known(value, "") or _source_path(placeholder)
-        if role_of(path) is not Role.EXPERT:
-            return
-        tag = LinearTag(path, Role.EXPERT, block_of(path), None, tuple(value.shape))
-        site = LinearSite(
-            tag, 0, None, index, False, value.dtype, value.nbytes, _EXPERTS, reason=_EXPERTS
-        )
-        mark(next(iter(placeholder.users)), site)
-
-    def _path(self, node: Node, placeholder: Node | None, weight: object) -> str:
-        stack = node.meta.get("nn_module_stack")
-        own = _ROOT.sub("", next(reversed(stack.values()))[0]) if stack else ""
-        known = self._known(weight, own)
-        if known or own or placeholder is None:
-            return known or own or node.name
-        return _source_path(placeholder).removesuffix(".weight")
-
-    def _known(self, weight: object, own: str) -> str:
-        """Return the parameter's path in the model that ends like the calling module's own path."""
-        names = self.names.get(weight, ()) if isinstance(weight, nn.Parameter) else ()
-        if not own:
-            return names[0] if names else ""
-        return next((name for name in names if f".{name}".endswith(f".{own}")), "")
-
-
-def parameter_names(model: nn.Module) -> Names:
-    """Map each parameter to all module paths that hold it (more than one where tied)."""
-    names: MutableMapping[nn.Parameter, tuple[str, ...]] = WeakIdKeyDictionary()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[parameter] = (*names.get(parameter, ()), name.removesuffix(".weight"))
-    return names
-
-
-def model_tags(model: nn.Module) -> tuple[LinearTag, ...]:
-    """Tag a model's linears from its modules, without tracing."""
-    tags = []
-    for path, module in model.named_modules():
-        for name, weight in module.named_parameters(recurse=False):
-            if weight.ndim == 3 and role_of(f"{path}.{name}") is Role.EXPERT:
-                tag_path, role, shape = f"{path}.{name}", Role.EXPERT, tuple(weight.shape)
-            elif weight.ndim == 2 and name == "weight" and not isinstance(module, nn.Embedding):
-                stored_KN = type(module).__name__ == "Conv1D"
-                tag_path, role = path, role_of(path)
-                shape = tuple(weight.T.shape if stored_KN else weight.shape)
+    def _mark_product(
+        self, placeholder: Node, weight: nn.Parameter, region: Region, source: Node, index: int
+    ) -> None:
+        """Mark the first reader of stacked experts, or of a matrix the first product."""
+        for user in _readers(placeholder):
+            if site_of(user) is not None or user.op == "output":
+                continue
+            tag = self._tag(user, source, weight, tuple(weight.shape), region)
+            if tag.role is Role.EXPERT and weight.ndim == 3:
+                reason = _EXPERTS
+            elif weight.ndim == 2 and _called(user) in _PRODUCTS:
+                reason = f"its weight is read by {_called(user)}, which is not rewritten"
             else:
                 continue
-            tags.append(LinearTag(tag_path, role, block_of(tag_path), None, shape))
-    blocks = [tag.block for tag in tags if tag.block is not None]
-    total = max(blocks) + 1 if blocks else None
-    return tuple(replace(tag, num_blocks=total) for tag in tags)
+            site = LinearSite(tag, index, False, weight.dtype, weight.nbytes, reason, reason=reason)
+            mark(user, site)
+            return
+
+    def _tag(
+        self,
+        node: Node,
+        source: Node | None,
+        weight: object,
+        shape: tuple[int, ...],
+        region: Region,
+    ) -> LinearTag:
+        known = self.names.get(weight, ()) if isinstance(weight, nn.Parameter) else ()
+        path = path_of(node, source, known, shared=region.shared)
+        return LinearTag(path, role_of(path), block_of(path), None, shape)
 
 
-def _source_path(placeholder: Node) -> str:
-    """Return the module path that Dynamo noted for a lifted parameter."""
-    argument = placeholder.meta.get("grapharg")
-    if argument is None:
-        return str(placeholder.target)
-    return _MEMBER.sub(r"\1", _ROOT.sub("", argument.source.name))
+def _written_inputs(region: Region) -> set[int]:
+    nodes = written(region.gm.graph)
+    return {index for node, index in region.inputs.items() if node in nodes}
+
+
+def _readers(placeholder: Node, alias: Node | None = None) -> list[Node]:
+    """Return what reads an input, directly or through transposes and plain copies."""
+    found = []
+    for user in (alias or placeholder).users:
+        plain = source_of(user)[0] is placeholder
+        found += _readers(placeholder, user) if plain else [user]
+    return found
+
+
+def _called(node: Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))

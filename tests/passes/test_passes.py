@@ -8,8 +8,9 @@ from support.models import BLOCKS, CONFIGS, tiny, tokens
 from support.recorder import Recorder
 
 from fp4graph import LinearRow, OptionError, Policy, Scheme, SelectorError
-from fp4graph.passes.pipeline import bindings, plan_passes, rewrite_passes, rows, tag_pass
+from fp4graph.passes.pipeline import bindings, plan_passes, rewrite_passes, rows
 from fp4graph.passes.site import sites
+from fp4graph.passes.tag import TagLinears
 
 
 def record(
@@ -20,7 +21,7 @@ def record(
     rewrite: bool = True,
 ) -> Recorder:
     policy = Policy.of(select, Scheme.of(activations=activations))  # type: ignore[arg-type]
-    passes = (tag_pass(None), *plan_passes(policy, on_refusal))  # type: ignore[arg-type]
+    passes = (TagLinears(), *plan_passes(policy, on_refusal))  # type: ignore[arg-type]
     recorder = Recorder(*passes, *(rewrite_passes() if rewrite else ()))
     with torch.no_grad():
         torch.compile(tiny(family), backend=recorder)(tokens(), use_cache=False)
@@ -160,7 +161,7 @@ def test_a_weight_that_is_no_parameter_is_refused() -> None:
             return torch.nn.functional.linear(x, self.q_proj.weight * 2) + self.q_proj(x)
 
     policy = Policy.of("path:*", Scheme.of())
-    recorder = Recorder(tag_pass(None), *plan_passes(policy, "keep"))
+    recorder = Recorder(TagLinears(), *plan_passes(policy, "keep"))
     with torch.no_grad():
         torch.compile(Odd(), backend=recorder)(torch.randn(2, 16))
     assert recorder.gm is not None
@@ -173,6 +174,6 @@ def test_a_weight_that_is_no_parameter_is_refused() -> None:
 def test_weights_made_in_inference_mode_are_refused() -> None:
     with torch.inference_mode():
         model = tiny("llama")
-        recorder = Recorder(tag_pass(None), *plan_passes(Policy.of("q", Scheme.of()), "keep"))
+        recorder = Recorder(TagLinears(), *plan_passes(Policy.of("q", Scheme.of()), "keep"))
         torch.compile(model, backend=recorder)(tokens(), use_cache=False)
     assert "load the model outside" in marks(recorder)["model.layers.0.self_attn.q_proj"].reason

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TYPE_CHECKING
+
 import torch
 import transformers as hf
+
+import fp4graph
+
+if TYPE_CHECKING:
+    from fp4graph import Report
 
 VOCAB = 96
 BLOCKS = 2
@@ -61,6 +69,7 @@ BLOCK_LINEARS = {
     "mixtral": ["q", "k", "v", "o"],
     "qwen3_moe": ["q", "k", "v", "o"],
 }
+WITH_BIAS = ["qwen2", "gpt2", "opt", "gpt_neox"]
 DENSE = ["q", "k", "v", "o", "gate", "up", "down"]
 
 
@@ -73,8 +82,8 @@ def tiny(
     config.vocab_size = vocab
     model = hf.AutoModelForCausalLM.from_config(config).to(dtype).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 or name.endswith("bias"):
                 parameter.normal_(std=0.08)
     return model
 
@@ -83,3 +92,16 @@ def tokens(length: int = 8, batch: int = 1, seed: int = 0) -> torch.Tensor:
     """Draw token ids, int64 [batch, length]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (batch, length), generator=generator)
+
+
+def dequantised(model: torch.nn.Module, report: Report, format: str = "nvfp4") -> torch.nn.Module:
+    """Copy a model with the selected weights rounded to FP4, by hand."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for row in report.selected:
+            module = model.get_submodule(row.path)
+            stored_KN = type(module).__name__ == "Conv1D"
+            w = module.weight.T if stored_KN else module.weight
+            rounded = fp4graph.quantize(w, format).dequantize(w.dtype)
+            module.weight.copy_(rounded.T if stored_KN else rounded)
+    return model

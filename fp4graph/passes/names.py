@@ -1,0 +1,119 @@
+"""What a model's weights are called: module paths by parameter, and the linears known from them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fp4graph.roles import block_of, role_of
+from fp4graph.tags import LinearTag, Role
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, MutableMapping
+
+    from torch.fx import Node
+
+    Names = Mapping[nn.Parameter, tuple[str, ...]]
+
+_ROOT = re.compile(r"^[A-Z]\['[^']*'\]\.?")
+_MEMBER = re.compile(r"_(?:modules|parameters|buffers)\['([^']*)'\]")
+_INDEX = re.compile(r"\.?\[(\d+)\]")
+
+
+@dataclass(frozen=True)
+class NamedLinear:
+    """A linear that a model's modules tell of, traced or not.
+
+    Attributes:
+        tag: who it is.
+        weight: its parameter.
+        certain: whether its module is one that computes a linear; a bare matrix may be anything.
+    """
+
+    tag: LinearTag
+    weight: nn.Parameter
+    certain: bool
+
+
+def parameter_names(model: nn.Module) -> Names:
+    """Map each parameter to all paths that hold it (more than one where tied)."""
+    names: MutableMapping[nn.Parameter, tuple[str, ...]] = WeakIdKeyDictionary()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter] = (*names.get(parameter, ()), _short(name))
+    return names
+
+
+def named_linears(model: nn.Module) -> tuple[NamedLinear, ...]:
+    """Return the linears of a model from its modules, without tracing."""
+    found = []
+    for path, module in model.named_modules():
+        stored_KN = type(module).__name__ == "Conv1D"
+        for name, weight in module.named_parameters(recurse=False):
+            tag_path = _short(f"{path}.{name}".lstrip("."))
+            role = role_of(tag_path)
+            shape = tuple(weight.T.shape if stored_KN and weight.ndim == 2 else weight.shape)
+            if weight.ndim == 3 and role is Role.EXPERT:
+                certain = False
+            elif weight.ndim == 2 and not isinstance(module, nn.Embedding):
+                certain = name == "weight" and (stored_KN or isinstance(module, nn.Linear))
+            else:
+                continue
+            tag = LinearTag(tag_path, role, block_of(tag_path), None, shape)
+            found.append(NamedLinear(tag, weight, certain))
+    total = count_blocks([each.tag for each in found])
+    return tuple(replace(each, tag=replace(each.tag, num_blocks=total)) for each in found)
+
+
+def count_blocks(tags: list[LinearTag]) -> int | None:
+    """Return the number of blocks, from the highest index; None where nothing has one."""
+    return max((tag.block + 1 for tag in tags if tag.block is not None), default=None)
+
+
+def path_of(node: Node, placeholder: Node | None, known: tuple[str, ...], *, shared: bool) -> str:
+    """Return the path of the linear that a node computes.
+
+    The weight's own name says it, but for a tied weight, which has several: there the module that
+    made the call says which one is meant.
+
+    Args:
+        node: the linear.
+        placeholder: the input of the outermost graph that its weight is.
+        known: the weight's paths in the model, where the model is known.
+        shared: whether the node was traced for another layer too, so that it knows no module.
+    """
+    stack = {} if shared else node.meta.get("nn_module_stack") or {}
+    caller = _clean(next(reversed(stack.values()))[0]) if stack else ""
+    lifted = "" if placeholder is None else _source_path(placeholder)
+    if known:
+        ends = (path for end in (caller, lifted) for path in known if _ends_like(path, end))
+        return known[0] if len(known) == 1 else next(ends, known[0])
+    inside = f"{lifted}.".startswith(f"{caller}.") or not caller
+    if lifted and inside:
+        return lifted
+    return caller or lifted or node.name
+
+
+def _ends_like(path: str, end: str) -> bool:
+    return bool(end) and f".{path}".endswith(f".{end}")
+
+
+def _source_path(placeholder: Node) -> str:
+    """Return the path that Dynamo noted for a lifted parameter."""
+    argument = placeholder.meta.get("grapharg")
+    if argument is None:
+        return _short(str(placeholder.target))
+    return _short(_clean(argument.source.name))
+
+
+def _clean(source: str) -> str:
+    """Turn Dynamo's `L['self']._modules['layers'][0]` into `layers.0`."""
+    path = _INDEX.sub(r".\1", _MEMBER.sub(r"\1", _ROOT.sub("", source)))
+    return path.strip(".")
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(".weight")

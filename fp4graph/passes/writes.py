@@ -1,0 +1,72 @@
+"""Which nodes write to a tensor in place, and what they reach."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import Node
+
+from fp4graph.passes.match import is_copy, is_transpose
+
+if TYPE_CHECKING:
+    from torch.fx import Graph
+
+_IN_PLACE_OPERATORS = {
+    *("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+}
+_VIEWS = {
+    *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "narrow"),
+    *("select", "index_select", "chunk", "split", "unbind", "getitem", "diagonal", "as_strided"),
+    *("t", "transpose", "permute", "swapaxes", "movedim", "view_as", "expand_as", "ravel"),
+}
+
+
+def writes_in_place(node: Node) -> bool:
+    """Whether a node may change a tensor that exists already.
+
+    By Python's spelling (`mul_`, `x += y`, `x[i] = y`, `out=`), by an op's schema, and for a
+    higher-order op always, for its body may.
+    """
+    if node.op == "call_method":
+        return _named_in_place(str(node.target)) or node.target == "__setitem__"
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, HigherOrderOperator):
+        return True
+    if isinstance(node.target, OpOverload):
+        return bool(node.target._schema.is_mutable)
+    name = getattr(node.target, "__name__", "")
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name in _IN_PLACE_OPERATORS
+    return (
+        _named_in_place(name)
+        or node.kwargs.get("out") is not None
+        or bool(node.kwargs.get("inplace"))
+    )
+
+
+def _named_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def written(graph: Graph) -> set[Node]:
+    """Return the nodes whose values the graph overwrites after they were made, views included."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        if not writes_in_place(node) or isinstance(node.target, HigherOrderOperator):
+            continue
+        targets = [node.args[0] if node.args else None, node.kwargs.get("out")]
+        for target in targets:
+            while isinstance(target, Node) and target not in found:
+                found.add(target)
+                target = target.args[0] if _is_view(target) else None
+    return found
+
+
+def _is_view(node: Node) -> bool:
+    if not node.args:
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return is_transpose(node) or is_copy(node) or name in _VIEWS or _named_in_place(name)
