@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -69,9 +70,7 @@ class BlockFormat:
         w_NGB = self._groups(weight.detach())
         amax_NG = w_NGB.abs().amax(-1)
         if not bool(amax_NG.isfinite().all()):
-            raise WeightError(
-                f"{_count_nonfinite(weight)} of {weight.numel()} values are NaN or Inf"
-            )
+            raise WeightError(_nonfinite(weight))
         codes, scale, per_tensor_scale = self._encode(w_NGB, amax_NG)
         codes = codes.flatten(1)
         return PackedWeight(
@@ -90,21 +89,24 @@ class BlockFormat:
                 each call, as torchao does for dynamic activations.
 
         Returns:
-            the same shape and dtype; a group that holds NaN or Inf is all NaN (with NVFP4 an Inf
-            makes the whole tensor NaN, for the tensor scale is Inf).
+            the same shape and dtype; a group that holds NaN or Inf is all NaN, and the tensor
+            scale is that of the other groups. Finite values never become Inf: where a scale rule
+            rounds beyond the dtype's range, they become its largest.
         """
-        x_RGB = self._groups(x.reshape(-1, x.shape[-1]))
+        rows = math.prod(x.shape[:-1])
+        x_RGB = self._groups(x.reshape(rows, x.shape[-1]))
         amax_RG = x_RGB.abs().amax(-1)
-        codes, scale, per_tensor_scale = self._encode(x_RGB, amax_RG)
+        finite_RG = amax_RG.isfinite()
+        codes, scale, per_tensor_scale = self._encode(x_RGB, amax_RG.where(finite_RG, 0))
         factor_RG = self.scale_codec.decode(scale, per_tensor_scale)
-        factor_RG = torch.where(amax_RG.isfinite(), factor_RG, torch.nan)
+        factor_RG = torch.where(finite_RG, factor_RG, torch.nan)
         y_RK = (E2M1.decode(codes) * factor_RG[..., None]).flatten(1)[:, : x.shape[-1]]
-        return y_RK.to(x.dtype).reshape(x.shape).contiguous()
+        return _saturated(y_RK, x.dtype).reshape(x.shape).contiguous()
 
     def _groups(self, x_RK: Tensor) -> Tensor:
         x_RK = x_RK.to(torch.float32)
         x_RK = pad(x_RK, (0, -x_RK.shape[1] % self.block_size))
-        return x_RK.reshape(x_RK.shape[0], -1, self.block_size)
+        return x_RK.unflatten(1, (x_RK.shape[1] // self.block_size, self.block_size))
 
     def _encode(self, x_RGB: Tensor, amax_RG: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         scale, per_tensor_scale = self.scale_codec.encode(amax_RG)
@@ -138,12 +140,14 @@ class PackedWeight:
         """Return the weight's values, [N, K] in `dtype`: the meaning of every kernel.
 
         Computed in float32 as E2M1 value * (per_tensor_scale * block scale), then rounded once to
-        `dtype`. A NaN scale gives a group of NaN.
+        `dtype`; in a 16-bit one, what lies beyond its range becomes its largest value. A NaN scale
+        gives a group of NaN.
         """
         codes = torch.stack((self.qdata & 0xF, self.qdata >> 4), dim=-1)
         values = E2M1.decode(codes).reshape(*self.scale.shape, self.format.block_size)
         factor = self.format.scale_codec.decode(self.scale.view(torch.uint8), self.per_tensor_scale)
-        return (values * factor[..., None]).flatten(1)[:, : self.shape[1]].to(dtype)
+        w_NK = (values * factor[..., None]).flatten(1)[:, : self.shape[1]]
+        return w_NK.to(dtype) if dtype.itemsize >= w_NK.dtype.itemsize else _saturated(w_NK, dtype)
 
 
 NVFP4 = BlockFormat("nvfp4", 16, E4M3Scale())
@@ -178,5 +182,14 @@ def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tens
     return packed.dequantize(dtype)
 
 
-def _count_nonfinite(weight: Tensor) -> int:
-    return int((~weight.isfinite()).sum())
+def _saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
+    largest = min(torch.finfo(dtype).max, torch.finfo(x.dtype).max)
+    return x.clamp(-largest, largest).to(dtype)
+
+
+def _nonfinite(weight: Tensor) -> str:
+    count = int((~weight.isfinite()).sum())
+    if count:
+        return f"{count} of {weight.numel()} values are NaN or Inf"
+    count = int((~weight.to(torch.float32).isfinite()).sum())
+    return f"{count} of {weight.numel()} values are beyond the range of float32, which scales have"

@@ -64,9 +64,15 @@ class Minifloat:
 
     def decode(self, codes: Tensor) -> Tensor:
         """Return the float32 values of uint8 codes."""
-        return self.table(codes.device)[codes.to(torch.int32)]
+        # a table made under a fake mode is fake, and must not outlive it
+        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+        table = self.table(codes.device) if fake else self._kept_table(codes.device)
+        return table[codes.to(torch.int32)]
 
     @cache  # noqa: B019 - two instances exist, and their tables are small
+    def _kept_table(self, device: torch.device) -> Tensor:
+        return self.table(device)
+
     def table(self, device: torch.device) -> Tensor:
         """Return the float32 value of each code, NaN where the code is one (E4M3's 0x7F)."""
         code = torch.arange(2 << self.sign_shift, dtype=torch.int32, device=device)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -228,14 +231,65 @@ def test_fake_quantize_is_quantize_then_dequantize(name: str) -> None:
     assert fmt.fake_quantize(half).dtype == torch.bfloat16
 
 
-def test_fake_quantize_lets_nan_through_instead_of_hiding_it() -> None:
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_fake_quantize_keeps_what_is_not_finite_in_its_group(name: str, bad: float) -> None:
+    fmt = fp4graph.get_format(name)
     x = rand(2, 64)
-    x[0, 3] = math.nan
-    out = MXFP4.fake_quantize(x)
-    assert out[0, :32].isnan().all()
-    assert out[0, 32:].isfinite().all()
-    assert out[1].isfinite().all()
-    assert NVFP4.fake_quantize(x)[0, :16].isnan().all()
+    clean = x.clone()
+    clean[0, : fmt.block_size] = 0
+    x[0, 3] = bad
+    out = fmt.fake_quantize(x)
+    assert out[0, : fmt.block_size].isnan().all()
+    rest = fmt.fake_quantize(clean).flatten()[fmt.block_size :]
+    assert torch.equal(out.flatten()[fmt.block_size :], rest)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9, 1.0])
+def test_finite_values_never_become_inf(name: str, dtype: torch.dtype, share: float) -> None:
+    fmt = fp4graph.get_format(name)
+    x = torch.full((2, 64), torch.finfo(dtype).max * share, dtype=dtype)
+    x[1] *= -1
+    assert fmt.fake_quantize(x).isfinite().all()
+    if dtype.itemsize == 2:
+        assert fmt.quantize(x).dequantize(dtype).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(0, 64), (4, 0), (0, 0), (3, 0, 32), (2, 3, 0)])
+def test_fake_quantize_takes_empty_tensors(name: str, shape: tuple[int, ...]) -> None:
+    out = fp4graph.get_format(name).fake_quantize(torch.zeros(shape))
+    assert out.shape == shape
+
+
+def test_a_float64_weight_beyond_float32_is_refused_for_that_reason() -> None:
+    w = rand(4, 64).double()
+    w[0, 0] = 1e300
+    with pytest.raises(WeightError, match="1 of 256 values are beyond the range of float32"):
+        fp4graph.quantize(w)
+
+
+def test_first_use_under_a_fake_mode_leaves_nothing_behind() -> None:
+    code = """
+        import torch, fp4graph
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        with FakeTensorMode():
+            for fmt in (fp4graph.NVFP4, fp4graph.MXFP4):
+                fake = fmt.fake_quantize(torch.randn(4, 64))
+        w = torch.randn(4, 64)
+        print(type(fake).__name__, float((fp4graph.quantize(w).dequantize() - w).norm() / w.norm()))
+        with FakeTensorMode():
+            fp4graph.NVFP4.fake_quantize(torch.randn(4, 64))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    kind, error = done.stdout.split()
+    assert kind == "FakeTensor"
+    assert float(error) < 0.15
 
 
 ANCHORS = {  # ../shared/reference/formats.md: relative MSE, weight-free
