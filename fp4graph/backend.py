@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary, WeakSet
 
-from fp4graph.errors import Fp4GraphError, OptionError, SelectorError
-from fp4graph.passes.dynamo import make_room_for_recompiles, pin_to_module
-from fp4graph.passes.names import named_linears
+from torch._inductor import list_mode_options
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fp4graph.errors import Fp4GraphError, OptionError, RefusalError, SelectorError
+from fp4graph.passes.choose import refusal
+from fp4graph.passes.dynamo import (
+    CallWatch,
+    GraphCount,
+    make_room_for_graphs,
+    pin_to_owners,
+    raiser,
+    running_call,
+)
+from fp4graph.passes.names import named_linears, why_unreached
 from fp4graph.passes.pipeline import (
     OnRefusal,
-    bind,
     bindings,
     check_no_gradients,
     plan_passes,
@@ -18,17 +29,20 @@ from fp4graph.passes.pipeline import (
     run_passes,
 )
 from fp4graph.passes.site import sites
+from fp4graph.passes.stale import bind
 from fp4graph.passes.tag import TagLinears
 from fp4graph.policy import Policy, Scheme, Select
-from fp4graph.report import Report
+from fp4graph.report import LinearRow, Report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, MutableMapping, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
     from torch.fx import GraphModule
 
     from fp4graph.formats import BlockFormat
+    from fp4graph.passes.pack_cache import PackEntry
+    from fp4graph.tags import LinearTag
 
     CompilerFn = Callable[..., Callable[..., Any]]
 
@@ -55,12 +69,14 @@ class Backend:
         self.report = report
         self._inner = inner
         self._on_refusal = on_refusal
-        self._tag = TagLinears.of(model)
-        self._universe = (
-            tuple(each.tag for each in named_linears(model)) if model is not None else None
-        )
+        self._model = model
         self._num_blocks: int | None = None
-        make_room_for_recompiles()
+        self._graphs = GraphCount()
+        self._entries: WeakSet[PackEntry] = WeakSet()
+        self._reached: MutableMapping[Tensor, None] = WeakIdKeyDictionary()
+        self._unreached: RefusalError | None = None
+        self._watch = CallWatch(self._check_reached, self._check_call)
+        make_room_for_graphs()
 
     def __call__(
         self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
@@ -78,30 +94,98 @@ class Backend:
         """
         try:
             mode = _read_mode(kwargs)
-            return self._compile(gm, example_inputs, mode)
+            self._graphs.add(gm, example_inputs)
+            run = self._compile(gm, example_inputs, mode)
+            self._watch.graph_compiled()
         except Fp4GraphError as error:
-            return _raiser(error)
+            return raiser(error)
+        return run
+
+    def refresh(self) -> None:
+        """Pack again whatever changed, by content: every value of every packed weight is compared.
+
+        Calls notice by themselves what moves a counter or a probe (docs/passes.md). A write to a
+        few values through `.data` moves neither: call this after one.
+        """
+        for entry in list(self._entries):
+            entry.refresh()
+
+    def reset(self) -> None:
+        """Forget how many graphs were compiled; called by `torch._dynamo.reset()`."""
+        self._graphs.clear()
 
     def _compile(
         self, gm: GraphModule, example_inputs: Sequence[Any], mode: str | None
     ) -> Callable[..., Any]:
-        plan = plan_passes(self.policy, self._on_refusal, self._universe)
-        run_passes(gm, example_inputs, (self._tag, *plan))
+        universe = self._universe()
+        plan = plan_passes(self.policy, self._on_refusal, universe)
+        run_passes(gm, example_inputs, (TagLinears.of(self._model), *plan))
         self._check_num_blocks(gm)
         found = rows(gm)
         if found:
-            pin_to_module(gm)
+            pin_to_owners(gm)
         if any(row.selected for row in found):
-            check_no_gradients(example_inputs)
+            check_no_gradients(gm, example_inputs)
             run_passes(gm, example_inputs, rewrite_passes())
         bound = bindings(gm)
+        self._entries.update(binding.entry for binding in bound)
+        self._reached.update(
+            {example_inputs[site.weight]: None for _, site in sites(gm) if site.weight is not None}
+        )
+        if universe is not None:  # layers may have gone since the last graph
+            self.report.retain({tag.fqn for tag in universe})
         self.report.add(found)
-        return bind(_compile_inner(self._inner, gm, example_inputs, mode), bound)
+        run = _compile_inner(self._inner, gm, example_inputs, mode)
+        return bind(run, bound, example_inputs)
+
+    def _universe(self) -> tuple[LinearTag, ...] | None:
+        if self._model is None:
+            return None
+        return tuple(each.tag for each in named_linears(self._model))
+
+    def _check_reached(self) -> None:
+        if self._unreached is not None:
+            raise self._unreached.with_traceback(None)
+
+    def _check_call(self, modules: tuple[nn.Module, ...]) -> None:
+        """See to it that what is selected was in some graph, when a call ends.
+
+        Raises:
+            RefusalError: it was not, and `on_refusal` is "raise".
+        """
+        if self.policy.is_none:
+            return
+        if self._model is None:
+            if not len(self.report):
+                self._unreached = RefusalError(
+                    f"selector {str(self.policy)!r} picked nothing: Dynamo's {self.report.graphs} "
+                    "graphs hold no linear that fp4graph knows; pass model= to backend() to learn "
+                    "where the model's linears went"
+                )
+            self._check_reached()
+            return
+        inside = {id(p) for module in modules for p in module.parameters()}
+        missing = [
+            each
+            for each in named_linears(self._model)
+            if each.certain
+            and each.weight not in self._reached
+            and (not inside or id(each.weight) in inside)
+            and self.policy.decide(each.tag).scheme
+        ]
+        reasons = {each: why_unreached(self._model, each) for each in missing}
+        if missing and self._on_refusal == "raise":
+            self._unreached = refusal([(e.tag.fqn, reason) for e, reason in reasons.items()])
+        self._check_reached()
+        self.report.add(
+            LinearRow.of(each.tag, each.weight.nbytes, f"refused: {reason}")
+            for each, reason in reasons.items()
+        )
 
     def _check_num_blocks(self, gm: GraphModule) -> None:
         """Refuse to count blocks from the end of what turns out to be a fragment of the model."""
         total = max((site.tag.num_blocks or 0 for _, site in sites(gm)), default=0)
-        if self._universe is not None or not total:
+        if self._model is not None or not total:
             return
         if self._num_blocks not in (None, total) and self.policy.counts_from_end:
             raise SelectorError(
@@ -175,16 +259,31 @@ def dynamo_backend(
     """
     options = dict(kwargs.pop("options", None) or {})
     try:
-        try:
-            made = backend(**options)
-        except TypeError as error:
-            problem = str(error).replace(
-                "backend() got an unexpected keyword argument", "no such option:"
-            )
-            raise OptionError(problem) from None
+        made = _named_backend(options)
     except Fp4GraphError as error:
-        return _raiser(error)
+        return raiser(error)
     return made(gm, example_inputs, **kwargs)
+
+
+_NAMED: MutableMapping[Any, Backend] = WeakKeyDictionary()
+
+
+def _named_backend(options: dict[str, Any]) -> Backend:
+    """Return the one backend of a compiled function, for all its graphs."""
+    frame = running_call()
+    context = frame.f_locals["self"] if frame else None
+    if context in _NAMED:
+        return _NAMED[context]
+    try:
+        made = backend(**options)
+    except TypeError as error:
+        problem = str(error).replace(
+            "backend() got an unexpected keyword argument", "no such option:"
+        )
+        raise OptionError(problem) from None
+    if context is not None:
+        _NAMED[context] = made
+    return made
 
 
 def _read_mode(kwargs: dict[str, Any]) -> str | None:
@@ -195,6 +294,8 @@ def _read_mode(kwargs: dict[str, Any]) -> str | None:
             'take: give options to backend(...), or name the backend: backend="fp4graph"'
         )
     mode = kwargs.get("mode")
+    if mode is not None and mode not in list_mode_options():
+        raise OptionError(f"mode={mode!r}: expected {', '.join(list_mode_options())}")
     return None if mode in (None, "default") else str(mode)
 
 
@@ -204,7 +305,6 @@ def _compile_inner(
     if inner == "eager":
         return gm.forward
     if inner == "inductor":
-        from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
         patches = list_mode_options(mode) if mode else None
@@ -213,10 +313,3 @@ def _compile_inner(
         )
     assert callable(inner)
     return inner(gm, example_inputs)
-
-
-def _raiser(error: Fp4GraphError) -> Callable[..., Any]:
-    def raise_error(*args: Any) -> Any:
-        raise error.with_traceback(None)
-
-    return raise_error

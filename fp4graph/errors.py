@@ -41,6 +41,10 @@ class GradientError(Fp4GraphError):
     """A call that needs gradients, which FP4 linears do not have."""
 
 
+class RecompileError(Fp4GraphError):
+    """A function that needs more graphs than Dynamo keeps before it runs the plain model."""
+
+
 class ModelError(Fp4GraphError):
     """A model that cannot be found, loaded or used for the job at hand."""
 

@@ -130,6 +130,11 @@ class Policy:
         """Whether a selector has a negative block index."""
         return any(selector.counts_from_end for selector, _ in self.entries)
 
+    @property
+    def is_none(self) -> bool:
+        """Whether no linear of any model can be selected."""
+        return all(scheme is None or str(selector) == "none" for selector, scheme in self.entries)
+
     def check(self, tags: Sequence[LinearTag]) -> None:
         """Check every selector against a model's linears; see `Selector.check`."""
         for selector, _ in self.entries:

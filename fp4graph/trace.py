@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from fp4graph.errors import StudyError
-from fp4graph.passes.dynamo import make_room_for_recompiles, pin_to_module
+from fp4graph.errors import Fp4GraphError, StudyError
+from fp4graph.passes.dynamo import make_room_for_graphs, pin_to_owners, raiser
 from fp4graph.passes.pipeline import (
     OnRefusal,
-    bind,
     bindings,
     check_no_gradients,
     plan_passes,
@@ -21,6 +20,7 @@ from fp4graph.passes.pipeline import (
 )
 from fp4graph.passes.regions import copy_graph
 from fp4graph.passes.site import sites
+from fp4graph.passes.stale import bind
 from fp4graph.passes.tag import TagLinears
 from fp4graph.report import LinearRow, Report
 
@@ -49,7 +49,7 @@ class TracedModel:
         self._policy: Policy | None = None
         self._on_refusal: OnRefusal = "raise"
         self._runs = 0
-        make_room_for_recompiles()
+        make_room_for_graphs()
         self._compiled = torch.compile(model, backend=self._capture, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,11 +94,13 @@ class TracedModel:
 
     def _capture(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         run_passes(gm, example_inputs, (self._tag,))
-        pin_to_module(gm)
+        pin_to_owners(gm)
         graph = _TracedGraph(gm, example_inputs)
         self._graphs.append(graph)
-        if self._policy is not None:
+        try:
             graph.rewrite(self._policy, self._on_refusal, self.tags)
+        except Fp4GraphError as error:
+            return raiser(error)
 
         def run(*args: Any) -> Any:
             self._runs += 1
@@ -130,7 +132,7 @@ class _TracedGraph:
         run_passes(copy, self._example_inputs, plan_passes(policy, on_refusal, universe))
         found = rows(copy)
         if any(row.selected for row in found):
-            check_no_gradients(self._example_inputs)
+            check_no_gradients(copy, self._example_inputs)
             run_passes(copy, self._example_inputs, rewrite_passes())
-        self.run = bind(copy.forward, bindings(copy))
+        self.run = bind(copy.forward, bindings(copy), self._example_inputs)
         return found

@@ -23,14 +23,13 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
-    config = torch._dynamo.config
+    names = ("recompile_limit", "accumulated_recompile_limit")  # a Backend raises these for good
+    entries = [torch._dynamo.config._config[name] for name in names]
+    before = [entry.default for entry in entries]
     torch._dynamo.reset()
-    with config.patch(  # a Backend changes these for good
-        recompile_limit=config.recompile_limit,
-        accumulated_recompile_limit=config.accumulated_recompile_limit,
-        fail_on_recompile_limit_hit=False,
-    ):
-        yield
+    yield
+    for entry, default in zip(entries, before, strict=True):
+        entry.default = default
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -188,7 +188,7 @@ def test_thirty_selectors_in_a_row_all_run() -> None:
         assert backend.report.selected, select
         assert not torch.equal(out, plain), select
         seen.append(out)
-    assert torch._dynamo.config.fail_on_recompile_limit_hit
+    assert not torch._dynamo.config.fail_on_recompile_limit_hit  # only while a compiled call runs
 
 
 def test_past_the_recompile_limit_is_an_error_never_the_dense_model() -> None:

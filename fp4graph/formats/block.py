@@ -106,7 +106,8 @@ class BlockFormat:
     def _groups(self, x_RK: Tensor) -> Tensor:
         x_RK = x_RK.to(torch.float32)
         x_RK = pad(x_RK, (0, -x_RK.shape[1] % self.block_size))
-        return x_RK.unflatten(1, (x_RK.shape[1] // self.block_size, self.block_size))
+        x_RGB: Tensor = x_RK.unflatten(1, (x_RK.shape[1] // self.block_size, self.block_size))
+        return x_RGB
 
     def _encode(self, x_RGB: Tensor, amax_RG: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         scale, per_tensor_scale = self.scale_codec.encode(amax_RG)

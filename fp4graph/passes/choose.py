@@ -39,24 +39,30 @@ class ChooseKernels:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         """See the class."""
-        refused = []
+        refused: list[tuple[str, RefusalError]] = []
         for node, site in sites(gm):
             if site.scheme is None:
                 continue
             try:
                 kernel = _choose(site, example_inputs)
             except RefusalError as error:
-                refused.append(f"{site.tag.fqn}: {error}")
+                refused.append((site.tag.fqn, error))
                 mark(node, replace(site, scheme=None, reason=f"refused: {error}"))
             else:
                 reason = f"{site.reason} as {site.scheme}"
                 mark(node, replace(site, kernel=kernel, reason=reason))
         if refused and self.on_refusal == "raise":
-            more = f" (and {len(refused) - _SHOWN} more)" if len(refused) > _SHOWN else ""
-            raise RefusalError(
-                f"{len(refused)} selected linears cannot run in FP4; select others, or keep them "
-                f'dense with on_refusal="keep": {"; ".join(refused[:_SHOWN])}{more}'
-            )
+            raise refusal(refused)
+
+
+def refusal(refused: Sequence[tuple[str, object]]) -> RefusalError:
+    """Return the error for selected linears that cannot run in FP4, given as (path, reason)."""
+    shown = "; ".join(f"{path}: {reason}" for path, reason in refused[:_SHOWN])
+    more = f" (and {len(refused) - _SHOWN} more)" if len(refused) > _SHOWN else ""
+    return RefusalError(
+        f"{len(refused)} selected linears cannot run in FP4; select others, or keep them "
+        f'dense with on_refusal="keep": {shown}{more}'
+    )
 
 
 def _choose(site: LinearSite, example_inputs: Sequence[Any]) -> Kernel:

@@ -68,6 +68,22 @@ def named_linears(model: nn.Module) -> tuple[NamedLinear, ...]:
     return tuple(replace(each, tag=replace(each.tag, num_blocks=total)) for each in found)
 
 
+def why_unreached(model: nn.Module, linear: NamedLinear) -> str:
+    """Say why a linear is in no graph, as far as the modules above it show."""
+    if linear.weight.device.type == "meta":
+        return "its weight is on the meta device between calls (offloaded), so no graph holds it"
+    path = linear.tag.fqn
+    while True:
+        module = model.get_submodule(path)
+        if getattr(module.forward, "_torchdynamo_disable", False):
+            return f"{path or 'the model'} is kept from compilation by torch._dynamo.disable"
+        if hasattr(module, "_hf_hook"):
+            return f"a hook of accelerate on {path or 'the model'} keeps it out of all graphs"
+        if not path:
+            return "it is in no graph: this call did not reach it, or a fused op computes it"
+        path = path.rpartition(".")[0]
+
+
 def count_blocks(tags: list[LinearTag]) -> int | None:
     """Return the number of blocks, from the highest index; None where nothing has one."""
     return max((tag.block + 1 for tag in tags if tag.block is not None), default=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,17 +20,12 @@ if TYPE_CHECKING:
     from fp4graph.kernels import Kernel
     from fp4graph.policy import Scheme
 
-_PROBE_BYTES = 64
-
 
 @dataclass(eq=False)
 class PackEntry:
     """The packed form of one weight; every graph that uses the weight holds the same tensors.
 
-    A weight is taken to have changed when another tensor arrives in its place, when its version
-    counter or data pointer moved, or when the 64 bytes in its middle differ (CPU only: writes
-    through `.data` move no counter, and `peft` merges adapters that way). It is then packed again
-    into the same tensors, so compiled graphs stay valid.
+    A changed weight is packed again into them, so compiled graphs stay valid.
     """
 
     scheme: Scheme
@@ -42,26 +36,29 @@ class PackEntry:
     _weight: ref[Tensor] | None = None
     _version: int = -1
     _data_ptr: int = -1
-    _probe: bytes = b""
     _fingerprint: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def ensure(self, weight: Tensor) -> None:
-        """Pack again if `weight` is not what was packed; called before every run of a graph."""
+    def verify(self, weight: Tensor) -> None:
+        """Pack again if `weight` is not what was packed; every value counts.
+
+        Raises:
+            WeightError: the weight holds NaN or Inf; names the linear.
+        """
         if (
             self._weight is None
             or self._weight() is not weight
             or weight._version != self._version
             or weight.data_ptr() != self._data_ptr
-            or _probe(weight) != self._probe
+            or fingerprint(weight) != self._fingerprint
         ):
             self._pack(weight)
 
-    def verify(self, weight: Tensor) -> None:
-        """Like `ensure`, by content: every value counts. Called at compile time."""
-        self.ensure(weight)
-        if fingerprint(weight) != self._fingerprint:
-            self._pack(weight)
+    def refresh(self) -> None:
+        """Verify the weight that was packed last, if it still lives."""
+        weight = None if self._weight is None else self._weight()
+        if weight is not None:
+            self.verify(weight)
 
     def _pack(self, weight: Tensor) -> None:
         # Outside inference mode, or the tensors could not be written again later.
@@ -80,7 +77,6 @@ class PackEntry:
             self._weight = ref(weight)
             self._version = weight._version
             self._data_ptr = weight.data_ptr()
-            self._probe = _probe(weight)
             self._fingerprint = fingerprint(weight)
 
 
@@ -110,10 +106,8 @@ class PackCache:
             entry = by_scheme.get(key)
             if entry is None:
                 entry = PackEntry(scheme, kernel, transposed, fqn)
-                entry.ensure(weight)
                 by_scheme[key] = entry
-            else:
-                entry.verify(weight)
+            entry.verify(weight)
         return entry
 
     def __len__(self) -> int:
@@ -122,10 +116,3 @@ class PackCache:
 
 CACHE = PackCache()
 """The process's packed weights."""
-
-
-def _probe(weight: Tensor) -> bytes:
-    if weight.device.type != "cpu" or weight.nbytes < _PROBE_BYTES or not weight.is_contiguous():
-        return b""
-    middle = (weight.nbytes - _PROBE_BYTES) // 2
-    return ctypes.string_at(weight.data_ptr() + middle, _PROBE_BYTES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,27 +10,20 @@ from fp4graph.errors import GradientError
 from fp4graph.passes.base import GraphPass, run_passes
 from fp4graph.passes.choose import ChooseKernels, OnRefusal
 from fp4graph.passes.pack import PackWeights
+from fp4graph.passes.regions import regions
 from fp4graph.passes.rewrite import RewriteLinears
 from fp4graph.passes.select import SelectLinears
 from fp4graph.passes.site import sites
+from fp4graph.passes.stale import Binding
 from fp4graph.report import LinearRow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch.fx import GraphModule
 
-    from fp4graph.passes.pack_cache import PackEntry
     from fp4graph.policy import Policy
     from fp4graph.tags import LinearTag
-
-
-@dataclass(frozen=True)
-class Binding:
-    """A packed weight and the graph input that it must stay in step with."""
-
-    index: int
-    entry: PackEntry
 
 
 def plan_passes(
@@ -77,35 +69,31 @@ def bindings(gm: GraphModule) -> tuple[Binding, ...]:
     )
 
 
-def check_no_gradients(example_inputs: Sequence[Any]) -> None:
+def check_no_gradients(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
     """Refuse to compile FP4 linears for a call that may be asked for gradients.
 
     Raises:
-        GradientError: gradients are enabled and a graph input requires them.
+        GradientError: gradients are enabled, by the caller or within the graph, and a graph input
+            requires them.
     """
     needs = (isinstance(value, torch.Tensor) and value.requires_grad for value in example_inputs)
-    if torch.is_grad_enabled() and any(needs):
+    if (torch.is_grad_enabled() or _enables_gradients(gm)) and any(needs):
         raise GradientError(
             "FP4 linears have no gradients, and this call would need them: call the model under "
-            "torch.no_grad() or torch.inference_mode()"
+            "torch.no_grad() or torch.inference_mode(), and enable none within it"
         )
 
 
-def bind(run: Callable[..., Any], bound: tuple[Binding, ...]) -> Callable[..., Any]:
-    """Wrap a compiled graph so that each call first sees to it that no packed weight is stale."""
-
-    def run_checked(*args: Any) -> Any:
-        for binding in bound:
-            binding.entry.ensure(args[binding.index])
-        return run(*args)
-
-    return run_checked if bound else run
+def _enables_gradients(gm: GraphModule) -> bool:
+    return any(
+        node.target is torch._C._set_grad_enabled and node.args[0] is True
+        for region in regions(gm)
+        for node in region.gm.graph.nodes
+    )
 
 
 __all__ = [
-    "Binding",
     "OnRefusal",
-    "bind",
     "bindings",
     "check_no_gradients",
     "plan_passes",

@@ -90,6 +90,8 @@ def lift(region: Region, name: str, tensor: Tensor, source: Node) -> Node:
     assert region.call is not None
     operand = lift(region.parent, name, tensor, source)
     call, found = region.call, None
+    if operand in _operands(call):  # another body of the call, or another linear, has it already
+        return _placeholders(region.gm)[_operands(call).index(operand)]
     for body in _bodies(call):
         last = _placeholders(body)[-1:]
         with (
@@ -118,6 +120,7 @@ def unshare(gm: GraphModule) -> None:
     hold for the others.
     """
     seen: set[int] = set()
+    labels: dict[str, int] = {}
     for region in regions(gm):
         for call in region.gm.graph.nodes:
             if not isinstance(call.target, HigherOrderOperator):
@@ -125,25 +128,38 @@ def unshare(gm: GraphModule) -> None:
             for argument in call.all_input_nodes:
                 body = _body(argument)
                 if body is not None and id(body) in seen and _has_linears(body):
-                    _own_copy(region.gm, call, argument, body)
+                    body = _own_copy(region.gm, call, argument, body, len(seen))
                 seen.add(id(body))
+            _relabel(call, labels)
+
+
+def _relabel(call: Node, labels: dict[str, int]) -> None:
+    """Give another body another label: `invoke_subgraph` keeps what it traced by it."""
+    for index, label in enumerate(call.args):
+        if isinstance(label, str):
+            body = id(_bodies(call)[0])
+            if labels.setdefault(label, body) != body:
+                label = f"{label}_{len(labels)}"
+                labels[label] = body
+                call.update_arg(index, label)
 
 
 def _has_linears(gm: GraphModule) -> bool:
     return any(match_linear(node) for region in regions(gm) for node in region.gm.graph.nodes)
 
 
-def _own_copy(gm: GraphModule, call: Node, argument: Node, body: GraphModule) -> None:
+def _own_copy(
+    gm: GraphModule, call: Node, argument: Node, body: GraphModule, number: int
+) -> GraphModule:
     own = copy_graph(body)
     own.meta[_UNSHARED] = body.meta[_UNSHARED] = True
-    name = f"{argument.target}_{call.name}"
+    name = f"{argument.target}_{number}"
     setattr(gm, name, own)
     with gm.graph.inserting_before(call):
         new = gm.graph.get_attr(name)
     new.meta = dict(argument.meta)
     call.replace_input_with(argument, new)
-    # invoke_subgraph keeps what it traced by this name
-    call.args = tuple(name if isinstance(each, str) else each for each in call.args)
+    return own
 
 
 _UNSHARED = "fp4graph_unshared"
