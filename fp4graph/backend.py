@@ -55,6 +55,7 @@ class Backend:
     Attributes:
         policy: what runs how.
         report: one row for each linear of the graphs compiled so far.
+        watch: follows the calls of the functions that it compiles for.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Backend:
         self._entries: WeakSet[PackEntry] = WeakSet()
         self._reached: MutableMapping[Tensor, None] = WeakIdKeyDictionary()
         self._unreached: RefusalError | None = None
-        self._watch = CallWatch(self._check_reached, self._check_call)
+        self.watch = CallWatch(self._check_reached, self._check_call)
         make_room_for_graphs()
 
     def __call__(
@@ -96,7 +97,7 @@ class Backend:
             mode = _read_mode(kwargs)
             self._graphs.add(gm, example_inputs)
             run = self._compile(gm, example_inputs, mode)
-            self._watch.graph_compiled()
+            self.watch.follow(running_call())
         except Fp4GraphError as error:
             return raiser(error)
         return run

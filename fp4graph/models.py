@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import transformers
 
 from fp4graph.errors import CorpusError, ModelError
 from fp4graph.fingerprint import fingerprint
+from fp4graph.gguf import load_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,9 +73,34 @@ class LoadedModel:
         return self.tokenizer is None
 
     def revision(self) -> str:
-        """Return a hash of all parameters: the same model by another name has the same."""
-        values = [(name, fingerprint(p)) for name, p in self.model.named_parameters()]
-        return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+        """Return a hash of all that decides what the model computes: tensors and configuration.
+
+        The same model by another name has the same.
+        """
+        tensors = (*self.model.named_parameters(), *self.model.named_buffers())
+        values = [(name, fingerprint(tensor)) for name, tensor in tensors]
+        config = getattr(self.model, "config", None)
+        settings = config.to_dict() if config is not None else {}
+        kept = {key: value for key, value in settings.items() if key not in _PROVENANCE}
+        text = repr(values) + json.dumps(kept, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# keys of a configuration that say where it comes from, not what is computed
+_PROVENANCE = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Check that a model has positions for so many tokens.
+
+    Raises:
+        ModelError: it has fewer.
+    """
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ModelError(
+            f"{length} tokens in a row are asked for, and the model has {positions} positions"
+        )
 
 
 def load(name: str, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> LoadedModel:
@@ -96,10 +123,12 @@ def load(name: str, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Loa
     if name.endswith("-random"):
         raise ModelError(f"no random model {name!r}; there are {', '.join(RANDOM_MODELS)}")
     folder, gguf = _locate(name)
-    options = {"gguf_file": gguf} if gguf else {}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        if gguf is not None:
+            model, tokenizer = load_gguf(Path(folder) / gguf, dtype)
+        else:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises anything, with pages of text
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
@@ -118,7 +147,7 @@ def _locate(name: str) -> tuple[str, str | None]:
         folder = Path(spec.origin).parent
         return str(folder), next(file.name for file in sorted(folder.glob("*.gguf")))
     path = Path(name)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"there is no file {name!r}")
         return str(path.parent), path.name
@@ -131,10 +160,11 @@ def _frozen(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def corpus(name: str) -> str:
-    """Return a text.
+def corpus(name: str, characters: int | None = None) -> str:
+    """Return a text, or its beginning.
 
     Args:
+        characters: how much of a file to read; None for all.
         name: `pydoc`, the English that CPython ships; a file, UTF-8; or `hf:DATASET`, with
             `hf:DATASET:CONFIG:SPLIT` for more than the default configuration's test split.
 
@@ -148,12 +178,12 @@ def corpus(name: str) -> str:
     if name.startswith("hf:"):
         return _hub_corpus(*name.removeprefix("hf:").split(":"))
     try:
-        text = Path(name).read_text(encoding="utf-8")
+        with Path(name).open(encoding="utf-8-sig") as file:
+            return file.read(characters)
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(
             f"cannot read corpus {name!r} ({error}); expected pydoc, a text file, or hf:DATASET"
         ) from None
-    return text
 
 
 def _hub_corpus(dataset: str, config: str | None = None, split: str = "test") -> str:

@@ -10,9 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests ask
 
 import pytest
 import torch
-from support.models import tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from support.models import byte_tokenizer, tiny
 
 import fp4graph.models
 
@@ -32,16 +30,6 @@ def _fresh_dynamo() -> Iterator[None]:
         entry.default = default
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer of bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 0, **{letter: i + 1 for i, letter in enumerate(alphabet)}}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
-
-
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Save a random model of a family with a byte tokenizer, as `from_pretrained` wants it."""
@@ -50,7 +38,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     def save(family: str) -> Path:
         folder = tmp_path_factory.mktemp(f"tiny-{family}")
         tiny(family, vocab=300).save_pretrained(folder)
-        _tokenizer().save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
         return folder
 
     return save

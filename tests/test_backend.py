@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from support.closer import relative_l2
-from support.models import BLOCKS, CONFIGS, DENSE, dequantised, tiny, tokens
+from support.models import BLOCKS, DENSE, FAMILIES, dequantised, tiny, tokens
 
 import fp4graph
 from fp4graph import GradientError, OptionError, RefusalError, Report, SelectorError
@@ -30,7 +30,7 @@ def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
         return model(tokens() if ids is None else ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_none_is_bit_identical_to_the_inner_compiler(family: str) -> None:
     model = tiny(family)
     plain = logits(torch.compile(model, backend="eager"))
@@ -40,7 +40,7 @@ def test_none_is_bit_identical_to_the_inner_compiler(family: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_all_equals_the_model_with_dequantised_weights(family: str, format: str) -> None:
     model = tiny(family)
     backend = fp4graph.backend("all", format=format, inner="eager")
@@ -172,6 +172,7 @@ def test_generate(cache: str, how: str) -> None:
     assert len(fresh.report.selected) == BLOCKS * 7
 
 
+@pytest.mark.slow
 def test_thirty_selectors_in_a_row_all_run() -> None:
     model = tiny("llama")
     plain = logits(model)

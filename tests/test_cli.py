@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+import transformers
 from click.testing import CliRunner, Result
 
 from fp4graph.cli import main
@@ -54,7 +58,9 @@ def test_inspect_table(tiny_folder: Path) -> None:
     assert "2 of 15 linears in FP4" in result.stdout
 
 
-@pytest.mark.parametrize("select", ["atn", "blocks>99", "q &"])
+@pytest.mark.parametrize(
+    "select", ["atn", *(pytest.param(s, marks=pytest.mark.slow) for s in ("blocks>99", "q &"))]
+)
 def test_a_bad_selector_exits_2_with_one_line(tiny_folder: Path, select: str) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "fp4graph.cli", "inspect", str(tiny_folder), "--select", select],
@@ -86,6 +92,11 @@ def test_a_bad_selector_exits_2_with_one_line(tiny_folder: Path, select: str) ->
             ["ablate", "{model}", "--select", "qkv", "--tokens", "32", "--seq-len", "16"],
             "matches nothing",
         ),
+        (
+            ["ablate", "{model}", "--select", "q", "--tokens", "512", "--seq-len", "200"],
+            "128 positions",
+        ),
+        (["latency", "{model}", "--select", "q", "--prompt-tokens", "999"], "128 positions"),
         (["ablate", "qwen2.5-0.5b-random", "--by", "role"], "random weights"),
         (["latency", "{model}", "--select", "atn"], "did you mean 'attn'"),
     ],
@@ -143,6 +154,7 @@ def test_ablate_takes_selectors_and_a_text(tiny_folder: Path, tmp_path: Path) ->
     assert [row["linears"] for row in found] == [0, 1, 15]
 
 
+@pytest.mark.slow
 def test_latency(tiny_folder: Path) -> None:
     arguments = [
         "latency", str(tiny_folder), "--select", "all", "--select", "attn", "--inner", "eager",
@@ -155,7 +167,42 @@ def test_latency(tiny_folder: Path) -> None:
     assert "decode ratio" in table.stdout
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt2", "opt", "phi3", "gemma3", "mixtral"])
+def broken(folder: Path, copy: Path, change: Callable[[torch.nn.Module], object]) -> str:
+    """Copy a model's folder, its weights changed."""
+    shutil.copytree(folder, copy)
+    model = transformers.AutoModelForCausalLM.from_pretrained(copy)
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(copy)
+    return str(copy)
+
+
+def test_a_model_whose_logits_are_nan_is_one_error(tiny_folder: Path, tmp_path: Path) -> None:
+    model = broken(tiny_folder, tmp_path / "m", lambda m: m.model.norm.weight.fill_(math.nan))
+    result = run(
+        "ablate", model, "--select", "q", "--tokens", "32", "--seq-len", "16",
+        "--out", str(tmp_path / "o"), "--json",
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "fp4graph: the dense model: its logits hold NaN" in result.stderr
+
+
+def test_a_model_beyond_all_perplexity_is_measured(tiny_folder: Path, tmp_path: Path) -> None:
+    model = broken(tiny_folder, tmp_path / "m", lambda m: m.lm_head.weight.mul_(1e6))
+    arguments = [
+        "ablate", model, "--select", "q", "--tokens", "32", "--seq-len", "16",
+        "--out", str(tmp_path / "o"),
+    ]  # fmt: skip
+    assert [row["ppl"] for row in rows(run(*arguments, "--json"))] == [None, None]
+    assert "> 1e308" in run(*arguments).stdout
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["qwen2", *(pytest.param(f, marks=pytest.mark.slow) for f in
+                ("gpt2", "opt", "phi3", "gemma3", "mixtral"))],
+)  # fmt: skip
 def test_ablate_and_latency_on_every_kind_of_model(
     folder_of: Callable[[str], Path], tmp_path: Path, family: str
 ) -> None:
@@ -173,6 +220,7 @@ def test_ablate_and_latency_on_every_kind_of_model(
     assert [row["selector"] for row in speed] == ["none", "attn"]
 
 
+@pytest.mark.slow
 def test_verbose_logs_passes(tiny_folder: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "fp4graph.cli", "-v", "inspect", str(tiny_folder), "--json"],

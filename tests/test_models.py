@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from support.models import byte_tokenizer, tiny
 
 from fp4graph import CorpusError, ModelError, models
 
@@ -31,6 +32,67 @@ def test_revision_is_of_the_content(tiny_folder: Path) -> None:
     assert first.revision() == second.revision()
     second.model.model.norm.weight.data[0] += 1
     assert first.revision() != second.revision()
+
+
+def test_revision_is_of_buffers_and_configuration_too(tiny_folder: Path) -> None:
+    seen = set()
+    for change in (
+        lambda model: None,
+        lambda model: setattr(model.config, "rms_norm_eps", 0.5),
+        lambda model: model.model.rotary_emb.inv_freq.mul_(2),
+    ):
+        loaded = models.load(str(tiny_folder))
+        change(loaded.model)
+        seen.add(loaded.revision())
+    assert len(seen) == 3
+
+
+def test_a_gguf_file_is_converted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "model.GGUF"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setenv("FP4GRAPH_CACHE", str(tmp_path / "cache"))
+    made = []
+
+    def convert(path: Path) -> tuple[object, object]:
+        made.append(path)
+        return tiny("llama", vocab=300), byte_tokenizer()
+
+    monkeypatch.setattr("fp4graph.gguf._convert", convert)
+    loaded = [models.load(str(file), dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert len(made) == 1
+    expected = tiny("llama", vocab=300).state_dict()
+    for each, dtype in zip(loaded, (torch.float32, torch.bfloat16), strict=True):
+        for name, value in each.model.state_dict().items():
+            assert torch.equal(value, expected[name].to(dtype)), name
+    (folder,) = (tmp_path / "cache" / "gguf").iterdir()
+    assert not folder.name.startswith(".draft")
+    assert "converting model.GGUF, once" in caplog.text
+    file.write_bytes(b"GGUF, another")
+    models.load(str(file))
+    assert len(made) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file, not a folder")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("FP4GRAPH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        "fp4graph.gguf._convert", lambda path: (tiny("llama", vocab=300), byte_tokenizer())
+    )
+    loaded = models.load(str(tmp_path / "m.gguf"), torch.bfloat16)
+    assert loaded.model.dtype == torch.bfloat16
+    assert "every command will convert" in caplog.text
+
+
+def test_a_model_has_only_so_many_positions(tiny_folder: Path) -> None:
+    model = models.load(str(tiny_folder)).model
+    models.check_length(model, 128)
+    with pytest.raises(ModelError, match=r"129 tokens .* 128 positions"):
+        models.check_length(model, 129)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +139,10 @@ def test_corpora(tmp_path: Path) -> None:
     assert 'The "assert" statement' in models.corpus("pydoc")
     (tmp_path / "text").write_text("Gr\u00fc\u00dfe", encoding="utf-8")
     assert models.corpus(str(tmp_path / "text")) == "Gr\u00fc\u00dfe"
+    for raw in (b"one\ntwo", b"\xef\xbb\xbfone\ntwo", b"one\r\ntwo"):
+        (tmp_path / "text").write_bytes(raw)
+        assert models.corpus(str(tmp_path / "text")) == "one\ntwo"
+    assert models.corpus(str(tmp_path / "text"), 4) == "one\n"
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for bad in (tmp_path / "binary", tmp_path / "missing", tmp_path):
         with pytest.raises(CorpusError, match="cannot read corpus"):

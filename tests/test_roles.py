@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from support.models import BLOCK_LINEARS, BLOCKS, CONFIGS, DENSE, tiny, tokens
+from support.models import BLOCK_LINEARS, BLOCKS, DENSE, FAMILIES, tiny, tokens
 
 import fp4graph
 from fp4graph.passes.names import named_linears
@@ -15,7 +15,7 @@ from fp4graph.tags import Role
 ROUTERS = {"mixtral": 1, "qwen2_moe": 2, "qwen3_moe": 1}
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tags_every_linear_of_the_family(family: str) -> None:
     model = tiny(family)
     report = fp4graph.explain(model, tokens(), select="all", use_cache=False)
@@ -34,7 +34,7 @@ def test_tags_every_linear_of_the_family(family: str) -> None:
     assert [row.role for row in report if row.block is None] == ["lm_head"]
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_tags_from_modules_agree_with_tags_from_the_graph(family: str) -> None:
     model = tiny(family)
     graph = fp4graph.explain(model, tokens(), select="all", use_cache=False)

@@ -75,6 +75,7 @@ def test_every_change_is_seen(inner: str) -> None:
     assert backend.report.graphs == 1, "repacking needs no recompile"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_prefill_and_decode_graphs_share_one_pack_and_see_the_same_change() -> None:
     gc.collect()
@@ -181,6 +182,7 @@ def test_a_weight_that_dies_takes_its_pack_along() -> None:
     assert len(CACHE) <= before
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_formats_and_backends_share_or_do_not_share() -> None:
     model = tiny("llama")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.closer import relative_l2
-from support.models import CONFIGS, WITH_BIAS, dequantised, tiny, tokens
+from support.models import FAMILIES, WITH_BIAS, dequantised, tiny, tokens
 
 from fp4graph import Policy, Scheme, TracedModel
 
@@ -15,7 +15,7 @@ def logits(model: torch.nn.Module | TracedModel) -> torch.Tensor:
         return model(tokens(), use_cache=False).logits
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_each_selection_equals_the_model_with_dequantised_weights(family: str) -> None:
     model = tiny(family).requires_grad_(False)
     traced = TracedModel(model)

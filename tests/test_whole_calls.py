@@ -249,6 +249,16 @@ def test_an_unknown_mode_is_one_clear_error(inner: str) -> None:
         torch.compile(net(1), backend=backend, mode="turbo")(X)
 
 
+def test_freezing_is_refused_by_its_name() -> None:
+    call = torch.compile(net(1), backend=fp4graph.backend("all", inner="eager"))
+    with (
+        torch._inductor.config.patch(freezing=True),
+        torch.no_grad(),
+        pytest.raises(RefusalError, match=r"config\.freezing"),
+    ):
+        call(X)
+
+
 def test_gradients_that_forward_enables_are_refused() -> None:
     class Enables(Net):
         def forward(self, x: Tensor) -> Tensor:

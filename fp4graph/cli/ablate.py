@@ -25,13 +25,14 @@ from fp4graph.study.ablate import Ablation, write_json_lines
 from fp4graph.study.evaluate import cut
 from fp4graph.study.plot import draw
 from fp4graph.study.store import Store
-from fp4graph.study.trial import Row, Trial, selectors_by, trials
+from fp4graph.study.trial import Row, Trial, check_by, selectors_by, trials
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 _DIRECTIONS = {"only": ("only",), "except": ("except",), "both": ("only", "except")}
 _SHOWN = 40
+_CHARACTERS_A_TOKEN = 256  # more than any text has; so much of a corpus is read
 
 
 class _Bar:
@@ -102,12 +103,14 @@ def ablate_command(
     """
     if bool(selects) == bool(by):
         raise OptionError("give --select (as often as you like) or --by, not both and not neither")
-    for text in selects:
-        Selector(text)  # before minutes of loading
+    for text in selects:  # before minutes of loading
+        Selector(text)
+    if by:
+        check_by(by)
     trials(["all"], formats, activations, ("only",))
     if model in models.RANDOM_MODELS:
         raise OptionError(f"{model} has random weights: its accuracy means nothing")
-    text = models.corpus(corpus)
+    text = models.corpus(corpus, tokens * _CHARACTERS_A_TOKEN)
     out = out or Path("fp4graph-out") / Path(model).name
     store = Store(out / "trials.sqlite")
     with stderr.status(f"loading {model}"):
@@ -151,7 +154,7 @@ def _table(rows: list[Row], title: str) -> Table:
             f"all but {row.selector}" if row.direction == "except" else row.selector,
             row.format or "",
             mode,
-            f"{row.ppl:.3f}",
+            "> 1e308" if row.ppl is None else f"{row.ppl:.3f}",
             f"{row.dnll:+.4f}",
             "" if row.dnll_se is None else f"{row.dnll_se:.4f}",
             f"{row.kl:.4f}",

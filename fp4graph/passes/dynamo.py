@@ -87,19 +87,22 @@ class CallWatch:
     """Follows the calls of the compiled functions that a backend compiles for.
 
     Dynamo tells a backend of graphs only. What holds of a whole call, of all its graphs and of what
-    it ran outside of them, can be said when the call ends. A watch is set on a function when its
-    first graph is compiled, and stays; while such a call runs, Dynamo's fallback to the plain model
-    is an error.
+    it ran outside of them, can be said when the call ends. A watch is set on a function when Dynamo
+    first tries to compile a frame of it, and stays; while such a call runs, Dynamo's fallback to
+    the plain model is an error.
 
     Args:
         before: called at the start of each later call; may raise.
-        after: called at the end of each call in which a graph was compiled and nothing was raised,
-            with the modules that the called function can reach; may raise.
+        after: called at the end of each call in which Dynamo compiled something and nothing was
+            raised, with the modules that the called function can reach; may raise.
     """
 
     def __init__(
         self, before: Callable[[], None], after: Callable[[tuple[nn.Module, ...]], None]
     ) -> None:
+        listeners = torch._dynamo.callback.callback_handler.start_callbacks
+        if _compilation_starts not in listeners:  # torch._dynamo.reset() forgets it
+            listeners.append(_compilation_starts)
         self._before = before
         self._after = after
         self._watched: WeakSet[Any] = WeakSet()
@@ -108,9 +111,8 @@ class CallWatch:
             fail_on_recompile_limit_hit=True
         )
 
-    def graph_compiled(self) -> None:
-        """Note that a graph was compiled in the call that is running."""
-        frame = running_call()
+    def follow(self, frame: FrameType | None) -> None:
+        """Follow the call that runs in a frame, in which something is being compiled."""
         if frame is None:
             return
         call = frame.f_locals
@@ -149,6 +151,16 @@ def _modules_of(fn: Any, args: Any, kwargs: Any) -> tuple[nn.Module, ...]:
         found = inspect.getclosurevars(function)
         reach += [*found.nonlocals.values(), *found.globals.values()]
     return tuple(value for value in reach if isinstance(value, nn.Module))
+
+
+def _compilation_starts(args: object) -> None:
+    """Set the watch of the backend for which a frame is compiled, be there a graph in it or not."""
+    frame = running_call()
+    if frame is not None:
+        wrapper = eval_frame.innermost_backend(frame.f_locals["self"].callback)
+        watch = getattr(getattr(wrapper, "compiler_fn", wrapper), "watch", None)
+        if isinstance(watch, CallWatch):
+            watch.follow(frame)
 
 
 class GraphCount:

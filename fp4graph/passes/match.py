@@ -23,6 +23,10 @@ _COPIES = {
     *("float", "half", "bfloat16", "double"),
 }
 _COMPUTED = "its weight is computed in the graph"
+_FROZEN = (
+    "its weight is a constant of the graph, as torch._inductor.config.freezing makes it: "
+    "turn freezing off, FP4 weights are constants anyway"
+)
 
 
 @dataclass(frozen=True)
@@ -87,26 +91,30 @@ def _form(node: Node, arguments: tuple[object, ...], *, stored_NK: bool) -> Line
         placeholder=placeholder,
         transposed=flipped == stored_NK,
         bias=bias if isinstance(bias, Node) else None,
-        unsupported=_unsupported(node, placeholder),
+        unsupported=_unsupported(node, weight, placeholder),
     )
 
 
-def _unsupported(node: Node, placeholder: Node | None) -> str | None:
+def _unsupported(node: Node, weight: Node, placeholder: Node | None) -> str | None:
     if any(node.kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
         return "it is an addmm with alpha or beta"
     if node.kwargs.get("out") is not None:
         return "it writes its result to an existing tensor (out=)"
-    return _COMPUTED if placeholder is None else None
+    if placeholder is None:
+        return _FROZEN if _follow(weight)[0].op == "get_attr" else _COMPUTED
+    return None
 
 
 def source_of(node: Node) -> tuple[Node | None, bool]:
     """Follow transposes and plain copies up to a graph input: (that or None, was it transposed)."""
+    source, flipped = _follow(node)
+    return (source if source.op == "placeholder" else None), flipped
+
+
+def _follow(node: Node) -> tuple[Node, bool]:
     flipped = False
-    while node.op != "placeholder":
-        if is_transpose(node):
-            flipped = not flipped
-        elif not is_copy(node):
-            return None, flipped
+    while is_transpose(node) or is_copy(node):
+        flipped ^= is_transpose(node)
         node = node.args[0]  # type: ignore[assignment]
     return node, flipped
 

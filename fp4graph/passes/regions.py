@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 
-from fp4graph.passes.match import match_linear
+from fp4graph.passes.match import match_linear, source_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,14 +34,15 @@ class Region:
 
     Attributes:
         gm: the graph module.
-        inputs: placeholders that are inputs of the outermost graph, with their index there.
+        inputs: placeholders that are inputs of the outermost graph, with their index there and
+            whether they come transposed.
         parent: the region whose graph calls it; None for the outermost.
         call: the node there that does.
         shared: whether another call had the same body before each got its own.
     """
 
     gm: GraphModule
-    inputs: Mapping[Node, int]
+    inputs: Mapping[Node, tuple[int, bool]]
     parent: Region | None = None
     call: Node | None = None
     shared: bool = False
@@ -60,18 +61,20 @@ class Region:
 def regions(gm: GraphModule) -> Iterator[Region]:
     """Yield a graph and all graphs within it, outer ones first."""
     placeholders = (node for node in gm.graph.nodes if node.op == "placeholder")
-    yield from _regions(Region(gm, {node: index for index, node in enumerate(placeholders)}))
+    inputs = {node: (index, False) for index, node in enumerate(placeholders)}
+    yield from _regions(Region(gm, inputs))
 
 
 def _regions(region: Region) -> Iterator[Region]:
     yield region
     for call in region.gm.graph.nodes:
         for body in _bodies(call):
-            inputs = {
-                placeholder: region.inputs[operand]
-                for placeholder, operand in zip(_placeholders(body), _operands(call), strict=False)
-                if operand in region.inputs
-            }
+            inputs = {}
+            for placeholder, operand in zip(_placeholders(body), _operands(call), strict=False):
+                source, flipped = source_of(operand)
+                if source is not None and source in region.inputs:
+                    index, before = region.inputs[source]
+                    inputs[placeholder] = index, flipped != before
             shared = body.meta.get(_UNSHARED, False)
             yield from _regions(Region(body, inputs, region, call, shared))
 

@@ -77,7 +77,7 @@ class TagLinears:
                 form = match_linear(node)
                 if form is not None:
                     self._mark_linear(node, form, region, outer, example_inputs, overwritten)
-            for placeholder, index in region.inputs.items():
+            for placeholder, (index, _) in region.inputs.items():
                 if isinstance(example_inputs[index], nn.Parameter):
                     self._mark_product(
                         placeholder, example_inputs[index], region, outer[index], index
@@ -96,7 +96,8 @@ class TagLinears:
         inputs: Sequence[Any],
         overwritten: set[int],
     ) -> None:
-        index = None if form.placeholder is None else region.inputs.get(form.placeholder)
+        found = None if form.placeholder is None else region.inputs.get(form.placeholder)
+        index, flipped = found or (None, False)
         weight = None if index is None else inputs[index]
         is_parameter = isinstance(weight, nn.Parameter)
         if not is_parameter and not is_linear(node):
@@ -105,7 +106,8 @@ class TagLinears:
         if value.ndim != 2:
             return
         rows, columns = value.shape
-        shape = (columns, rows) if form.transposed else (rows, columns)
+        transposed = form.transposed != flipped
+        shape = (columns, rows) if transposed else (rows, columns)
         unsupported = region.unsupported or form.unsupported
         if not is_parameter:
             unsupported = unsupported or _NO_PARAMETER
@@ -119,7 +121,7 @@ class TagLinears:
             LinearSite(
                 tag=self._tag(node, source, weight, shape, region),
                 weight=index if is_parameter else None,
-                transposed=form.transposed,
+                transposed=transposed,
                 dtype=node.meta["example_value"].dtype,
                 bytes_dense=rows * columns * value.element_size(),
                 unsupported=unsupported,
@@ -159,7 +161,7 @@ class TagLinears:
 
 def _written_inputs(region: Region) -> set[int]:
     nodes = written(region.gm.graph)
-    return {index for node, index in region.inputs.items() if node in nodes}
+    return {index for node, (index, _) in region.inputs.items() if node in nodes}
 
 
 def _readers(placeholder: Node, alias: Node | None = None) -> list[Node]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from fp4graph import Policy, Report, Scheme, SelectorError, StudyError, TracedModel
+from fp4graph.models import check_length
 from fp4graph.study.evaluate import DenseReference, Scores, Windows, mean_and_error
 from fp4graph.study.trial import DENSE, Row, Trial
 
@@ -52,11 +53,13 @@ class Ablation:
 
     Raises:
         StudyError: the model's weights are random.
+        ModelError: a window is longer than the model's positions.
     """
 
     def __init__(self, loaded: LoadedModel, windows: Windows, store: Store, scratch: Path) -> None:
         if loaded.is_random:
             raise StudyError(f"{loaded.name} has random weights: its accuracy means nothing")
+        check_length(loaded.model, windows.ids.shape[1])
         self._loaded = loaded
         self._windows = windows
         self._store = store
@@ -108,16 +111,22 @@ class Ablation:
         for trial in plan:
             result = known[trial]
             if result is None:
-                if reference is None:
-                    self._traced.select(None)
-                    reference = DenseReference(
-                        self._logits, self._windows, self._scratch, progress.advance
-                    )
-                result = self._measure(trial, reference, progress)
+                try:
+                    reference = reference or self._reference(progress)
+                except StudyError as error:
+                    raise StudyError(f"{DENSE}: {error}") from None
+                try:
+                    result = self._measure(trial, reference, progress)
+                except StudyError as error:
+                    raise StudyError(f"{trial}: {error}") from None
                 self._store.put(self._key(trial), result)
             row = Row(**result)
             progress.trial(trial, row, cached=known[trial] is not None)
             yield row
+
+    def _reference(self, progress: Progress) -> DenseReference:
+        self._traced.select(None)
+        return DenseReference(self._logits, self._windows, self._scratch, progress.advance)
 
     def provenance(self) -> dict[str, Any]:
         """Return everything that the numbers hang on, and where they were measured."""
@@ -148,7 +157,7 @@ class Ablation:
         with torch.no_grad():
             report = self._traced.select(trial.policy())
         if not report.selected:
-            raise StudyError(f"trial {trial}: no linear was rewritten")
+            raise StudyError("no linear was rewritten")
         scores = reference.score(self._logits, progress.advance)
         return asdict(_row(trial, scores, reference.scores, report))
 

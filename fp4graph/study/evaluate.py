@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ def cut(text: str, tokenizer: Any, tokens: int, seq_len: int) -> Windows:
     if seq_len < 2 or tokens < seq_len:
         problem = "a window needs 2 tokens or more, and the tokens must fill one"
         raise CorpusError(f"{tokens} tokens in windows of {seq_len}: {problem}")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+    ids = _tokenize(text, tokenizer, tokens)
     if len(ids) < tokens:
         raise CorpusError(f"the text has {len(ids)} tokens, fewer than the {tokens} asked for")
     count = len(ids) // seq_len
@@ -73,6 +74,24 @@ def cut(text: str, tokenizer: Any, tokens: int, seq_len: int) -> Windows:
         return Windows(rows, first=1)
     bos = torch.full((count, 1), tokenizer.bos_token_id)
     return Windows(torch.cat((bos, rows), dim=1), first=2)
+
+
+def _tokenize(text: str, tokenizer: Any, tokens: int) -> list[int]:
+    """Return the first tokens of a text, or all if there are fewer, reading no more than it needs.
+
+    The tokens at the end of a piece may be others than in the whole text: a margin is left.
+    """
+    length = tokens * _CHARACTERS_A_TOKEN
+    while True:
+        piece = text[:length]
+        ids: list[int] = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(piece) == len(text) or len(ids) >= tokens + _MARGIN:
+            return ids[:tokens]
+        length *= 2
+
+
+_CHARACTERS_A_TOKEN = 8
+_MARGIN = 64
 
 
 @dataclass(frozen=True)
@@ -92,9 +111,13 @@ class Scores:
     tokens: int
 
     @property
-    def perplexity(self) -> float:
-        """Exp of the mean NLL."""
-        return math.exp(float(self.nll.mean()) / self.tokens)
+    def perplexity(self) -> float | None:
+        """Exp of the mean NLL; None where that is beyond float64."""
+        nll = float(self.nll.mean()) / self.tokens
+        return math.exp(nll) if nll < _LARGEST_EXPONENT else None
+
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 def mean_and_error(sums: Floats, tokens: int) -> tuple[float, float | None]:
@@ -152,10 +175,9 @@ class DenseReference:
         for index, row in enumerate(self.windows.ids):
             logp_TV = _log_probabilities(run, row, self.windows)
             dense_TV = torch.from_numpy(self._file[index])
-            kl = (dense_TV.exp() * (dense_TV - logp_TV)).sum(dtype=torch.float64)
             same = logp_TV.argmax(-1) == dense_TV.argmax(-1)
             nll = _nll(logp_TV, row[self.windows.first :])
-            sums.append((nll, float(kl), float(same.sum())))
+            sums.append((nll, _kl(dense_TV, logp_TV), float(same.sum())))
             progress()
         nll_W, kl_W, top1_W = np.array(sums).T
         return Scores(nll_W, kl_W, top1_W, self.windows.scored)
@@ -163,11 +185,26 @@ class DenseReference:
 
 def _log_probabilities(run: Callable[[Tensor], Tensor], row: Tensor, windows: Windows) -> Tensor:
     logits_TV = run(row[None])[0, windows.first - 1 : -1].to(torch.float32).cpu()
-    return logits_TV.log_softmax(-1)
+    logp_TV = logits_TV.log_softmax(-1)
+    if bool(logp_TV.isnan().any()):
+        raise StudyError("its logits hold NaN or +Inf, so there is nothing to measure")
+    return logp_TV
 
 
 def _nll(logp_TV: Tensor, targets_T: Tensor) -> float:
-    return -float(logp_TV.gather(1, targets_T[:, None]).sum(dtype=torch.float64))
+    nll = -float(logp_TV.gather(1, targets_T[:, None]).sum(dtype=torch.float64))
+    if not math.isfinite(nll):
+        raise StudyError("it gives a token of the text probability 0 (a logit of -Inf)")
+    return nll
+
+
+def _kl(dense_TV: Tensor, logp_TV: Tensor) -> float:
+    p_TV = dense_TV.exp()
+    # a token that the dense model rules out (a logit of -Inf) adds nothing
+    kl = float((p_TV * (dense_TV - logp_TV)).where(p_TV > 0, 0).sum(dtype=torch.float64))
+    if not math.isfinite(kl):
+        raise StudyError("it rules out a token that the dense model does not (a logit of -Inf)")
+    return kl
 
 
 def _allocate(folder: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float32]]:

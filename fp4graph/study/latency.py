@@ -20,6 +20,7 @@ from transformers import StaticCache
 
 import fp4graph
 from fp4graph import OptionError, Report, StudyError
+from fp4graph.models import check_length
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -187,10 +188,12 @@ def measure(
 
     Raises:
         OptionError: a number too small.
+        ModelError: prompt and new tokens are more than the model has positions.
         StudyError: a variant did not run as selected.
     """
     if prompt_tokens < 1 or new_tokens < 2 or rounds < 1:
         raise OptionError("latency needs at least 1 prompt token, 2 new tokens and 1 round")
+    check_length(model, prompt_tokens + new_tokens)
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator)

@@ -30,6 +30,12 @@ class Trial:
     activations: str = "none"
     direction: Direction = "only"
 
+    def __str__(self) -> str:
+        if self.format is None:
+            return "the dense model"
+        bits = "W4A16" if self.activations == "none" else "W4A4"
+        return f"{self.direction} {self.selector} in {self.format} {bits}"
+
     def policy(self) -> Policy | None:
         """Return what to rewrite, None for nothing."""
         if self.format is None:
@@ -50,7 +56,7 @@ class Row:
 
     Attributes:
         selector: see `Trial`, and so are `format`, `activations` and `direction`.
-        ppl: perplexity.
+        ppl: perplexity; None where it is beyond float64.
         dnll: mean NLL less the dense model's on the same tokens, nats.
         dnll_se: its standard error, windows being independent; None with one window.
         kl: mean KL divergence of the model from the dense one, nats.
@@ -67,7 +73,7 @@ class Row:
     format: str | None
     activations: str
     direction: Direction
-    ppl: float
+    ppl: float | None
     dnll: float
     dnll_se: float | None
     kl: float
@@ -116,15 +122,24 @@ def selectors_by(report: Report, what: str) -> list[str]:
     Raises:
         OptionError: another `what`.
     """
+    parts = check_by(what)
     linears = [row for row in report if row.selected]
-    parts = tuple(part.strip() for part in what.split(","))
-    match parts:
-        case ("role",):
-            found = [row.role for row in linears]
-        case ("block",):
-            found = [f"blocks={row.block}" for row in linears]
-        case ("role", "block") | ("block", "role"):
-            found = [f"{row.role},blocks={row.block}" for row in linears]
-        case _:
-            raise OptionError(f"--by {what!r}: expected role, block or role,block")
+    if parts == ("role",):
+        found = [row.role for row in linears]
+    elif parts == ("block",):
+        found = [f"blocks={row.block}" for row in linears]
+    else:
+        found = [f"{row.role},blocks={row.block}" for row in linears]
     return list(dict.fromkeys(found))
+
+
+def check_by(what: str) -> tuple[str, ...]:
+    """Return the parts of a `--by`.
+
+    Raises:
+        OptionError: it is not `role`, `block` or `role,block`.
+    """
+    parts = tuple(sorted(part.strip() for part in what.split(",")))
+    if parts not in (("role",), ("block",), ("block", "role")):
+        raise OptionError(f"--by {what!r}: expected role, block or role,block")
+    return parts

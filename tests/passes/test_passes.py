@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import BLOCKS, CONFIGS, tiny, tokens
+from support.models import BLOCKS, FAMILIES, tiny, tokens
 from support.recorder import Recorder
 
 from fp4graph import LinearRow, OptionError, Policy, Scheme, SelectorError
@@ -36,7 +36,7 @@ def marks(recorder: Recorder) -> dict[str, LinearRow]:
 DENSE_OP = {"gpt2": "addmm", "falcon": "matmul"}
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_rewrite_trades_each_selected_linear_for_one_op_and_touches_nothing_else(
     family: str,
 ) -> None:

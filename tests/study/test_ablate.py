@@ -172,6 +172,7 @@ def test_a_trial_whose_graph_did_not_run_is_an_error() -> None:
             traced(tokens(), use_cache=False)
 
 
+@pytest.mark.slow
 def test_rewriting_a_trace_is_what_compiling_afresh_gives() -> None:
     model = tiny("llama")
     traced = fp4graph.TracedModel(model)

@@ -51,6 +51,65 @@ def test_digest_tells_texts_and_cuts_apart() -> None:
     assert len(digests) == 3
 
 
+def test_no_more_of_a_text_is_tokenised_than_is_needed() -> None:
+    read = []
+
+    class Counts(Letters):
+        def __call__(
+            self, text: str, add_special_tokens: bool = True, verbose: bool = True
+        ) -> dict[str, list[int]]:
+            read.append(len(text))
+            return {"input_ids": [3] * max(1, len(text) // 20)}
+
+    windows = cut("a" * 1_000_000, Counts(adds_bos=False), tokens=100, seq_len=10)
+    assert windows.ids.numel() == 100
+    assert sum(read) < 20_000
+
+
+def _dense(tmp_path: Path, run: object) -> DenseReference:
+    windows = Windows(torch.randint(0, 10, (2, 8)), first=1)
+    return DenseReference(run, windows, tmp_path, lambda: None)  # type: ignore[arg-type]
+
+
+def _logits(ids: torch.Tensor, last: float) -> torch.Tensor:
+    torch.manual_seed(int(ids.sum()))
+    logits = torch.randn(1, ids.shape[1], 12)
+    logits[..., 11] = last
+    return logits
+
+
+def test_a_token_that_both_models_rule_out_adds_nothing(tmp_path: Path) -> None:
+    reference = _dense(tmp_path, lambda ids: _logits(ids, -math.inf))
+    scores = reference.score(lambda ids: _logits(ids, -math.inf), lambda: None)
+    assert scores.kl.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "dense, model, words",
+    [
+        (math.nan, 0, "NaN"),
+        (0, math.nan, "NaN"),
+        (0, math.inf, r"NaN or \+Inf"),
+        (0, -math.inf, "rules out a token"),
+    ],
+)
+def test_logits_that_cannot_be_scored(
+    tmp_path: Path, dense: float, model: float, words: str
+) -> None:
+    def score() -> None:
+        reference = _dense(tmp_path, lambda ids: _logits(ids, dense))
+        reference.score(lambda ids: _logits(ids, model), lambda: None)
+
+    with pytest.raises(StudyError, match=words):
+        score()
+
+
+def test_a_perplexity_beyond_float64_is_none() -> None:
+    zeros = np.zeros(1)
+    assert Scores(np.array([7200.0]), zeros, zeros, 10).perplexity is None
+    assert Scores(np.array([10.0]), zeros, zeros, 10).perplexity == pytest.approx(math.e)
+
+
 @pytest.mark.parametrize(
     "count, seq_len, words", [(8, 4, "fewer than the 8"), (3, 4, "a window"), (4, 1, "a window")]
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import fp4graph
 
@@ -69,6 +71,10 @@ BLOCK_LINEARS = {
     "mixtral": ["q", "k", "v", "o"],
     "qwen3_moe": ["q", "k", "v", "o"],
 }
+QUICK = ("llama", "gpt2")  # the others are slow tests
+FAMILIES = [
+    pytest.param(family, marks=() if family in QUICK else pytest.mark.slow) for family in CONFIGS
+]
 WITH_BIAS = ["qwen2", "gpt2", "opt", "gpt_neox"]
 DENSE = ["q", "k", "v", "o", "gate", "up", "down"]
 
@@ -105,3 +111,13 @@ def dequantised(model: torch.nn.Module, report: Report, format: str = "nvfp4") -
             rounded = fp4graph.quantize(w, format).dequantize(w.dtype)
             module.weight.copy_(rounded.T if stored_KN else rounded)
     return model
+
+
+def byte_tokenizer() -> hf.PreTrainedTokenizerFast:
+    """Make a tokenizer of bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, **{letter: i + 1 for i, letter in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
