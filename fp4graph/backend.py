@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from torch._inductor import list_mode_options
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fp4graph.errors import Fp4GraphError, OptionError, RefusalError, SelectorError
+from fp4graph.inner import NAMES, compile_inner, read_mode
 from fp4graph.passes.choose import refusal
 from fp4graph.passes.dynamo import (
     CallWatch,
@@ -41,12 +41,9 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule
 
     from fp4graph.formats import BlockFormat
+    from fp4graph.inner import CompilerFn
     from fp4graph.passes.pack_cache import PackEntry
     from fp4graph.tags import LinearTag
-
-    CompilerFn = Callable[..., Callable[..., Any]]
-
-_INNER = ("inductor", "eager")
 
 
 class Backend:
@@ -94,7 +91,7 @@ class Backend:
             where Dynamo would wrap it in one of its own.
         """
         try:
-            mode = _read_mode(kwargs)
+            mode = read_mode(kwargs)
             self._graphs.add(gm, example_inputs)
             run = self._compile(gm, example_inputs, mode)
             self.watch.follow(running_call())
@@ -136,7 +133,7 @@ class Backend:
         if universe is not None:  # layers may have gone since the last graph
             self.report.retain({tag.fqn for tag in universe})
         self.report.add(found)
-        run = _compile_inner(self._inner, gm, example_inputs, mode)
+        run = compile_inner(self._inner, gm, example_inputs, mode)
         return bind(run, bound, example_inputs)
 
     def _universe(self) -> tuple[LinearTag, ...] | None:
@@ -242,8 +239,8 @@ def backend(
     """
     if on_refusal not in ("raise", "keep"):
         raise OptionError(f"on_refusal={on_refusal!r}: expected 'raise' or 'keep'")
-    if isinstance(inner, str) and inner not in _INNER:
-        raise OptionError(f"inner={inner!r}: expected {', '.join(_INNER)} or a backend function")
+    if isinstance(inner, str) and inner not in NAMES:
+        raise OptionError(f"inner={inner!r}: expected {', '.join(NAMES)} or a backend function")
     if calibration is not None:
         raise OptionError(f"calibration= is given, but quantizer {quantizer!r} takes none")
     scheme = Scheme.of(format, quantizer, activations, kernel)
@@ -285,32 +282,3 @@ def _named_backend(options: dict[str, Any]) -> Backend:
     if context is not None:
         _NAMED[context] = made
     return made
-
-
-def _read_mode(kwargs: dict[str, Any]) -> str | None:
-    unknown = sorted(name for name, value in kwargs.items() if name != "mode" and value)
-    if unknown:
-        raise OptionError(
-            f"torch.compile passed {unknown[0]}={kwargs[unknown[0]]!r}, which backend() does not "
-            'take: give options to backend(...), or name the backend: backend="fp4graph"'
-        )
-    mode = kwargs.get("mode")
-    if mode is not None and mode not in list_mode_options():
-        raise OptionError(f"mode={mode!r}: expected {', '.join(list_mode_options())}")
-    return None if mode in (None, "default") else str(mode)
-
-
-def _compile_inner(
-    inner: str | CompilerFn, gm: GraphModule, example_inputs: Sequence[Any], mode: str | None
-) -> Callable[..., Any]:
-    if inner == "eager":
-        return gm.forward
-    if inner == "inductor":
-        from torch._inductor.compile_fx import compile_fx
-
-        patches = list_mode_options(mode) if mode else None
-        return cast(
-            "Callable[..., Any]", compile_fx(gm, list(example_inputs), config_patches=patches)
-        )
-    assert callable(inner)
-    return inner(gm, example_inputs)
