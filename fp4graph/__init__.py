@@ -21,8 +21,8 @@ from fp4graph.formats import (
     PackedWeight,
     dequantize,
     get_format,
-    quantize,
 )
+from fp4graph.kernels import quantize
 from fp4graph.policy import Policy, Scheme
 from fp4graph.report import LinearRow, Report
 from fp4graph.selector import Selector

@@ -219,7 +219,8 @@ def backend(
         format: `nvfp4`, `mxfp4`, or `mxfp4:RULE` with a scale rule (floor, ceil, rceil, even).
         quantizer: how codes are found: `rtn`, round to nearest.
         activations: None for W4A16; `same` to quantise and dequantise each linear's input in the
-            weight's format, at each call (W4A4).
+            weight's format, at each call (W4A4); `int8` to let the kernel round it to 8 bits in
+            groups, an approximation (W4A8).
         kernel: `auto`, or a kernel's name.
         inner: `inductor`, `eager`, or a backend function that compiles the rewritten graph.
         on_refusal: what to do with a selected linear that cannot run in FP4: `raise`, or `keep`

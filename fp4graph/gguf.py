@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+
+from fp4graph.cache import cache_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,13 +46,6 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
         transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
         transformers.AutoTokenizer.from_pretrained(folder),
     )
-
-
-def cache_folder() -> Path:
-    """Return where fp4graph keeps what it can make again."""
-    given = os.environ.get("FP4GRAPH_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(home) / "fp4graph"
 
 
 def _digest(file: Path) -> str:

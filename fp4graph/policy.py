@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fp4graph.errors import OptionError
 from fp4graph.formats import BlockFormat, get_format
@@ -20,6 +20,8 @@ Select = str | Selector | Mapping[str, "str | BlockFormat | Mapping[str, object]
 """A selector, or a mapping from selector to a format, to options of `Scheme`, or to None."""
 
 QUANTIZERS = ("rtn",)
+INT8_ERROR = 0.015
+"""Relative L2 error that rounding activations to 8 bits in groups stays within."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,14 @@ class Scheme:
     Attributes:
         format: of the weight.
         quantizer: how the codes are found: `rtn`, round to nearest.
-        activations: format that inputs are quantised and dequantised in at each call (W4A4), or
-            None to leave them (W4A16).
+        activations: format that inputs are quantised and dequantised in at each call (W4A4);
+            `int8` for kernels that round them to 8 bits themselves; None to leave them (W4A16).
         kernel: name of the kernel, or `auto`.
     """
 
     format: BlockFormat
     quantizer: str = "rtn"
-    activations: BlockFormat | None = None
+    activations: BlockFormat | Literal["int8"] | None = None
     kernel: str = "auto"
 
     @classmethod
@@ -52,7 +54,7 @@ class Scheme:
         Args:
             format: a format or its name.
             quantizer: `rtn`.
-            activations: None, or `same` for the weight's format.
+            activations: None, `same` for the weight's format, or `int8`.
             kernel: a kernel's name, or `auto`.
 
         Raises:
@@ -63,17 +65,21 @@ class Scheme:
             raise OptionError(
                 f"unknown quantizer {quantizer!r}; quantizers are {', '.join(QUANTIZERS)}"
             )
-        if activations not in (None, "same"):
-            raise OptionError(f"activations={activations!r}: expected None or 'same'")
+        if activations not in (None, "same", "int8"):
+            raise OptionError(f"activations={activations!r}: expected None or 'same' or 'int8'")
         check_name(kernel)
-        return cls(weight_format, quantizer, weight_format if activations else None, kernel)
+        rounded: dict[str | None, BlockFormat | Literal["int8"] | None]
+        rounded = {None: None, "same": weight_format, "int8": "int8"}
+        return cls(weight_format, quantizer, rounded[activations], kernel)
 
     def merged(self, value: str | BlockFormat | Mapping[str, object]) -> Scheme:
         """Return the scheme that a mapping's value means, with this one for what it leaves open."""
         options: dict[str, object] = {
             "format": self.format,
             "quantizer": self.quantizer,
-            "activations": "same" if self.activations else None,
+            "activations": "same"
+            if isinstance(self.activations, BlockFormat)
+            else self.activations,
             "kernel": self.kernel,
         }
         given = value if isinstance(value, Mapping) else {"format": value}
@@ -84,6 +90,8 @@ class Scheme:
         return Scheme.of(**{**options, **given})  # type: ignore[arg-type]
 
     def __str__(self) -> str:
+        if self.activations == "int8":
+            return f"{self.format} W4A8, activations within {INT8_ERROR:.1%}"
         return f"{self.format} {'W4A4' if self.activations else 'W4A16'}"
 
 

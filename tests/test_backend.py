@@ -52,7 +52,7 @@ def test_all_equals_the_model_with_dequantised_weights(family: str, format: str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     model = tiny("llama", dtype)
-    backend = fp4graph.backend(inner="eager")
+    backend = fp4graph.backend(inner="eager", kernel="reference")
     out = logits(torch.compile(model, backend=backend))
     assert out.dtype == dtype
     assert torch.equal(out, logits(dequantised(model, backend.report)))
@@ -315,7 +315,7 @@ def test_a_callable_inner_gets_the_rewritten_graph() -> None:
         counts.append(fp4graph.passes.base.op_counts(gm)["reference_nvfp4.default"])
         return gm.forward
 
-    logits(compiled(tiny("llama"), "q", inner=inner))
+    logits(compiled(tiny("llama"), "q", inner=inner, kernel="reference"))
     assert counts == [BLOCKS]
 
 
@@ -355,7 +355,7 @@ def test_explain_compiles_and_packs_nothing() -> None:
     report = fp4graph.explain(model, tokens(), select="attn", format="mxfp4", use_cache=False)
     packed = CACHE._entries.keys()
     assert not any(parameter is weight for parameter in model.parameters() for weight in packed)
-    assert {row.kernel for row in report.selected} == {"reference"}
+    assert {row.kernel for row in report.selected} == {"cpu"}
     assert all("mxfp4 W4A16" in row.reason for row in report.selected)
     refused = fp4graph.explain(tiny("mixtral"), tokens(), select="expert", use_cache=False)
     assert all(row.reason.startswith("refused: stacked") for row in refused if row.role == "expert")
@@ -373,3 +373,14 @@ def test_passes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fp4graph"):
         logits(compiled(tiny("llama"), "q"))
     assert "linear: 15 -> 13 (-2)" in caplog.text
+
+
+def test_int8_activations_are_named_with_their_error() -> None:
+    model = tiny("llama")
+    backend = fp4graph.backend("mlp", activations="int8", inner="eager")
+    out = logits(torch.compile(model, backend=backend))
+    plain = logits(dequantised(model, backend.report))
+    assert 1e-4 < relative_l2(out, plain) < 0.03
+    assert "W4A8, activations within 1.5%" in backend.report.selected[0].reason
+    with pytest.raises(RefusalError, match="kernel reference: it does not round activations"):
+        logits(compiled(model, activations="int8", kernel="reference"))

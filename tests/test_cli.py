@@ -47,7 +47,7 @@ def test_inspect_json(tiny_folder: Path) -> None:
     picked = [row for row in found if row["selected"]]
     assert {row["role"] for row in picked} == {"q", "k", "v", "o"}
     assert {row["block"] for row in picked} == {1}
-    assert all(row["kernel"] == "reference" for row in picked)
+    assert all(row["kernel"] == "cpu" for row in picked)
 
 
 def test_inspect_table(tiny_folder: Path) -> None:

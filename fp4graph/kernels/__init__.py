@@ -1,7 +1,12 @@
-"""Who computes FP4 linears."""
+"""Who computes FP4 linears, and who rounds weights to FP4."""
 
 from fp4graph.kernels.contract import Kernel, Problem, check_name, choose, kernels, register
 from fp4graph.kernels.reference import FAKE_QUANTIZE
+
+# Each registers its kernel; `auto` asks the last one first.
+from fp4graph.kernels import dequantized  # isort: skip
+from fp4graph.kernels import cpu  # isort: skip
+from fp4graph.kernels.quantize import quantize
 
 __all__ = [
     "FAKE_QUANTIZE",
@@ -9,6 +14,9 @@ __all__ = [
     "Problem",
     "check_name",
     "choose",
+    "cpu",
+    "dequantized",
     "kernels",
+    "quantize",
     "register",
 ]

@@ -7,7 +7,7 @@ graph is compiled, for the packed layout hangs on it; what depends on M is the o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fp4graph.errors import OptionError, RefusalError
@@ -32,6 +32,7 @@ class Problem:
         format: of the weight.
         dtype: of activations, bias and result.
         device: where all of it lies.
+        activations: `int8` if they may be rounded to 8 bits in groups, None if not.
     """
 
     out_features: int
@@ -39,6 +40,7 @@ class Problem:
     format: BlockFormat
     dtype: torch.dtype
     device: torch.device
+    activations: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,19 @@ class Kernel:
         ops: the op for each format's `base` name.
         prepack: turns a packed weight into the tensors that the op takes.
         refuses: says why a problem is not served, or None.
+        int8_ops: for each format an op on the same tensors that rounds activations to 8 bits in
+            groups, an approximation; empty where there is none.
+        saves_memory: whether what is kept is smaller than the dense weight.
+        note: what a user should know of it, for the report.
     """
 
     name: str
     ops: Mapping[str, OpOverload[..., Tensor]]
     prepack: Callable[[PackedWeight], tuple[Tensor, ...]]
     refuses: Callable[[Problem], str | None]
+    int8_ops: Mapping[str, OpOverload[..., Tensor]] = field(default_factory=dict)
+    saves_memory: bool = True
+    note: str = ""
 
 
 _KERNELS: dict[str, Kernel] = {}
@@ -98,6 +107,8 @@ def choose(problem: Problem, prefer: str = "auto") -> Kernel:
     for kernel in kernels():
         if prefer in ("auto", kernel.name):
             reason = kernel.refuses(problem)
+            if problem.activations == "int8" and not kernel.int8_ops:
+                reason = "it does not round activations to 8 bits"
             if reason is None:
                 return kernel
             reasons.append(f"kernel {kernel.name}: {reason}")

@@ -9,6 +9,8 @@ instead of 15 (measured, 1x64x64).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -16,8 +18,51 @@ from torch.nn.functional import linear
 from fp4graph.formats import FORMATS, BlockFormat, PackedWeight, get_format
 from fp4graph.kernels.contract import Kernel, Problem, register
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Op = torch._ops.OpOverload[..., Tensor]
+
 _LIBRARY = torch.library.Library("fp4graph", "FRAGMENT")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def define(kernel: str, format: BlockFormat, body: Callable[..., Tensor]) -> Op:
+    """Register `fp4graph::<kernel>_<format>(x, qdata, scale, [per_tensor_scale,] bias)`."""
+    name = f"{kernel}_{format.base}"
+    scales = (
+        "Tensor scale, Tensor per_tensor_scale" if format.has_per_tensor_scale else "Tensor scale"
+    )
+    _LIBRARY.define(f"{name}(Tensor x, Tensor qdata, {scales}, Tensor? bias) -> Tensor")
+
+    def fake(x: Tensor, qdata: Tensor, *_: Tensor | None) -> Tensor:
+        return x.new_empty((*x.shape[:-1], qdata.shape[0]))
+
+    _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fp4graph::{name}", fake, lib=_LIBRARY)
+    op: Op = getattr(torch.ops.fp4graph, name).default
+    return op
+
+
+def packed_weight(
+    format: BlockFormat,
+    in_features: int,
+    qdata: Tensor,
+    scale: Tensor,
+    per_tensor_scale: Tensor | None = None,
+) -> PackedWeight:
+    """Put together again what `prepack` took apart."""
+    scale = scale.view(format.scale_codec.dtype)
+    return PackedWeight(qdata, scale, per_tensor_scale, (qdata.shape[0], in_features), format)
+
+
+def _meaning(format: BlockFormat) -> Callable[..., Tensor]:
+    def meaning(x: Tensor, qdata: Tensor, *rest: Tensor) -> Tensor:
+        *scales, bias = rest
+        packed = packed_weight(format, x.shape[-1], qdata, *scales)
+        return linear(x, packed.dequantize(x.dtype), bias)
+
+    return meaning
 
 
 def _prepack(packed: PackedWeight) -> tuple[Tensor, ...]:
@@ -33,30 +78,6 @@ def _refuses(problem: Problem) -> str | None:
     return None
 
 
-def _define(format: BlockFormat) -> torch._ops.OpOverload[..., Tensor]:
-    """Register `fp4graph::reference_<format>(x, qdata, scale, [per_tensor_scale,] bias)`."""
-    name = f"reference_{format.base}"
-    scales = (
-        "Tensor scale, Tensor per_tensor_scale" if format.has_per_tensor_scale else "Tensor scale"
-    )
-    _LIBRARY.define(f"{name}(Tensor x, Tensor qdata, {scales}, Tensor? bias) -> Tensor")
-
-    def meaning(x: Tensor, qdata: Tensor, scale: Tensor, *rest: Tensor | None) -> Tensor:
-        per_tensor_scale = rest[0] if format.has_per_tensor_scale else None
-        scale = scale.view(format.scale_codec.dtype)
-        shape = (qdata.shape[0], x.shape[-1])
-        packed = PackedWeight(qdata, scale, per_tensor_scale, shape, format)
-        return linear(x, packed.dequantize(x.dtype), rest[-1])
-
-    def fake(x: Tensor, qdata: Tensor, *_: Tensor | None) -> Tensor:
-        return x.new_empty((*x.shape[:-1], qdata.shape[0]))
-
-    _LIBRARY.impl(name, meaning, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fp4graph::{name}", fake, lib=_LIBRARY)
-    op: torch._ops.OpOverload[..., Tensor] = getattr(torch.ops.fp4graph, name).default
-    return op
-
-
 def _fake_quantize(x: Tensor, format: str) -> Tensor:
     return get_format(format).fake_quantize(x)
 
@@ -67,13 +88,15 @@ torch.library.register_fake(
     "fp4graph::fake_quantize", lambda x, format: x.new_empty(x.shape), lib=_LIBRARY
 )
 
-FAKE_QUANTIZE: torch._ops.OpOverload[..., Tensor] = torch.ops.fp4graph.fake_quantize.default
+FAKE_QUANTIZE: Op = torch.ops.fp4graph.fake_quantize.default
 """`fake_quantize(x, format name) -> y`: the activation half of W4A4; see `BlockFormat`."""
 
 REFERENCE = register(
     Kernel(
         name="reference",
-        ops={base: _define(format) for base, format in FORMATS.items()},
+        ops={
+            base: define("reference", format, _meaning(format)) for base, format in FORMATS.items()
+        },
         prepack=_prepack,
         refuses=_refuses,
     )

@@ -49,7 +49,8 @@ class ChooseKernels:
                 refused.append((site.tag.fqn, error))
                 mark(node, replace(site, scheme=None, reason=f"refused: {error}"))
             else:
-                reason = f"{site.reason} as {site.scheme}"
+                note = f" ({kernel.note})" if kernel.note else ""
+                reason = f"{site.reason} as {site.scheme}{note}"
                 mark(node, replace(site, kernel=kernel, reason=reason))
         if refused and self.on_refusal == "raise":
             raise refusal(refused)
@@ -82,5 +83,12 @@ def _choose(site: LinearSite, example_inputs: Sequence[Any]) -> Kernel:
             "load the model outside"
         )
     out_features, in_features = site.tag.shape
-    problem = Problem(out_features, in_features, site.scheme.format, site.dtype, weight.device)
+    problem = Problem(
+        out_features,
+        in_features,
+        site.scheme.format,
+        site.dtype,
+        weight.device,
+        "int8" if site.scheme.activations == "int8" else None,
+    )
     return choose(problem, site.scheme.kernel)

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fp4graph.errors import WeightError
 from fp4graph.fingerprint import fingerprint
+from fp4graph.kernels import quantize
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -65,7 +66,7 @@ class PackEntry:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             w_NK = weight.detach().T if self.transposed else weight.detach()
             try:
-                packed = self.scheme.format.quantize(w_NK)
+                packed = quantize(w_NK, self.scheme.format)
             except WeightError as error:
                 raise WeightError(f"{self.fqn}: {error}") from None
             fresh = self.kernel.prepack(packed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch.fx import GraphModule
 
+    from fp4graph.passes.site import LinearSite
     from fp4graph.policy import Policy
     from fp4graph.tags import LinearTag
 
@@ -52,12 +54,18 @@ def rows(gm: GraphModule) -> list[LinearRow]:
             site.bytes_dense,
             site.reason,
             site.kernel.name if site.kernel else None,
-            site.scheme.format.packed_bytes(*site.tag.shape)
-            if site.kernel and site.scheme
-            else None,
+            _bytes_packed(site),
         )
         for _, site in sites(gm)
     ]
+
+
+def _bytes_packed(site: LinearSite) -> int | None:
+    if site.kernel is None or site.scheme is None:
+        return None
+    packed = site.scheme.format.packed_bytes(*site.tag.shape)
+    dense = math.prod(site.tag.shape) * site.dtype.itemsize
+    return packed if site.kernel.saves_memory else packed + dense
 
 
 def bindings(gm: GraphModule) -> tuple[Binding, ...]:

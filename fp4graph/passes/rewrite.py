@@ -32,7 +32,7 @@ class RewriteLinears:
     Given:
         y = torch._C._nn.linear(x, weight, bias)          # with its packed weight
     Result:
-        y = fp4graph.reference_nvfp4(x, qdata, scale, per_tensor_scale, bias)
+        y = fp4graph.cpu_nvfp4(x, tiles, row_scale, bias)          # or another kernel's op
         # with activations="same" x is fp4graph.fake_quantize(x, "nvfp4"), one node a distinct x;
         # under autocast x and bias are first cast to the dtype that the linear would have used
 
@@ -75,7 +75,10 @@ def _replace(
     graph = node.graph
     with graph.inserting_before(node):
         x = _cast(form.x, site.dtype)
-        if site.scheme.activations is not None:
+        ops = site.kernel.ops
+        if site.scheme.activations == "int8":
+            ops = site.kernel.int8_ops
+        elif site.scheme.activations is not None:
             # an input that is written to in between is not the same input
             key = (form.x, site.dtype, site.scheme.activations.name, writes)
             if key not in quantized:
@@ -83,8 +86,7 @@ def _replace(
                 quantized[key].meta = dict(x.meta)
             x = quantized[key]
         bias = None if form.bias is None else _cast(form.bias, site.dtype)
-        op = site.kernel.ops[site.scheme.format.base]
-        new = graph.call_function(op, (x, *packed, bias))
+        new = graph.call_function(ops[site.scheme.format.base], (x, *packed, bias))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)

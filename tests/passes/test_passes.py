@@ -20,7 +20,7 @@ def record(
     on_refusal: str = "raise",
     rewrite: bool = True,
 ) -> Recorder:
-    policy = Policy.of(select, Scheme.of(activations=activations))  # type: ignore[arg-type]
+    policy = Policy.of(select, Scheme.of(activations=activations, kernel="reference"))  # type: ignore[arg-type]
     passes = (TagLinears(), *plan_passes(policy, on_refusal))  # type: ignore[arg-type]
     recorder = Recorder(*passes, *(rewrite_passes() if rewrite else ()))
     with torch.no_grad():

@@ -1,0 +1,61 @@
+// What needs no torch and no instruction set: which one is in use.
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#include "fp4.h"
+
+namespace {
+
+const Fp4Isa* const* available() {  // best first, null at the end
+  static const Fp4Isa* found[5] = {};
+  int n = 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found[n++] = &fp4_avx512bf16;
+  if (avx512) found[n++] = &fp4_avx512;
+  if (avx2) found[n++] = &fp4_avx2;
+#elif defined(__aarch64__)
+  found[n++] = &fp4_neon;  // part of the architecture
+#endif
+  found[n++] = &fp4_portable;
+  return found;
+}
+
+const Fp4Isa* const* const isas = available();
+std::atomic<const Fp4Isa*> chosen{isas[0]};
+
+}  // namespace
+
+const Fp4Isa& fp4_chosen() { return *chosen.load(std::memory_order_relaxed); }
+
+extern "C" {
+
+const char* fp4_available() {
+  static const std::string names = [] {
+    std::string text;
+    for (auto each = isas; *each != nullptr; each++) {
+      text += (text.empty() ? "" : ",") + std::string((*each)->name);
+    }
+    return text;
+  }();
+  return names.c_str();
+}
+
+int fp4_use(const char* name) {
+  for (auto each = isas; *each != nullptr; each++) {
+    if (name == nullptr || strcmp(name, (*each)->name) == 0) {
+      chosen = *each;
+      return 0;
+    }
+  }
+  return 1;
+}
+
+const char* fp4_isa() { return fp4_chosen().name; }
+}

@@ -1,0 +1,7 @@
+// Compiled with -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni and what AVX2 takes.
+#if defined(__x86_64__)
+#include "avx512.h"
+
+const Fp4Isa fp4_avx512 = {"avx512", linear<Avx512>, quantize<Avx512>, fake_quantize<Avx512>,
+                           fma_roof<Avx512>, read_roof<Avx512>};
+#endif

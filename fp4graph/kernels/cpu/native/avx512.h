@@ -1,0 +1,95 @@
+// AVX-512 (F, BW, VL, VNNI): 512-bit vectors, 32 registers. A dword is one of 16 rows, so that its
+// nibbles index a table of 16 values after a shift, without a mask: vpermps reads 4 bits.
+#pragma once
+#include <immintrin.h>
+
+#include "fp4.h"
+#define FP4_VECTOR_REGISTER "v"
+#include "codec.h"
+#include "driver.h"
+
+namespace {
+
+struct Avx512 {
+  using F = __m512;
+  using I = __m512i;
+  static constexpr int kRows = 16;
+  static constexpr int kStep = 1;
+  static constexpr int kVectors = 1;
+  static constexpr int kHalfSteps = 4;
+  static constexpr int kFewRows = 8;
+  static constexpr int kFewPairRows = 0;
+  static constexpr int kTilePanels = 2;
+  static constexpr int kBlockRows = 12;
+  static constexpr int64_t kDepth = 128;
+  static constexpr int32_t kOffset = 12;  // vpdpbusd wants one side unsigned
+
+  struct Tables {
+    F values = _mm512_load_ps(kValues);
+  };
+  struct IntTables {
+    I values = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kTwicePlus12)));
+    I nibble = _mm512_set1_epi8(15);
+  };
+
+  static FP4_INLINE F zero() { return _mm512_setzero_ps(); }
+  static FP4_INLINE F splat(float x) { return _mm512_set1_ps(x); }
+  static FP4_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  static FP4_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static FP4_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static FP4_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static FP4_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static FP4_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+  static FP4_INLINE I load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static FP4_INLINE F broadcast(const float* x) { return _mm512_set1_ps(*x); }
+
+  static FP4_INLINE void decode(const Tables& t, I raw, int half, F (&d)[4][1]) {
+    FP4_UNROLL for (int s = 0; s < 4; s++) {
+      d[s][0] = _mm512_permutexvar_ps(_mm512_srli_epi32(raw, 8 * s + 4 * half), t.values);
+    }
+  }
+  template <class Format>
+  static FP4_INLINE F scales(const uint8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if constexpr (Format::kE4M3) {
+      return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 7));
+    } else {
+      const I bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23);
+      return _mm512_castsi512_ps(_mm512_max_epi32(bits, _mm512_set1_epi32(0x00400000)));
+    }
+  }
+  static FP4_INLINE void expand(F s, F (&out)[1]) { out[0] = s; }
+  static FP4_INLINE F finish(const F (&acc)[1]) { return acc[0]; }
+
+  static FP4_INLINE I int_decode(const IntTables& t, I raw, int half) {
+    return _mm512_shuffle_epi8(
+        t.values, _mm512_and_si512(half ? _mm512_srli_epi16(raw, 4) : raw, t.nibble));
+  }
+  template <int kParts>
+  static FP4_INLINE I dot(const I (&codes)[kParts], const int8_t* x, int32_t offset) {
+    I sum[2] = {_mm512_set1_epi32(-offset), _mm512_setzero_si512()};
+    FP4_UNROLL for (int p = 0; p < kParts; p++) {
+      int32_t bytes;
+      memcpy(&bytes, x + 4 * p, 4);
+      sum[p % 2] = _mm512_dpbusd_epi32(sum[p % 2], codes[p], _mm512_set1_epi32(bytes));
+    }
+    return _mm512_add_epi32(sum[0], sum[1]);
+  }
+
+  static FP4_INLINE void from_float16(const uint8_t* in, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i += 16) {
+      const __mmask16 mask = n - i < 16 ? (1u << (n - i)) - 1 : 0xFFFF;
+      const __m256i half = _mm256_maskz_loadu_epi16(mask, in + 2 * i);
+      _mm512_mask_storeu_ps(out + i, mask, _mm512_cvtph_ps(half));
+    }
+  }
+  static FP4_INLINE void to_float16(const float* in, int64_t n, uint8_t* out) {
+    for (int64_t i = 0; i < n; i += 16) {
+      const __mmask16 mask = n - i < 16 ? (1u << (n - i)) - 1 : 0xFFFF;
+      const F x = _mm512_maskz_loadu_ps(mask, in + i);
+      _mm256_mask_storeu_epi16(out + 2 * i, mask, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    }
+  }
+};
+
+}  // namespace

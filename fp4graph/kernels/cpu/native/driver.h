@@ -1,0 +1,390 @@
+// One call: which loops for how many rows, who does which panels, and where scratch lies.
+#pragma once
+#include <atomic>
+#include <cstdlib>
+
+#include "panel.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace {
+
+// Memory of a thread, kept between calls and freed with it.
+class Scratch {
+ public:
+  ~Scratch() { free(bytes_); }
+  // Room for `count` bytes on a cache line, or null.
+  uint8_t* get(int64_t count) {
+    if (count > size_) {
+      free(bytes_);
+      size_ = round_up(count, 4096);
+      bytes_ = static_cast<uint8_t*>(aligned_alloc(64, size_));
+      if (bytes_ == nullptr) size_ = 0;
+    }
+    return bytes_;
+  }
+
+ private:
+  uint8_t* bytes_ = nullptr;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch shared_scratch;  // of the calling thread, read by its team
+thread_local Scratch own_scratch;
+
+// Carves arrays out of scratch, each on a cache line.
+class Carver {
+ public:
+  explicit Carver(uint8_t* base) : base_(base) {}
+  template <class T>
+  T* take(int64_t n) {
+    T* out = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
+    return out;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  uint8_t* base_;
+  int64_t used_ = 0;
+};
+
+template <class V, class Format>
+class Linear {
+ public:
+  explicit Linear(const Fp4Linear& call)
+      : call_(call),
+        groups_((call.K + Format::kGroup - 1) / Format::kGroup),
+        Kp_(groups_ * Format::kGroup),
+        panels_((call.N + kPanelRows - 1) / kPanelRows),
+        panel_bytes_(groups_ * kTileBytes<Format>) {
+    // A team costs microseconds: give each thread 64 KB of weights at least.
+    const int64_t work = panels_ * panel_bytes_ * max64(1, call.M / 4);
+    tasks_ = max64(1, min64(fp4_threads(), work / (64 << 10)));
+  }
+
+  bool run() {
+    if (call_.M == 0 || panels_ == 0) return true;
+    if (call_.mode == FP4_INT8) return int8_rows();
+    if constexpr (V::kFewPairRows > 0) {
+      if (call_.dtype == FP4_BFLOAT16 && call_.M <= V::kFewPairRows) return pair_rows();
+    }
+    return call_.M <= V::kFewRows ? few_rows() : many_rows();
+  }
+
+ private:
+  const void* row(int64_t m) const { return at(call_.x, m * call_.K * dtype_bytes(call_.dtype)); }
+  const uint8_t* panel(int64_t p) const { return call_.tiles + p * panel_bytes_; }
+
+  void store(const float* sums, int64_t m, int64_t p, float unit) const {
+    store_row<V>(sums, call_, m, p * kPanelRows, min64(kPanelRows, call_.N - p * kPanelRows), unit);
+  }
+
+  template <class Carve>
+  bool carve(Scratch& scratch, Carve carve) {
+    Carver sizes(nullptr);
+    carve(sizes);
+    uint8_t* base = scratch.get(sizes.used());
+    if (base == nullptr) return false;
+    Carver carver(base);
+    carve(carver);
+    return true;
+  }
+
+  // A row of panels' tiles in pieces of kColumns: `use(tiles, first group, groups, accumulate)`.
+  template <class Use>
+  FP4_INLINE void for_columns(const uint8_t* tiles, Use use) const {
+    constexpr int64_t kStride = kColumns / Format::kGroup;
+    if (groups_ == 0) use(tiles, 0, 0, false);
+    for (int64_t g = 0; g < groups_; g += kStride) {
+      use(tiles + g * kTileBytes<Format>, g, min64(kStride, groups_ - g), g > 0);
+    }
+  }
+
+  template <int kM = V::kFewRows>
+  FP4_INLINE void exact_rows(const uint8_t* tiles, const float* x, float* sums) const {
+    if constexpr (kM > 1) {
+      if (call_.M < kM) return exact_rows<kM - 1>(tiles, x, sums);
+    }
+    for_columns(tiles, [&](const uint8_t* tile, int64_t g, int64_t groups, bool accumulate) {
+      const float* columns = x + g * Format::kGroup;
+      if constexpr (kM == 1) {
+        gemv<V, Format>(tile, columns, groups, sums, accumulate);
+      } else {
+        gemv_rows<V, Format, kM>(tile, columns, Kp_, groups, sums, accumulate);
+      }
+    });
+  }
+
+  bool few_rows() {
+    float *x, *unit;
+    if (!carve(shared_scratch, [&](Carver& c) {
+          x = c.take<float>(call_.M * Kp_);
+          unit = c.take<float>(call_.M);
+        })) {
+      return false;
+    }
+    for (int64_t m = 0; m < call_.M; m++) {
+      uint32_t amax;
+      unit[m] = load_row<V>(row(m), call_.dtype, call_.K, Kp_, x + m * Kp_, &amax);
+      reorder<V>(x + m * Kp_, Kp_);
+    }
+    parallel_ranges(panels_, tasks_, [&](int64_t p0, int64_t p1) {
+      for (int64_t p = p0; p < p1; p++) {
+        float sums[V::kFewRows * kPanelRows];
+        exact_rows(panel(p), x, sums);
+        for (int64_t m = 0; m < call_.M; m++) store(sums + m * kPanelRows, m, p, unit[m]);
+      }
+    });
+    return true;
+  }
+
+  // bfloat16 activations as they are, in pairs, where the instruction set multiplies such.
+  bool pair_rows() {
+    float *wide, *unit;
+    uint16_t* x;
+    if (!carve(shared_scratch, [&](Carver& c) {
+          wide = c.take<float>(Kp_);
+          x = c.take<uint16_t>(call_.M * Kp_);
+          unit = c.take<float>(call_.M);
+        })) {
+      return false;
+    }
+    for (int64_t m = 0; m < call_.M; m++) {
+      uint32_t amax;
+      unit[m] = load_row<V>(row(m), call_.dtype, call_.K, Kp_, wide, &amax);
+      V::to_pairs(wide, Kp_, x + m * Kp_);
+    }
+    parallel_ranges(panels_, tasks_, [&](int64_t p0, int64_t p1) {
+      for (int64_t p = p0; p < p1; p++) {
+        float sums[V::kFewPairRows * kPanelRows];
+        run_pairs(panel(p), x, sums);
+        for (int64_t m = 0; m < call_.M; m++) store(sums + m * kPanelRows, m, p, unit[m]);
+      }
+    });
+    return true;
+  }
+
+  template <int kM = V::kFewPairRows>
+  FP4_INLINE void run_pairs(const uint8_t* tiles, const uint16_t* x, float* sums) const {
+    if constexpr (kM > 1) {
+      if (call_.M < kM) return run_pairs<kM - 1>(tiles, x, sums);
+    }
+    for_columns(tiles, [&](const uint8_t* tile, int64_t g, int64_t groups, bool accumulate) {
+      gemv_pairs<V, Format, kM>(tile, x + g * Format::kGroup, Kp_, groups, sums, accumulate);
+    });
+  }
+
+  bool int8_rows() {
+    float *scale, *unit;
+    int8_t* rounded;
+    int32_t* offset;
+    if (!carve(shared_scratch, [&](Carver& c) {
+          rounded = c.take<int8_t>(call_.M * Kp_);
+          scale = c.take<float>(call_.M * groups_);
+          offset = c.take<int32_t>(call_.M * groups_);
+          unit = c.take<float>(call_.M);
+        })) {
+      return false;
+    }
+    std::atomic<bool> failed{false};
+    std::atomic<bool> odd{false};  // a row with Inf or NaN, which integers cannot carry
+    parallel_ranges(call_.M, tasks_, [&](int64_t m0, int64_t m1) {
+      auto* x = reinterpret_cast<float*>(own_scratch.get(max64(Kp_, 1) * 4));
+      if (x == nullptr) failed = true;
+      for (int64_t m = m0; m < m1 && x != nullptr; m++) {
+        uint32_t amax;
+        unit[m] = load_row<V>(row(m), call_.dtype, call_.K, Kp_, x, &amax);
+        if (amax >= 0x7F800000) odd = true;
+        round_row<V, Format>(x, groups_, rounded + m * Kp_, scale + m * groups_,
+                             offset + m * groups_);
+      }
+    });
+    if (failed) return false;
+    if (odd) return call_.M <= V::kFewRows ? few_rows() : many_rows();
+    parallel_ranges(panels_, tasks_, [&](int64_t p0, int64_t p1) {
+      for (int64_t p = p0; p < p1; p++) {
+        for (int64_t m = 0; m < call_.M;) {
+          float sums[4 * kPanelRows];
+          const int64_t left = call_.M - m;
+          const int64_t taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+          for_columns(panel(p), [&](const uint8_t* tile, int64_t g, int64_t groups, bool more) {
+            const int64_t first = m * groups_ + g;
+            const IntRows in{rounded + first * Format::kGroup, scale + first, offset + first,
+                             groups_};
+            const auto run = taken == 4   ? int_rows<V, Format, 4>
+                             : taken == 2 ? int_rows<V, Format, 2>
+                                          : int_rows<V, Format, 1>;
+            run(tile, in, groups, sums, more);
+          });
+          for (int64_t i = 0; i < taken; i++) store(sums + i * kPanelRows, m + i, p, unit[m + i]);
+          m += taken;
+        }
+      }
+    });
+    return true;
+  }
+
+  // Many rows. Activations are packed [column blocks][row blocks][steps][rows][kStep]; a thread
+  // takes runs of panels, decodes kTilePanels of them by kDepth columns and multiplies all row
+  // blocks of the moment with these, whose activations and sums stay in L2.
+  static constexpr int64_t kRowBlocks = 144 / V::kBlockRows;
+  static constexpr int64_t kRun = 8;
+
+  bool many_rows() {
+    const int64_t blocks = (call_.M + V::kBlockRows - 1) / V::kBlockRows;
+    const auto first_row = [&](int64_t block) { return call_.M * block / blocks; };
+    float *x, *unit;
+    if (!carve(shared_scratch, [&](Carver& c) {
+          x = c.take<float>(call_.M * Kp_);
+          unit = c.take<float>(call_.M);
+        })) {
+      return false;
+    }
+    std::atomic<bool> failed{false};
+    parallel_ranges(blocks, tasks_, [&](int64_t b0, int64_t b1) {
+      auto* wide = reinterpret_cast<float*>(own_scratch.get(max64(Kp_, 1) * 4));
+      if (wide == nullptr) failed = true;
+      for (int64_t b = b0; b < b1 && wide != nullptr; b++) {
+        for (int64_t m = first_row(b); m < first_row(b + 1); m++) {
+          uint32_t amax;
+          unit[m] = load_row<V>(row(m), call_.dtype, call_.K, Kp_, wide, &amax);
+          reorder<V>(wide, Kp_);
+          pack_row(wide, m, first_row(b), first_row(b + 1), x);
+        }
+      }
+    });
+    int64_t run = kRun;  // short enough that no thread waits long for another
+    while (run > V::kTilePanels && panels_ / run < 8 * tasks_) run /= 2;
+    const int64_t runs = (panels_ + run - 1) / run;
+    for (int64_t b0 = 0; b0 < blocks && !failed; b0 += kRowBlocks) {
+      const int64_t b1 = min64(blocks, b0 + kRowBlocks);
+      std::atomic<int64_t> next{0};  // runs go to whoever is free
+      parallel(tasks_, [&](int64_t) {
+        float *w, *sums;
+        if (!carve(own_scratch, [&](Carver& c) {
+              w = c.take<float>(V::kTilePanels * kPanelRows * V::kDepth);
+              sums = c.take<float>((run + V::kTilePanels) * kRowBlocks * V::kBlockRows * kPanelRows);
+            })) {
+          failed = true;
+          return;
+        }
+        for (int64_t r = next++; r < runs; r = next++) {
+          multiply_run(x, unit, w, sums, r * run, min64(panels_, (r + 1) * run), b0, b1, first_row);
+        }
+      });
+    }
+    return !failed;
+  }
+
+  FP4_INLINE void pack_row(const float* w, int64_t m, int64_t m0, int64_t m1, float* x) const {
+    const int64_t rows = m1 - m0;
+    for (int64_t k0 = 0; k0 < Kp_; k0 += V::kDepth) {
+      const int64_t columns = min64(V::kDepth, Kp_ - k0);
+      float* out = x + k0 * call_.M + m0 * columns + (m - m0) * V::kStep;
+      for (int64_t k = 0; k < columns; k += V::kStep) {
+        for (int i = 0; i < V::kStep; i++) out[k * rows + i] = w[k0 + k + i];
+      }
+    }
+  }
+
+  // Panels p0 to p1 with row blocks b0 to b1. The last tile may reach beyond the last panel: it
+  // takes the last one again, and what comes of it is not stored.
+  template <class FirstRow>
+  FP4_INLINE void multiply_run(const float* x, const float* unit, float* w, float* sums,
+                               int64_t p0, int64_t p1, int64_t b0, int64_t b1,
+                               FirstRow first_row) const {
+    const int64_t m0 = first_row(b0), rows = first_row(b1) - m0, stride = rows * kPanelRows;
+    if (Kp_ == 0) memset(sums, 0, (p1 - p0) * stride * sizeof(float));
+    for (int64_t k0 = 0; k0 < Kp_; k0 += V::kDepth) {
+      const int64_t columns = min64(V::kDepth, Kp_ - k0);
+      const int64_t tile = k0 / Format::kGroup * kTileBytes<Format>;
+      for (int64_t p = p0; p < p1; p += V::kTilePanels) {
+        const int64_t next_panel = p + 1 < panels_ ? panel_bytes_ : 0;
+        decode_panels<V, Format>(panel(p) + tile, next_panel, columns / Format::kGroup, w);
+        float* c = sums + (p - p0) * stride;
+        for (int64_t b = b0; b < b1; b++) {
+          const int64_t m = first_row(b);
+          const float* block = x + k0 * call_.M + m * columns;
+          for (int r = 0; r < kRowVectors<V>; r++) {
+            constexpr int kWidth = V::kRows * V::kVectors * V::kTilePanels;
+            multiply_block(first_row(b + 1) - m, w + r * columns / V::kStep * kWidth, block,
+                           columns / V::kStep, c + (m - m0) * kPanelRows + r * V::kRows, stride,
+                           k0 > 0);
+          }
+        }
+      }
+    }
+    for (int64_t m = 0; m < rows; m++) {
+      for (int64_t p = p0; p < p1; p++) {
+        store(sums + (p - p0) * stride + m * kPanelRows, m0 + m, p, unit[m0 + m]);
+      }
+    }
+  }
+
+  template <int kM = V::kBlockRows>
+  static FP4_INLINE void multiply_block(int64_t rows, const float* w, const float* x,
+                                        int64_t steps, float* c, int64_t stride,
+                                        bool accumulate) {
+    if constexpr (kM > 0) {
+      if (rows == kM) {
+        multiply<V, kM>(w, x, steps, c, stride, accumulate);
+      } else {
+        multiply_block<kM - 1>(rows, w, x, steps, c, stride, accumulate);
+      }
+    }
+  }
+
+  const Fp4Linear& call_;
+  int64_t groups_, Kp_, panels_, panel_bytes_;
+  int64_t tasks_ = 1;
+};
+
+template <class V>
+bool linear(const Fp4Linear& call) {
+  return call.format == FP4_NVFP4 ? Linear<V, Nvfp4>(call).run() : Linear<V, Mxfp4>(call).run();
+}
+
+// Reads every byte: the roof of whatever streams weights.
+template <class V>
+uint64_t read_roof(const uint8_t* bytes, int64_t count) {
+  constexpr int kLoads = 8, kBytes = sizeof(typename V::I);
+  constexpr int64_t kStep = kLoads * kBytes;
+  std::atomic<uint64_t> total{0};
+  parallel_ranges(count / kStep, fp4_threads(), [&](int64_t begin, int64_t end) {
+    typename V::I seen[kLoads] = {};
+    for (int64_t i = begin; i < end; i++) {
+      FP4_UNROLL for (int j = 0; j < kLoads; j++) {
+        __builtin_prefetch(bytes + i * kStep + j * kBytes + 4096);
+        seen[j] |= V::load_codes(bytes + i * kStep + j * kBytes);
+      }
+    }
+    FP4_UNROLL for (int j = 1; j < kLoads; j++) seen[0] |= seen[j];
+    uint64_t words[kBytes / 8];
+    memcpy(words, &seen[0], kBytes);
+    total |= words[0];
+  });
+  return total;
+}
+
+// Independent FMAs on as many accumulators as hide their latency: the roof of `multiply`.
+template <class V>
+double fma_roof(int64_t iterations) {
+  constexpr int kChains = 10;
+  std::atomic<int64_t> done{0};
+  parallel(fp4_threads(), [&](int64_t) {
+    typename V::F acc[kChains];
+    FP4_UNROLL for (int i = 0; i < kChains; i++) acc[i] = V::splat(i * .1f);
+    const auto a = V::splat(.999f), b = V::splat(.001f);
+    for (int64_t n = 0; n < iterations; n++) {
+      FP4_UNROLL for (int i = 0; i < kChains; i++) {
+        acc[i] = V::fma(acc[i], a, b);
+        asm volatile("" : "+" FP4_VECTOR_REGISTER(acc[i]));
+      }
+    }
+    done += 2 * kChains * V::kRows * iterations;
+  });
+  return static_cast<double>(done);
+}
+
+}  // namespace

@@ -1,0 +1,68 @@
+// The kernels' interface, C++ within the library: buffers in, buffers out, no torch.
+#pragma once
+#include <cstdint>
+
+enum Fp4Format { FP4_NVFP4 = 0, FP4_MXFP4 = 1 };
+enum Fp4Dtype { FP4_FLOAT32 = 0, FP4_BFLOAT16 = 1, FP4_FLOAT16 = 2, FP4_FLOAT64 = 3 };
+
+// Who computes the products: float32, whatever the dtype; or integers of activations that are
+// rounded to 8 bits a group, an approximation.
+enum Fp4Mode { FP4_EXACT = 0, FP4_INT8 = 1 };
+
+// How an MXFP4 group's scale is picked; see fp4graph/formats/scales.py.
+enum Fp4Rule { FP4_FLOOR = 0, FP4_CEIL = 1, FP4_RCEIL = 2, FP4_EVEN = 3 };
+
+// A linear: y = x W^T + bias, W [N, K] in tiles (layout.h). Nothing needs alignment.
+struct Fp4Linear {
+  const void* x;           // [M, K] contiguous, in `dtype`
+  const uint8_t* tiles;
+  const float* row_scale;  // [N]
+  const void* bias;        // [N] in `dtype`, or null
+  void* y;                 // [M, N] in `dtype`
+  int64_t M, N, K;
+  int format, dtype, mode;
+};
+
+// A matrix that is rounded to nearest in groups along K.
+struct Fp4Matrix {
+  const void* x;  // [M, K] contiguous, in `dtype`
+  int64_t M, K;
+  int format, rule, dtype;
+};
+
+// What each instruction set's file exports.
+struct Fp4Isa {
+  const char* name;
+  // False when memory for scratch ran out.
+  bool (*linear)(const Fp4Linear&);
+  // -> qdata [M, Kp/2], scale [M, Kp/group], per_tensor_scale [1]; returns how many groups hold NaN
+  // or Inf, and where any does the outputs mean nothing.
+  int64_t (*quantize)(const Fp4Matrix&, uint8_t* qdata, uint8_t* scale, float* per_tensor_scale);
+  // Quantise and dequantise -> y [M, K] of the same dtype.
+  void (*fake_quantize)(const Fp4Matrix&, void* y);
+  // The roof of the multiplications: does `iterations` rounds of independent FMAs on each thread
+  // and returns how many floating-point operations those were.
+  double (*fma)(int64_t iterations);
+  // The roof of the loads: reads every byte and returns something that hangs on them all.
+  uint64_t (*read)(const uint8_t* bytes, int64_t count);
+};
+
+extern const Fp4Isa fp4_portable;
+#if defined(__x86_64__)
+extern const Fp4Isa fp4_avx2;
+extern const Fp4Isa fp4_avx512;
+extern const Fp4Isa fp4_avx512bf16;
+#elif defined(__aarch64__)
+extern const Fp4Isa fp4_neon;
+#endif
+
+#define FP4_EXPORT __attribute__((visibility("default")))
+extern "C" {
+// The instruction sets that this library has and this CPU runs, best first, separated by commas.
+FP4_EXPORT const char* fp4_available();
+// Use one of them; null for the best. Returns 0, or 1 when it is not available.
+FP4_EXPORT int fp4_use(const char* isa);
+// The one in use.
+FP4_EXPORT const char* fp4_isa();
+}
+const Fp4Isa& fp4_chosen();

@@ -1,0 +1,198 @@
+// The ops, on torch's stable ABI: no Python in the way, torch's own threads, one binary for this
+// torch and later ones. Schemas and fake implementations stand in Python (kernels/cpu/).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "tiles.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+extern "C" {
+
+void fp4_parallel(int64_t count, void (*task)(int64_t, void*), void* context) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; index++) task(index, context);
+  });
+}
+
+int64_t fp4_threads() { return torch::stable::get_num_threads(); }
+}
+
+namespace {
+
+int dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return FP4_FLOAT32;
+    case ScalarType::BFloat16: return FP4_BFLOAT16;
+    case ScalarType::Half: return FP4_FLOAT16;
+    case ScalarType::Double: return FP4_FLOAT64;
+    default: STD_TORCH_CHECK(false, "activations of a dtype that the kernel does not serve");
+  }
+}
+
+Tensor plain(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+int64_t group_of(int64_t format) { return format == FP4_NVFP4 ? Nvfp4::kGroup : Mxfp4::kGroup; }
+
+int64_t tile_of(int64_t format) {
+  return format == FP4_NVFP4 ? kTileBytes<Nvfp4> : kTileBytes<Mxfp4>;
+}
+
+std::vector<int64_t> shape_of(const Tensor& x) {
+  std::vector<int64_t> shape(x.dim());
+  for (int64_t i = 0; i < x.dim(); i++) shape[i] = x.size(i);
+  return shape;
+}
+
+template <int kFormat, int kMode>
+Tensor linear(const Tensor& input, const Tensor& tiles, const Tensor& row_scale,
+              const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(input.dim() > 0, "x needs a dimension");
+  const Tensor x = plain(input);
+  auto shape = shape_of(x);
+  const int64_t K = shape.back(), N = row_scale.numel();
+  const int64_t groups = (K + group_of(kFormat) - 1) / group_of(kFormat);
+  // what does not fit would read or write memory that is not ours
+  STD_TORCH_CHECK(
+      tiles.dim() == 2 && tiles.size(0) == (N + kPanelRows - 1) / kPanelRows &&
+          tiles.size(1) == groups * tile_of(kFormat) && tiles.is_contiguous() &&
+          row_scale.is_contiguous() && row_scale.scalar_type() == ScalarType::Float,
+      "x [..., ", K, "] does not fit the packed weight");
+  std::optional<Tensor> b;
+  if (bias.has_value()) {
+    b = plain(*bias);
+    STD_TORCH_CHECK(b->numel() == N && b->scalar_type() == x.scalar_type(),
+                    "the bias needs one value a row of the weight, in the dtype of x");
+  }
+  shape.back() = N;
+  int64_t M = 1;
+  for (size_t i = 0; i + 1 < shape.size(); i++) M *= shape[i];
+  Tensor y = torch::stable::new_empty(x, shape);
+  const Fp4Linear call{x.const_data_ptr(),
+                       static_cast<const uint8_t*>(tiles.const_data_ptr()),
+                       static_cast<const float*>(row_scale.const_data_ptr()),
+                       b.has_value() ? b->const_data_ptr() : nullptr,
+                       y.mutable_data_ptr(),
+                       M,
+                       N,
+                       K,
+                       kFormat,
+                       dtype_of(x),
+                       kMode};
+  if (call.dtype == FP4_FLOAT64) {
+    kFormat == FP4_NVFP4 ? linear_float64<Nvfp4>(call) : linear_float64<Mxfp4>(call);
+  } else {
+    STD_TORCH_CHECK(fp4_chosen().linear(call), "no memory for ", M, " rows of activations");
+  }
+  return y;
+}
+
+std::tuple<Tensor, Tensor> pack_tiles(const Tensor& qdata_in, const Tensor& scale_in,
+                                      const Tensor& per_tensor_scale, int64_t format) {
+  const Tensor qdata = plain(qdata_in), scale = plain(scale_in);
+  const int64_t N = qdata.size(0), groups = scale.size(1);
+  STD_TORCH_CHECK(qdata.size(1) * 2 == groups * group_of(format) && scale.size(0) == N,
+                  "qdata and scale do not fit");
+  Tensor tiles = torch::stable::new_empty(
+      qdata, {(N + kPanelRows - 1) / kPanelRows, groups * tile_of(format)});
+  Tensor row_scale = torch::stable::new_empty(qdata, {N}, ScalarType::Float);
+  const auto run = format == FP4_NVFP4 ? to_tiles<Nvfp4> : to_tiles<Mxfp4>;
+  run(static_cast<const uint8_t*>(qdata.const_data_ptr()),
+      static_cast<const uint8_t*>(scale.const_data_ptr()),
+      *static_cast<const float*>(per_tensor_scale.const_data_ptr()),
+      static_cast<uint8_t*>(tiles.mutable_data_ptr()),
+      static_cast<float*>(row_scale.mutable_data_ptr()), N, groups);
+  return {tiles, row_scale};
+}
+
+std::tuple<Tensor, Tensor> unpack_tiles(const Tensor& tiles, int64_t N, int64_t format) {
+  const int64_t groups = tiles.size(1) / tile_of(format);
+  STD_TORCH_CHECK(tiles.size(0) == (N + kPanelRows - 1) / kPanelRows && tiles.is_contiguous(),
+                  "tiles do not fit N");
+  Tensor qdata = torch::stable::new_empty(tiles, {N, groups * group_of(format) / 2});
+  Tensor scale = torch::stable::new_empty(tiles, {N, groups});
+  const auto run = format == FP4_NVFP4 ? from_tiles<Nvfp4> : from_tiles<Mxfp4>;
+  run(static_cast<const uint8_t*>(tiles.const_data_ptr()),
+      static_cast<uint8_t*>(qdata.mutable_data_ptr()),
+      static_cast<uint8_t*>(scale.mutable_data_ptr()), N, groups);
+  return {qdata, scale};
+}
+
+Fp4Matrix matrix_of(const Tensor& x, int64_t format, int64_t rule) {
+  const int64_t K = x.size(x.dim() - 1);
+  return {x.const_data_ptr(), K == 0 ? 0 : x.numel() / K, K, static_cast<int>(format),
+          static_cast<int>(rule), dtype_of(x)};
+}
+
+// -> qdata, scale, per_tensor_scale, and [1] how many groups hold NaN or Inf.
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& w_in, int64_t format,
+                                                       int64_t rule) {
+  const Tensor w = plain(w_in);
+  STD_TORCH_CHECK(w.dim() == 2 && dtype_of(w) != FP4_FLOAT64, "expected a matrix, not of float64");
+  const int64_t N = w.size(0), groups = (w.size(1) + group_of(format) - 1) / group_of(format);
+  Tensor qdata = torch::stable::new_empty(w, {N, groups * group_of(format) / 2}, ScalarType::Byte);
+  Tensor scale = torch::stable::new_empty(w, {N, groups}, ScalarType::Byte);
+  Tensor per_tensor_scale = torch::stable::new_empty(w, {}, ScalarType::Float);
+  Tensor broken = torch::stable::new_empty(w, {}, ScalarType::Long);
+  *static_cast<int64_t*>(broken.mutable_data_ptr()) = fp4_chosen().quantize(
+      matrix_of(w, format, rule), static_cast<uint8_t*>(qdata.mutable_data_ptr()),
+      static_cast<uint8_t*>(scale.mutable_data_ptr()),
+      static_cast<float*>(per_tensor_scale.mutable_data_ptr()));
+  return {qdata, scale, per_tensor_scale, broken};
+}
+
+Tensor fake_quantize_op(const Tensor& x_in, std::string format) {
+  const bool nvfp4 = format == "nvfp4";
+  int rule = FP4_FLOOR;
+  if (format == "mxfp4:ceil") rule = FP4_CEIL;
+  if (format == "mxfp4:rceil") rule = FP4_RCEIL;
+  if (format == "mxfp4:even") rule = FP4_EVEN;
+  STD_TORCH_CHECK(nvfp4 || format == "mxfp4" || rule != FP4_FLOOR, "unknown format ", format);
+  if (dtype_of(x_in) == FP4_FLOAT64) {
+    const Tensor y = fake_quantize_op(torch::stable::to(x_in, ScalarType::Float), format);
+    return torch::stable::to(y, ScalarType::Double);
+  }
+  const Tensor x = plain(x_in);
+  Tensor y = torch::stable::new_empty(x, shape_of(x));
+  if (x.numel() > 0) {
+    fp4_chosen().fake_quantize(matrix_of(x, nvfp4 ? FP4_NVFP4 : FP4_MXFP4, rule),
+                               y.mutable_data_ptr());
+  }
+  return y;
+}
+
+Tensor read_op(const Tensor& bytes) {
+  Tensor out = torch::stable::new_empty(bytes, {}, ScalarType::Long);
+  *static_cast<int64_t*>(out.mutable_data_ptr()) = static_cast<int64_t>(
+      fp4_chosen().read(static_cast<const uint8_t*>(bytes.const_data_ptr()), bytes.numel()));
+  return out;
+}
+
+// Floating-point operations done by `iterations` rounds of FMAs on every thread.
+Tensor fma_op(const Tensor& like, int64_t iterations) {
+  Tensor out = torch::stable::new_empty(like, {}, ScalarType::Double);
+  *static_cast<double*>(out.mutable_data_ptr()) = fp4_chosen().fma(iterations);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fp4graph, CPU, m) {
+  m.impl("cpu_nvfp4", TORCH_BOX((&linear<FP4_NVFP4, FP4_EXACT>)));
+  m.impl("cpu_mxfp4", TORCH_BOX((&linear<FP4_MXFP4, FP4_EXACT>)));
+  m.impl("cpu_int8_nvfp4", TORCH_BOX((&linear<FP4_NVFP4, FP4_INT8>)));
+  m.impl("cpu_int8_mxfp4", TORCH_BOX((&linear<FP4_MXFP4, FP4_INT8>)));
+  m.impl("cpu_pack_tiles", TORCH_BOX(&pack_tiles));
+  m.impl("cpu_unpack_tiles", TORCH_BOX(&unpack_tiles));
+  m.impl("cpu_quantize", TORCH_BOX(&quantize_op));
+  m.impl("fake_quantize", TORCH_BOX(&fake_quantize_op));
+  m.impl("cpu_read", TORCH_BOX(&read_op));
+  m.impl("cpu_fma", TORCH_BOX(&fma_op));
+}

@@ -1,0 +1,267 @@
+// The hot loops: 16 rows of packed weights against rows of activations.
+//
+// Written once over V, a vector type of one instruction set:
+//   kRows      rows of a panel that a vector of 32-bit lanes spans
+//   kStep      columns that one lane of a decoded vector takes part in: 1, or 2 (a pair of lanes)
+//   kVectors   decoded vectors for kRows rows and kStep columns (= kStep)
+//   kHalfSteps steps in the 4 columns that a nibble half holds (= 4 / kStep)
+//   decode     4 columns of kRows rows -> [kHalfSteps][kVectors] float vectors
+//   broadcast  kStep activations to all lanes; expand: a scale a row to kVectors vectors
+//   finish     kVectors accumulators -> one float a row
+//   kTilePanels, kBlockRows, kDepth: panels, rows and columns that `multiply` takes at a time, so
+//              that sums fit the registers, and weights and activations the first cache
+//   dot        a group of codes times 8-bit activations -> one int32 a row
+// Activations are stored in V's order of columns (`reorder` in rows.h). Sums of a row run over at
+// most kColumns columns before they are added up, so that their rounding errors stay those of a
+// few hundred additions however long the row: `accumulate` adds to what y holds.
+#pragma once
+#include "layout.h"
+
+namespace {
+
+constexpr int64_t kColumns = 256;
+
+template <class V>
+constexpr int kRowVectors = kPanelRows / V::kRows;
+
+template <class V>
+FP4_INLINE void put(float* y, typename V::F sum, bool accumulate) {
+  V::store(y, accumulate ? V::add(sum, V::load(y)) : sum);
+}
+
+// Weights of one group for kRows rows, decoded one half oct at a time, handed to `use(step, d)`,
+// where step counts kStep columns.
+template <class V, class Format, class Use>
+FP4_INLINE void decode_group(const typename V::Tables& tables, const uint8_t* codes, Use use) {
+  FP4_UNROLL for (int oct = 0; oct < Format::kGroup / 8; oct++) {
+    const auto raw = V::load_codes(codes + oct * kOctBytes);
+    FP4_UNROLL for (int half = 0; half < 2; half++) {
+      typename V::F d[V::kHalfSteps][V::kVectors];
+      V::decode(tables, raw, half, d);
+      FP4_UNROLL for (int s = 0; s < V::kHalfSteps; s++) {
+        use((oct * 2 + half) * V::kHalfSteps + s, d[s]);
+      }
+    }
+  }
+}
+
+template <class V, class Format>
+FP4_INLINE void prefetch_tile(const uint8_t* tile) {
+  constexpr int kAhead = 1024;
+  FP4_UNROLL for (int line = 0; line < kTileBytes<Format>; line += 64) {
+    __builtin_prefetch(tile + kAhead + line);
+  }
+}
+
+// One row of activations: the scale multiplies a group's sum.
+template <class V, class Format>
+FP4_HOT void gemv(const uint8_t* tile, const float* x, int64_t groups, float* y,
+                  bool accumulate) {
+  const typename V::Tables tables;
+  typename V::F acc[kRowVectors<V>][V::kVectors];
+  FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
+    FP4_UNROLL for (int i = 0; i < V::kVectors; i++) acc[r][i] = V::zero();
+  }
+  for (int64_t g = 0; g < groups; g++) {
+    prefetch_tile<V, Format>(tile);
+    FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
+      constexpr int kChains = 4 / V::kVectors;  // sums in flight, to hide the FMA's latency
+      typename V::F sum[kChains][V::kVectors];
+      FP4_UNROLL for (int c = 0; c < kChains; c++) {
+        FP4_UNROLL for (int i = 0; i < V::kVectors; i++) sum[c][i] = V::zero();
+      }
+      decode_group<V, Format>(tables, tile + r * V::kRows * 4, [&](int step, const auto& d) FP4_LAMBDA {
+        const auto xs = V::broadcast(x + step * V::kStep);
+        FP4_UNROLL for (int i = 0; i < V::kVectors; i++) {
+          sum[step % kChains][i] = V::fma(d[i], xs, sum[step % kChains][i]);
+        }
+      });
+      typename V::F scale[V::kVectors];
+      V::expand(V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows), scale);
+      FP4_UNROLL for (int i = 0; i < V::kVectors; i++) {
+        FP4_UNROLL for (int stride = kChains / 2; stride > 0; stride /= 2) {
+          FP4_UNROLL for (int c = 0; c < stride; c++) {
+            sum[c][i] = V::add(sum[c][i], sum[c + stride][i]);
+          }
+        }
+        acc[r][i] = V::fma(sum[0][i], scale[i], acc[r][i]);
+      }
+    }
+    tile += kTileBytes<Format>;
+    x += Format::kGroup;
+  }
+  FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
+    put<V>(y + r * V::kRows, V::finish(acc[r]), accumulate);
+  }
+}
+
+// A few rows: weights are scaled once, then used kM times. x: [kM, stride], y: [kM, 16].
+template <class V, class Format, int kM>
+FP4_HOT void gemv_rows(const uint8_t* panel, const float* x, int64_t stride, int64_t groups,
+                       float* y, bool accumulate) {
+  const typename V::Tables tables;
+  for (int r = 0; r < kRowVectors<V>; r++) {
+    const uint8_t* tile = panel;
+    const float* xg = x;
+    typename V::F acc[kM][V::kVectors];
+    FP4_UNROLL for (int m = 0; m < kM; m++) {
+      FP4_UNROLL for (int i = 0; i < V::kVectors; i++) acc[m][i] = V::zero();
+    }
+    for (int64_t g = 0; g < groups; g++) {
+      if (r == 0) prefetch_tile<V, Format>(tile);
+      typename V::F scale[V::kVectors];
+      V::expand(V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows), scale);
+      decode_group<V, Format>(tables, tile + r * V::kRows * 4, [&](int step, const auto& d) FP4_LAMBDA {
+        typename V::F w[V::kVectors];
+        FP4_UNROLL for (int i = 0; i < V::kVectors; i++) w[i] = V::mul(d[i], scale[i]);
+        FP4_UNROLL for (int m = 0; m < kM; m++) {
+          const auto xs = V::broadcast(xg + m * stride + step * V::kStep);
+          FP4_UNROLL for (int i = 0; i < V::kVectors; i++) acc[m][i] = V::fma(w[i], xs, acc[m][i]);
+        }
+      });
+      tile += kTileBytes<Format>;
+      xg += Format::kGroup;
+    }
+    FP4_UNROLL for (int m = 0; m < kM; m++) {
+      put<V>(y + m * kPanelRows + r * V::kRows, V::finish(acc[m]), accumulate);
+    }
+  }
+}
+
+// The same for bfloat16 activations in pairs, weights in pairs too: products are exact in float32.
+// x: [kM, stride] in V's order of pairs.
+template <class V, class Format, int kM>
+FP4_HOT void gemv_pairs(const uint8_t* tile, const uint16_t* x, int64_t stride, int64_t groups,
+                        float* y, bool accumulate) {
+  const typename V::PairTables tables;
+  typename V::F acc[kM];
+  FP4_UNROLL for (int m = 0; m < kM; m++) acc[m] = V::zero();
+  for (int64_t g = 0; g < groups; g++) {
+    prefetch_tile<V, Format>(tile);
+    constexpr int kChains = kM == 1 ? 2 : 1;
+    typename V::F sum[kM][kChains];
+    FP4_UNROLL for (int m = 0; m < kM; m++) {
+      FP4_UNROLL for (int c = 0; c < kChains; c++) sum[m][c] = V::zero();
+    }
+    FP4_UNROLL for (int oct = 0; oct < Format::kGroup / 8; oct++) {
+      const auto raw = V::load_codes(tile + oct * kOctBytes);
+      FP4_UNROLL for (int pair = 0; pair < 4; pair++) {
+        const auto w = V::decode_pair(tables, raw, pair);
+        FP4_UNROLL for (int m = 0; m < kM; m++) {
+          auto& to = sum[m][pair % kChains];
+          to = V::dot_pair(to, w, x + m * stride + oct * 8 + pair * 2);
+        }
+      }
+    }
+    const auto scale = V::template scales<Format>(tile + kScaleOffset<Format>);
+    FP4_UNROLL for (int m = 0; m < kM; m++) {
+      const auto whole = kChains == 2 ? V::add(sum[m][0], sum[m][kChains - 1]) : sum[m][0];
+      acc[m] = V::fma(whole, scale, acc[m]);
+    }
+    tile += kTileBytes<Format>;
+    x += Format::kGroup;
+  }
+  FP4_UNROLL for (int m = 0; m < kM; m++) put<V>(y + m * kPanelRows, acc[m], accumulate);
+}
+
+// Decode `groups` groups of kTilePanels panels, `stride` bytes apart, for `multiply`: w is
+// [kRowVectors][groups * kGroup / kStep][kTilePanels][kVectors] vectors.
+template <class V, class Format>
+FP4_HOT void decode_panels(const uint8_t* tiles, int64_t stride, int64_t groups, float* w) {
+  constexpr int kWidth = V::kRows * V::kVectors, kStride = kWidth * V::kTilePanels;
+  const typename V::Tables tables;
+  const int64_t row_vector = groups * (Format::kGroup / V::kStep) * kStride;
+  for (int p = 0; p < V::kTilePanels; p++) {
+    const uint8_t* tile = tiles + p * stride;
+    float* at = w + p * kWidth;
+    for (int64_t g = 0; g < groups; g++) {
+      FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
+        typename V::F scale[V::kVectors];
+        V::expand(V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows), scale);
+        float* out = at + r * row_vector;
+        decode_group<V, Format>(tables, tile + r * V::kRows * 4, [&](int step, const auto& d) FP4_LAMBDA {
+          FP4_UNROLL for (int i = 0; i < V::kVectors; i++) {
+            V::store(out + step * kStride + i * V::kRows, V::mul(d[i], scale[i]));
+          }
+        });
+      }
+      tile += kTileBytes<Format>;
+      at += Format::kGroup / V::kStep * kStride;
+    }
+  }
+}
+
+// c [kTilePanels][stride][16] (+)= decoded weights times x, of which x is [steps][kM][kStep].
+template <class V, int kM>
+FP4_HOT void multiply(const float* w, const float* x, int64_t steps, float* c, int64_t stride,
+                      bool accumulate) {
+  constexpr int kParts = V::kTilePanels * V::kVectors;
+  typename V::F acc[kM][V::kTilePanels][V::kVectors];
+  FP4_UNROLL for (int m = 0; m < kM; m++) {
+    FP4_UNROLL for (int i = 0; i < kParts; i++) acc[m][i / V::kVectors][i % V::kVectors] = V::zero();
+  }
+#pragma GCC unroll 2
+  for (int64_t s = 0; s < steps; s++) {
+    typename V::F d[kParts];
+    FP4_UNROLL for (int i = 0; i < kParts; i++) d[i] = V::load(w + i * V::kRows);
+    FP4_UNROLL for (int m = 0; m < kM; m++) {
+      const auto xs = V::broadcast(x + m * V::kStep);
+      FP4_UNROLL for (int i = 0; i < kParts; i++) {
+        auto& to = acc[m][i / V::kVectors][i % V::kVectors];
+        to = V::fma(d[i], xs, to);
+      }
+    }
+    w += kParts * V::kRows;
+    x += kM * V::kStep;
+  }
+  FP4_UNROLL for (int p = 0; p < V::kTilePanels; p++) {
+    FP4_UNROLL for (int m = 0; m < kM; m++) {
+      put<V>(c + p * stride + m * kPanelRows, V::finish(acc[m][p]), accumulate);
+    }
+  }
+}
+
+// Activations rounded to 8 bits: value = scale * x.
+struct IntRows {
+  const int8_t* x;        // [rows][groups][kGroup]
+  const float* scale;     // [rows][groups]
+  const int32_t* offset;  // [rows][groups]: V::kOffset times the group's sum
+  int64_t groups;         // of a whole row
+};
+
+template <class V, class Format, int kM>
+FP4_HOT void int_rows(const uint8_t* tile, const IntRows& in, int64_t groups, float* y,
+                      bool accumulate) {
+  constexpr int kParts = Format::kGroup / 4;
+  const typename V::IntTables tables;
+  typename V::F acc[kM][kRowVectors<V>];
+  FP4_UNROLL for (int m = 0; m < kM; m++) {
+    FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) acc[m][r] = V::zero();
+  }
+  for (int64_t g = 0; g < groups; g++) {
+    prefetch_tile<V, Format>(tile);
+    FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
+      typename V::I codes[kParts];
+      FP4_UNROLL for (int oct = 0; oct < Format::kGroup / 8; oct++) {
+        const auto raw = V::load_codes(tile + r * V::kRows * 4 + oct * kOctBytes);
+        codes[2 * oct] = V::int_decode(tables, raw, 0);
+        codes[2 * oct + 1] = V::int_decode(tables, raw, 1);
+      }
+      const auto scale = V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows);
+      FP4_UNROLL for (int m = 0; m < kM; m++) {
+        const int64_t at = m * in.groups + g;
+        const auto sum = V::dot(codes, in.x + at * Format::kGroup, in.offset[at]);
+        const auto factor = V::mul(scale, V::splat(in.scale[at]));
+        acc[m][r] = V::fma(V::to_float(sum), factor, acc[m][r]);
+      }
+    }
+    tile += kTileBytes<Format>;
+  }
+  FP4_UNROLL for (int m = 0; m < kM; m++) {
+    FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
+      put<V>(y + m * kPanelRows + r * V::kRows, acc[m][r], accumulate);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,112 @@
+// Any CPU, by the compiler's own 128-bit vectors: right everywhere, fast nowhere.
+#include "fp4.h"
+#define FP4_VECTOR_REGISTER "m"
+#include "codec.h"
+#include "driver.h"
+
+namespace {
+
+struct Portable {
+  typedef float F __attribute__((vector_size(16)));
+  typedef int32_t I __attribute__((vector_size(16)));
+  static constexpr int kRows = 4;
+  static constexpr int kStep = 1;
+  static constexpr int kVectors = 1;
+  static constexpr int kHalfSteps = 4;
+  static constexpr int kFewRows = 4;
+  static constexpr int kFewPairRows = 0;
+  static constexpr int kTilePanels = 1;
+  static constexpr int kBlockRows = 6;
+  static constexpr int64_t kDepth = 256;
+  static constexpr int32_t kOffset = 0;
+
+  struct Tables {};
+  struct IntTables {};
+
+  static FP4_INLINE F zero() { return F{}; }
+  static FP4_INLINE F splat(float x) { return F{x, x, x, x}; }
+  static FP4_INLINE F load(const float* p) {
+    F x;
+    memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static FP4_INLINE void store(float* p, F x) { memcpy(p, &x, sizeof x); }
+  static FP4_INLINE F add(F a, F b) { return a + b; }
+  static FP4_INLINE F mul(F a, F b) { return a * b; }
+  static FP4_INLINE F fma(F a, F b, F c) { return a * b + c; }
+  static FP4_INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
+  static FP4_INLINE I load_codes(const uint8_t* p) {
+    I x;
+    memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static FP4_INLINE F broadcast(const float* x) { return splat(*x); }
+
+  static FP4_INLINE void decode(const Tables&, I raw, int half, F (&d)[4][1]) {
+    FP4_UNROLL for (int s = 0; s < 4; s++) {
+      const I index = raw >> (8 * s + 4 * half) & 15;
+      d[s][0] = F{kValues[index[0]], kValues[index[1]], kValues[index[2]], kValues[index[3]]};
+    }
+  }
+  template <class Format>
+  static FP4_INLINE F scales(const uint8_t* p) {
+    F out;
+    FP4_UNROLL for (int r = 0; r < kRows; r++) {
+      out[r] = Format::kE4M3 ? decode_e4m3(p[r]) / kE4M3Excess : decode_e8m0(p[r]);
+    }
+    return out;
+  }
+  static FP4_INLINE void expand(F s, F (&out)[1]) { out[0] = s; }
+  static FP4_INLINE F finish(const F (&acc)[1]) { return acc[0]; }
+
+  static FP4_INLINE I int_decode(const IntTables&, I raw, int half) {
+    int8_t out[16];
+    FP4_UNROLL for (int i = 0; i < 16; i++) {
+      out[i] = kTwice[raw[i / 4] >> (i % 4 * 8 + 4 * half) & 15];
+    }
+    I packed;
+    memcpy(&packed, out, sizeof packed);
+    return packed;
+  }
+  template <int kParts>
+  static FP4_INLINE I dot(const I (&codes)[kParts], const int8_t* x, int32_t) {
+    I sum = {};
+    FP4_UNROLL for (int p = 0; p < kParts; p++) {
+      FP4_UNROLL for (int i = 0; i < 4; i++) sum += (codes[p] << (24 - 8 * i) >> 24) * x[4 * p + i];
+    }
+    return sum;
+  }
+
+  static FP4_INLINE void from_float16(const uint8_t* in, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i++) {
+      uint16_t half;
+      memcpy(&half, in + 2 * i, 2);
+      const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7FFFu;
+      float magnitude = float_of(rest << 13) * 0x1p112f;  // exact, subnormals too
+      if (rest >= 0x7C00) magnitude = float_of(0x7F800000 | rest << 13);
+      out[i] = float_of(sign | bits_of(magnitude));
+    }
+  }
+  static FP4_INLINE void to_float16(const float* in, int64_t n, uint8_t* out) {
+    for (int64_t i = 0; i < n; i++) {
+      const uint32_t sign = bits_of(in[i]) >> 16 & 0x8000, rest = bits_of(in[i]) & 0x7FFFFFFF;
+      uint32_t half;
+      if (rest > 0x7F800000) {
+        half = 0x7E00;
+      } else if (rest >= 0x477FF000) {  // rounds past 65504
+        half = 0x7C00;
+      } else if (rest < 0x38800000) {  // subnormal: the sum's mantissa is the rounded result
+        half = bits_of(float_of(rest) + .5f) - bits_of(.5f);
+      } else {
+        half = (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13;
+      }
+      const auto bits = static_cast<uint16_t>(sign | half);
+      memcpy(out + 2 * i, &bits, 2);
+    }
+  }
+};
+
+}  // namespace
+
+const Fp4Isa fp4_portable = {"portable", linear<Portable>, quantize<Portable>,
+                             fake_quantize<Portable>, fma_roof<Portable>, read_roof<Portable>};

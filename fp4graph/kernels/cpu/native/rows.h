@@ -1,0 +1,149 @@
+// Rows of activations and results: from and to the caller's dtype, and into the kernels' orders.
+#pragma once
+#include <cmath>
+#include <cstring>
+
+#include "fp4.h"
+#include "layout.h"
+
+namespace {
+
+FP4_INLINE float float_of(uint32_t bits) {
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+FP4_INLINE uint32_t bits_of(float f) {
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+}
+
+FP4_INLINE int64_t dtype_bytes(int dtype) { return dtype == FP4_FLOAT32 ? 4 : 2; }
+
+FP4_INLINE const uint8_t* at(const void* base, int64_t bytes) {
+  return static_cast<const uint8_t*>(base) + bytes;
+}
+FP4_INLINE uint8_t* at(void* base, int64_t bytes) { return static_cast<uint8_t*>(base) + bytes; }
+
+// Unaligned source, any dtype, to float32.
+template <class V>
+FP4_INLINE void to_floats(const void* source, int dtype, int64_t n, float* out) {
+  if (dtype == FP4_FLOAT32) {
+    memcpy(out, source, n * 4);
+  } else if (dtype == FP4_BFLOAT16) {
+    for (int64_t i = 0; i < n; i++) {
+      uint16_t half;
+      memcpy(&half, at(source, i * 2), 2);
+      out[i] = float_of(static_cast<uint32_t>(half) << 16);
+    }
+  } else {
+    V::from_float16(static_cast<const uint8_t*>(source), n, out);
+  }
+}
+
+FP4_INLINE uint16_t bfloat16_of(float f) {  // to nearest even; NaN stays NaN
+  const uint32_t bits = bits_of(f);
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+template <class V>
+FP4_INLINE void from_floats(const float* in, int dtype, int64_t n, void* out) {
+  if (dtype == FP4_FLOAT32) {
+    memcpy(out, in, n * 4);
+  } else if (dtype == FP4_BFLOAT16) {
+    for (int64_t i = 0; i < n; i++) {
+      const uint16_t half = bfloat16_of(in[i]);
+      memcpy(at(out, i * 2), &half, 2);
+    }
+  } else {
+    V::to_float16(in, n, static_cast<uint8_t*>(out));
+  }
+}
+
+FP4_INLINE uint32_t amax_bits(const float* x, int64_t n) {  // NaN above Inf above all else
+  uint32_t amax = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t magnitude = bits_of(x[i]) & 0x7FFFFFFF;
+    amax = magnitude > amax ? magnitude : amax;
+  }
+  return amax;
+}
+
+// The power of two that a row is divided by so that no sum of ours leaves float32's range where
+// the dequantised weight's would not: 1 for rows with ordinary values, and for Inf and NaN.
+FP4_INLINE float row_unit(uint32_t amax) {
+  const int exponent = static_cast<int>(amax >> 23);
+  const bool ordinary = (exponent > 37 && exponent < 217) || amax == 0 || exponent == 255;
+  return ordinary ? 1.f : float_of(static_cast<uint32_t>(exponent < 1 ? 1 : exponent > 253 ? 253 : exponent) << 23);
+}
+
+template <class V>
+FP4_INLINE void reorder(float* x, int64_t n) {  // n is a multiple of 4
+  if constexpr (V::kStep == 2) {
+    for (int64_t k = 0; k < n; k += 4) {
+      const float second = x[k + 1];
+      x[k + 1] = x[k + 2];
+      x[k + 2] = second;
+    }
+  }
+}
+
+// Read a row: [K] -> out [Kp], padded with zeros and divided by the unit that is returned.
+template <class V>
+FP4_INLINE float load_row(const void* source, int dtype, int64_t K, int64_t Kp, float* out,
+                          uint32_t* amax) {
+  to_floats<V>(source, dtype, K, out);
+  memset(out + K, 0, (Kp - K) * 4);
+  *amax = amax_bits(out, K);
+  const float unit = row_unit(*amax);
+  if (unit != 1.f) {
+    const float inverse = 1.f / unit;
+    for (int64_t k = 0; k < K; k++) out[k] *= inverse;
+  }
+  return unit;
+}
+
+// Round a row to 8 bits, a scale a group. x: [Kp] float32, finite and ordinary.
+template <class V, class Format>
+FP4_INLINE void round_row(const float* x, int64_t groups, int8_t* out, float* scale,
+                          int32_t* offset) {
+  constexpr int kGroup = Format::kGroup;
+  for (int64_t g = 0; g < groups; g++) {
+    const float* v = x + g * kGroup;
+    const float amax = float_of(amax_bits(v, kGroup));
+    const float inverse = amax > 1e-36f ? 127.f / amax : 0.f;
+    int8_t* bytes = out + g * kGroup;
+    int32_t sum = 0;
+    for (int i = 0; i < kGroup; i++) {
+      bytes[i] = static_cast<int8_t>(__builtin_nearbyintf(v[i] * inverse));
+      sum += bytes[i];
+    }
+    scale[g] = amax / 127.f * .5f;  // the tables hold twice the code's value
+    offset[g] = V::kOffset * sum;
+  }
+}
+
+// A result: sums of a panel's rows -> y = sum * row_scale * unit + bias, in the caller's dtype.
+template <class V>
+FP4_INLINE void store_row(const float* sums, const Fp4Linear& call, int64_t m, int64_t row,
+                          int64_t rows, float unit) {
+  float out[kPanelRows];
+  float bias[kPanelRows];
+  const float* row_scale = call.row_scale + row;
+  if (unit == 1.f) {
+    for (int64_t i = 0; i < rows; i++) out[i] = sums[i] * row_scale[i];
+  } else {
+    for (int64_t i = 0; i < rows; i++) out[i] = sums[i] * row_scale[i] * unit;
+  }
+  const int64_t size = dtype_bytes(call.dtype);
+  if (call.bias != nullptr) {
+    to_floats<V>(at(call.bias, row * size), call.dtype, rows, bias);
+    for (int64_t i = 0; i < rows; i++) out[i] += bias[i];
+  }
+  from_floats<V>(out, call.dtype, rows, at(call.y, (m * call.N + row) * size));
+}
+
+}  // namespace

@@ -1,0 +1,115 @@
+// qdata and scale to tiles and back, and the plain float64 linear: nothing here is hot.
+#pragma once
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "codec.h"
+
+namespace {
+
+// The nibbles of 4 columns, 4 bits apart, to 8 bits apart.
+FP4_INLINE uint32_t spread(uint32_t nibbles) {
+  const uint32_t pairs = (nibbles | nibbles << 8) & 0x00FF00FF;
+  return (pairs | pairs << 4) & 0x0F0F0F0F;
+}
+
+FP4_INLINE uint32_t gather(uint32_t spread_nibbles) {
+  const uint32_t pairs = (spread_nibbles | spread_nibbles >> 4) & 0x00FF00FF;
+  return (pairs | pairs >> 8) & 0xFFFF;
+}
+
+FP4_INLINE int64_t tile_tasks(int64_t bytes) {
+  return max64(1, min64(fp4_threads(), bytes / kTaskBytes));
+}
+
+template <class Format>
+void to_tiles(const uint8_t* qdata, const uint8_t* scale, float per_tensor_scale, uint8_t* tiles,
+              float* row_scale, int64_t N, int64_t groups) {
+  constexpr int kHalf = Format::kGroup / 2;
+  constexpr uint8_t kNan = Format::kE4M3 ? 0x7F : 0xFF;
+  constexpr uint8_t kMask = Format::kE4M3 ? 0x7F : 0xFF;  // NVFP4 ignores the sign of a scale
+  const auto pack = [&](int64_t p) {
+    uint8_t* panel = tiles + p * groups * kTileBytes<Format>;
+    for (int64_t r = 0; r < kPanelRows; r++) {
+      const int64_t n = p * kPanelRows + r;
+      bool broken = false;
+      for (int64_t g = 0; g < groups; g++) {
+        uint8_t* tile = panel + g * kTileBytes<Format>;
+        for (int oct = 0; oct < Format::kGroup / 8; oct++) {
+          uint32_t codes = 0;
+          if (n < N) memcpy(&codes, qdata + (n * groups + g) * kHalf + oct * 4, 4);
+          const uint32_t lane = spread(codes & 0xFFFF) | spread(codes >> 16) << 4;
+          memcpy(tile + oct * kOctBytes + r * 4, &lane, 4);
+        }
+        const uint8_t s = n < N ? scale[n * groups + g] & kMask : 0;
+        broken |= s == kNan;
+        tile[kScaleOffset<Format> + r] = s;
+      }
+      // One NaN scale makes every product with the row NaN, so the row's factor can carry it.
+      const float factor = Format::kE4M3 ? per_tensor_scale * kE4M3Excess : 1.f;
+      if (n < N) row_scale[n] = broken ? std::numeric_limits<float>::quiet_NaN() : factor;
+    }
+  };
+  const int64_t panels = (N + kPanelRows - 1) / kPanelRows;
+  parallel_ranges(panels, tile_tasks(N * groups * kHalf), [&](int64_t p0, int64_t p1) {
+    for (int64_t p = p0; p < p1; p++) pack(p);
+  });
+}
+
+// The sign bits of E4M3 scales, which mean nothing, are lost.
+template <class Format>
+void from_tiles(const uint8_t* tiles, uint8_t* qdata, uint8_t* scale, int64_t N, int64_t groups) {
+  constexpr int kHalf = Format::kGroup / 2;
+  const auto unpack = [&](int64_t n) {
+    const uint8_t* panel = tiles + n / kPanelRows * groups * kTileBytes<Format>;
+    const int64_t r = n % kPanelRows;
+    for (int64_t g = 0; g < groups; g++) {
+      const uint8_t* tile = panel + g * kTileBytes<Format>;
+      for (int oct = 0; oct < Format::kGroup / 8; oct++) {
+        uint32_t lane;
+        memcpy(&lane, tile + oct * kOctBytes + r * 4, 4);
+        const uint32_t codes = gather(lane & 0x0F0F0F0F) | gather(lane >> 4 & 0x0F0F0F0F) << 16;
+        memcpy(qdata + (n * groups + g) * kHalf + oct * 4, &codes, 4);
+      }
+      scale[n * groups + g] = tile[kScaleOffset<Format> + r];
+    }
+  };
+  parallel_ranges(N, tile_tasks(N * groups * kHalf), [&](int64_t n0, int64_t n1) {
+    for (int64_t n = n0; n < n1; n++) unpack(n);
+  });
+}
+
+// float64 activations: weights as `dequantize` makes them, in float32, then a float64 sum. It is
+// there for those who check; speed was not sought.
+template <class Format>
+void linear_float64(const Fp4Linear& call) {
+  const int64_t groups = (call.K + Format::kGroup - 1) / Format::kGroup;
+  const auto* x = static_cast<const double*>(call.x);
+  const auto* bias = static_cast<const double*>(call.bias);
+  auto* y = static_cast<double*>(call.y);
+  parallel_ranges(call.N, tile_tasks(call.N * call.K), [&](int64_t n0, int64_t n1) {
+    std::vector<double> w(groups * Format::kGroup);
+    for (int64_t n = n0; n < n1; n++) {
+      const uint8_t* panel = call.tiles + n / kPanelRows * groups * kTileBytes<Format>;
+      const int64_t r = n % kPanelRows;
+      const float tensor = Format::kE4M3 ? call.row_scale[n] / kE4M3Excess : call.row_scale[n];
+      for (int64_t g = 0; g < groups; g++) {
+        const uint8_t* tile = panel + g * kTileBytes<Format>;
+        const uint32_t code = tile[kScaleOffset<Format> + r];
+        const float factor = tensor * (Format::kE4M3 ? decode_e4m3(code) : decode_e8m0(code));
+        for (int k = 0; k < Format::kGroup; k++) {
+          const uint8_t byte = tile[k / 8 * kOctBytes + r * 4 + k % 4];
+          w[g * Format::kGroup + k] = kValues[k % 8 < 4 ? byte & 15 : byte >> 4] * factor;
+        }
+      }
+      for (int64_t m = 0; m < call.M; m++) {
+        double sum = 0;
+        for (int64_t k = 0; k < call.K; k++) sum += x[m * call.K + k] * w[k];
+        y[m * call.N + n] = sum + (bias != nullptr ? bias[n] : 0);
+      }
+    }
+  });
+}
+
+}  // namespace

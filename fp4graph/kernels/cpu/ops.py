@@ -1,0 +1,113 @@
+"""The native CPU kernels as ops: schemas and shapes here, bodies in native/ops.cpp."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fp4graph.errors import RefusalError
+from fp4graph.formats import FORMATS, BlockFormat, PackedWeight
+from fp4graph.kernels.contract import Kernel, Problem, register
+from fp4graph.kernels.cpu.library import Missing, load
+
+if TYPE_CHECKING:
+    Op = torch._ops.OpOverload[..., Tensor]
+
+_LIBRARY = torch.library.Library("fp4graph", "FRAGMENT")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CODES = {"nvfp4": 0, "mxfp4": 1}
+_RULES = {"nearest": 0, "floor": 0, "ceil": 1, "rceil": 2, "even": 3}
+
+for _schema in (
+    "cpu_pack_tiles(Tensor qdata, Tensor scale, Tensor per_tensor_scale, int format)"
+    " -> (Tensor, Tensor)",
+    "cpu_unpack_tiles(Tensor tiles, int N, int format) -> (Tensor, Tensor)",
+    "cpu_quantize(Tensor w, int format, int rule) -> (Tensor, Tensor, Tensor, Tensor)",
+    "cpu_read(Tensor bytes) -> Tensor",
+    "cpu_fma(Tensor like, int iterations) -> Tensor",
+):
+    _LIBRARY.define(_schema)
+
+
+def pack_tiles(packed: PackedWeight) -> tuple[Tensor, Tensor]:
+    """Lay a packed weight out for the native kernels, as native/layout.h describes.
+
+    Returns:
+        `tiles`, uint8 [ceil(N / 16), bytes of a panel], and `row_scale`, float32 [N].
+
+    Raises:
+        RefusalError: there is no native library.
+    """
+    found = load()
+    if isinstance(found, Missing):
+        raise RefusalError(f"no native CPU kernels: {found.reason}")
+    tensor = packed.per_tensor_scale
+    tiles, row_scale = torch.ops.fp4graph.cpu_pack_tiles(
+        packed.qdata,
+        packed.scale.view(torch.uint8),
+        torch.ones(()) if tensor is None else tensor,
+        _CODES[packed.format.base],
+    )
+    return tiles, row_scale
+
+
+def unpack_tiles(
+    tiles: Tensor, shape: tuple[int, int], format: BlockFormat
+) -> tuple[Tensor, Tensor]:
+    """Return (`qdata`, `scale` as uint8) of a weight [N, K] in tiles: `pack_tiles` undone."""
+    qdata, scale = torch.ops.fp4graph.cpu_unpack_tiles(tiles, shape[0], _CODES[format.base])
+    return qdata, scale
+
+
+def quantize(weight: Tensor, format: BlockFormat) -> PackedWeight:
+    """Round a matrix to nearest with the library, which must be loaded.
+
+    Raises:
+        WeightError: see `BlockFormat.quantize`.
+    """
+    rule = _RULES[format.scale_codec.rule]
+    qdata, scale, per_tensor_scale, broken = torch.ops.fp4graph.cpu_quantize(
+        weight.detach(), _CODES[format.base], rule
+    )
+    if int(broken):
+        return format.quantize(weight)  # which says what is wrong
+    return PackedWeight(
+        qdata=qdata,
+        scale=scale.view(format.scale_codec.dtype),
+        per_tensor_scale=per_tensor_scale if format.has_per_tensor_scale else None,
+        shape=(weight.shape[0], weight.shape[1]),
+        format=format,
+    )
+
+
+def _define(name: str) -> Op:
+    _LIBRARY.define(f"{name}(Tensor x, Tensor tiles, Tensor row_scale, Tensor? bias) -> Tensor")
+
+    def fake(x: Tensor, tiles: Tensor, row_scale: Tensor, bias: Tensor | None) -> Tensor:
+        return x.new_empty((*x.shape[:-1], row_scale.shape[0]))
+
+    torch.library.register_fake(f"fp4graph::{name}", fake, lib=_LIBRARY)
+    op: Op = getattr(torch.ops.fp4graph, name).default
+    return op
+
+
+def _refuses(problem: Problem) -> str | None:
+    if problem.device.type != "cpu":
+        return f"it runs on CPUs, and the weight is on {problem.device}"
+    if problem.dtype not in _DTYPES:
+        return f"activations of {problem.dtype}"
+    found = load()
+    return found.reason if isinstance(found, Missing) else None
+
+
+CPU = register(
+    Kernel(
+        name="cpu",
+        ops={base: _define(f"cpu_{base}") for base in FORMATS},
+        int8_ops={base: _define(f"cpu_int8_{base}") for base in FORMATS},
+        prepack=pack_tiles,
+        refuses=_refuses,
+    )
+)

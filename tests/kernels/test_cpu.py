@@ -1,0 +1,306 @@
+"""The native CPU kernels, every instruction set that this machine runs."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from support.closer import relative_l2
+from torch.nn.functional import linear
+
+import fp4graph
+from fp4graph import OptionError
+from fp4graph.formats import FORMATS
+from fp4graph.kernels import FAKE_QUANTIZE, quantize
+from fp4graph.kernels.cpu import CPU, Native, load, pack_tiles, unpack_tiles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "neon")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = ["nvfp4", "mxfp4", "mxfp4:ceil", "mxfp4:rceil", "mxfp4:even"]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    native = load()
+    if not isinstance(native, Native):
+        pytest.skip(native.reason)
+    if request.param not in native.isas:
+        pytest.skip(f"this machine runs {', '.join(native.isas)}")
+    native.use(request.param)
+    yield request.param
+    native.use(None)
+
+
+def weight(n: int, k: int, seed: int = 0) -> torch.Tensor:
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+    if n and k:
+        w[:, k // 2] *= 50  # an outlier channel
+    return w
+
+
+def activations(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    if math.prod(shape):
+        x[..., shape[-1] // 3] *= 50
+    return x.to(dtype)
+
+
+def run(
+    x: torch.Tensor,
+    packed: fp4graph.PackedWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    int8: bool = False,
+) -> torch.Tensor:
+    ops = CPU.int8_ops if int8 else CPU.ops
+    return ops[packed.format.base](x, *pack_tiles(packed), bias)
+
+
+def exact(
+    x: torch.Tensor, packed: fp4graph.PackedWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    b = None if bias is None else bias.double()
+    return linear(x.double(), packed.dequantize(torch.float64), b)
+
+
+def check(y: torch.Tensor, reference: torch.Tensor) -> None:
+    """Hold a result to the float64 one: rounded once to its dtype, and float32's error besides."""
+    assert relative_l2(y, reference) <= 1.02 * relative_l2(reference.to(y.dtype), reference) + 5e-7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [0, 1, 2, 3, 4, 5, 7, 8, 9, 13, 25, 49, 150])
+@pytest.mark.parametrize("n, k", [(1, 1), (16, 32), (17, 100), (50, 777), (33, 4113)])
+def test_exact_in_every_loop(
+    isa: str, name: str, dtype: torch.dtype, m: int, n: int, k: int
+) -> None:
+    packed, x = fp4graph.quantize(weight(n, k), name), activations(m, k, dtype=dtype)
+    bias = torch.randn(n).to(dtype) if m % 2 else None
+    y = run(x, packed, bias)
+    assert (y.dtype, y.shape) == (dtype, (m, n))
+    if m:
+        check(y, exact(x, packed, bias))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("m", [0, 1, 3, 4, 9, 33])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_int8_activations_stay_within_what_the_report_says(
+    isa: str, name: str, m: int, dtype: torch.dtype
+) -> None:
+    packed, x = fp4graph.quantize(weight(50, 777), name), activations(m, 777, dtype=dtype)
+    y = run(x, packed, int8=True)
+    assert y.shape == (m, 50)
+    if m:
+        error = relative_l2(y, exact(x, packed))
+        assert 1e-4 < error < fp4graph.policy.INT8_ERROR
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("n, k", [(0, 16), (1, 1), (15, 31), (64, 256), (33, 1000)])
+def test_tiles_are_a_permutation_of_the_packed_weight(isa: str, name: str, n: int, k: int) -> None:
+    packed = fp4graph.NVFP4 if name == "nvfp4" else fp4graph.MXFP4
+    whole = packed.quantize(weight(n, k))
+    qdata, scale = unpack_tiles(pack_tiles(whole)[0], (n, k), whole.format)
+    assert torch.equal(qdata, whole.qdata)
+    assert torch.equal(scale, whole.scale.view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spread", [1e-30, 1e-3, 1.0, 1e4])
+def test_rounding_is_the_references_bit_for_bit(
+    isa: str, name: str, dtype: torch.dtype, spread: float
+) -> None:
+    fmt = fp4graph.get_format(name)
+    w = (weight(67, 333) * spread).to(dtype)
+    w[3] = 0
+    w[w.isinf()] = 1
+    ours, theirs = quantize(w, fmt), fmt.quantize(w)
+    assert torch.equal(ours.qdata, theirs.qdata)
+    assert torch.equal(ours.scale.view(torch.uint8), theirs.scale.view(torch.uint8))
+    assert ours.per_tensor_scale == theirs.per_tensor_scale
+    w[5, 7], w[6, 40] = torch.nan, -torch.inf
+    for x in (w, w[:, :1], w[:0], w.t()):
+        assert torch.equal(FAKE_QUANTIZE(x, name).nan_to_num(7), fmt.fake_quantize(x).nan_to_num(7))
+    with pytest.raises(fp4graph.WeightError, match="2 of 22311 values are NaN or Inf"):
+        quantize(w, fmt)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("m", [1, 3, 20])
+def test_every_scale_code(isa: str, name: str, m: int) -> None:
+    """E8M0 from 0 to 254 and E4M3 with its subnormals; NaN codes make their row NaN."""
+    fmt = fp4graph.get_format(name)
+    codes = torch.arange(0x7F if name == "nvfp4" else 0xFF, dtype=torch.uint8)
+    n = len(codes)
+    qdata = torch.randint(256, (n, fmt.block_size // 2), dtype=torch.uint8)
+    pts = torch.tensor(0.013) if name == "nvfp4" else None
+
+    def packed(codes: torch.Tensor) -> fp4graph.PackedWeight:
+        scale = codes[:, None].view(fmt.scale_codec.dtype)
+        return fp4graph.PackedWeight(qdata, scale, pts, (n, fmt.block_size), fmt)
+
+    x = activations(m, fmt.block_size) / 64
+    y, expected = run(x, packed(codes)).double(), exact(x, packed(codes))
+    size = linear(x.abs().double(), packed(codes).dequantize(torch.float64).abs())
+    fits = size.amax(0) < 1e38
+    assert fits.sum() > 100
+    assert ((y - expected).abs() <= 1e-6 * size + 1e-43)[:, fits].all()
+    broken = codes.clone()
+    broken[5] = 0x7F if name == "nvfp4" else 0xFF
+    y = run(x, packed(broken))
+    assert y[:, 5].isnan().all()
+    assert not y[:, :5].isnan().any()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 4, 30])
+def test_activations_at_the_ends_of_their_range(
+    isa: str, name: str, dtype: torch.dtype, m: int
+) -> None:
+    packed = fp4graph.quantize(weight(20, 96) / 300, name)
+    for value in (torch.finfo(dtype).max / 4, torch.finfo(dtype).smallest_normal * 4):
+        x = (activations(m, 96).sign() * value).to(dtype)
+        expected = exact(x, packed)
+        if expected.abs().max() > torch.finfo(dtype).smallest_normal * 100:
+            check(run(x, packed), expected)
+    x = activations(m, 96, dtype=dtype)
+    x[0, 3] = torch.nan
+    assert run(x, packed)[0].isnan().all()
+    x[0, 3] = torch.inf
+    assert not run(x, packed)[0].isfinite().any()
+    assert run(x, packed)[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_alignment_and_dimensions(isa: str, dtype: torch.dtype) -> None:
+    packed = fp4graph.quantize(weight(24, 96))
+    wide = activations(4, 3, 200, dtype=dtype)
+    for x in (wide[..., 1:97], wide[:, :, ::2][..., :96], wide.flatten()[3:99], wide[0, 0, 5:101]):
+        check(run(x, packed), exact(x, packed))
+    bias = torch.randn(48).to(dtype)[::2]
+    x = wide[..., :96]
+    check(run(x, packed, bias), exact(x, packed, bias))
+
+
+def test_what_does_not_fit_is_refused(isa: str) -> None:
+    packed = fp4graph.quantize(weight(24, 96))
+    for x, bias in (
+        (torch.randn(2, 80), None),
+        (torch.randn(2, 96), torch.randn(23)),
+        (torch.randn(2, 96), torch.randn(24).bfloat16()),
+        (torch.ones(2, 96, dtype=torch.int32), None),
+        (torch.tensor(1.0), None),
+    ):
+        with pytest.raises(RuntimeError):
+            run(x, packed, bias)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_of_torch_and_of_python(isa: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    packed = fp4graph.quantize(weight(1000, 1024))
+    tiles = pack_tiles(packed)
+    inputs = [activations(m, 1024) * m for m in (1, 2, 6, 64)]
+    expected = [exact(x, packed) for x in inputs]
+    torch.set_num_threads(threads)
+    errors: list[float] = []
+
+    def work() -> None:
+        for x, want in zip(inputs, expected, strict=True):
+            errors.append(relative_l2(CPU.ops["nvfp4"](x, *tiles, None), want))
+
+    try:
+        workers = [threading.Thread(target=work) for _ in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        torch.set_num_threads(before)
+    assert len(errors) == 16
+    assert max(errors) <= 5e-7
+
+
+def script(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+ONE_LINEAR = """
+    import logging, torch, fp4graph
+    logging.basicConfig(format="%(message)s")
+    fp4graph.kernels.cpu.library._places.__globals__["__file__"] = "/nowhere/library.py"
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(64, 48)])})
+    layer = model["layers"][0].requires_grad_(False)
+    backend = fp4graph.backend("path:*", inner="eager")
+    x = torch.randn(3, 64)
+    y = torch.compile(layer, backend=backend)(x)
+    w = fp4graph.NVFP4.quantize(layer.weight).dequantize()
+    assert torch.allclose(y, torch.nn.functional.linear(x, w, layer.bias), atol=1e-5)
+    (row,) = backend.report
+    print(row.kernel, row.bytes_packed > row.bytes_dense, row.reason)
+"""
+
+
+def test_without_a_compiler_it_dequantises_once_and_says_so(tmp_path: Path) -> None:
+    done = script(ONE_LINEAR, CXX="", PATH="/nowhere", FP4GRAPH_CACHE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("dequantized True")
+    assert "saves no memory" in done.stdout
+    lines = [line for line in done.stderr.splitlines() if "no native CPU kernels" in line]
+    assert len(lines) == 1
+    assert "no C++ compiler found; install one" in lines[0]
+
+
+def test_with_a_cache_that_cannot_be_written_it_dequantises_once(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    done = script(ONE_LINEAR, FP4GRAPH_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("dequantized True")
+
+
+@pytest.mark.slow
+def test_compiled_at_first_use_by_several_processes_at_once(tmp_path: Path) -> None:
+    results: list[subprocess.CompletedProcess[str]] = []
+    workers = [
+        threading.Thread(
+            target=lambda: results.append(script(ONE_LINEAR, FP4GRAPH_CACHE=str(tmp_path)))
+        )
+        for _ in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [done.stdout.split()[0] for done in results] == ["cpu", "cpu"], results[0].stderr
+    assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [".so"]
+
+
+def test_an_instruction_set_that_is_not_there() -> None:
+    done = script("import fp4graph; fp4graph.kernels.cpu.load()", FP4GRAPH_CPU_ISA="sse9")
+    assert "OptionError: FP4GRAPH_CPU_ISA=sse9: this machine has" in done.stderr
+    with pytest.raises(OptionError, match="portable"):
+        fp4graph.kernels.cpu.load().use("sse9")
+
+
+def test_no_native_kernel_on_request() -> None:
+    done = script(ONE_LINEAR, FP4GRAPH_CPU_ISA="none")
+    assert done.stdout.startswith("dequantized True"), done.stderr
