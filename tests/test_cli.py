@@ -229,6 +229,18 @@ def test_verbose_logs_passes(tiny_folder: Path) -> None:
     assert "fp4graph.passes: graph 0, tag:" in result.stderr
 
 
+def test_doctor_says_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {row["what"]: row for row in rows(run("doctor", "--json"))}
+    assert all(list(row) == ["what", "found", "advice"] for row in found.values())
+    assert found["instruction set"]["found"].endswith("portable")
+    assert str(torch.get_num_threads()) in found["threads"]["found"]
+    assert "native CPU kernels" in run("doctor").stdout
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("PATH", "/nowhere")
+    found = {row["what"]: row for row in rows(run("doctor", "--json"))}
+    assert "apt install g++" in found["C++ compiler"]["advice"]
+
+
 def test_help_names_the_commands() -> None:
     text = run("--help").stdout
-    assert all(name in text for name in ("inspect", "ablate", "latency"))
+    assert all(name in text for name in ("doctor", "inspect", "ablate", "latency"))

@@ -1,4 +1,4 @@
-"""The command line: `fp4graph inspect | ablate | latency`."""
+"""The command line: `fp4graph doctor | inspect | ablate | latency`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import click
 import fp4graph
 from fp4graph.cli.ablate import ablate_command
 from fp4graph.cli.common import readable_errors
+from fp4graph.cli.doctor import doctor_command
 from fp4graph.cli.inspect import inspect_command
 from fp4graph.cli.latency import latency_command
 
@@ -34,6 +35,7 @@ def main(*, verbose: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
+main.add_command(doctor_command)
 main.add_command(inspect_command)
 main.add_command(ablate_command)
 main.add_command(latency_command)

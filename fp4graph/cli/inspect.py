@@ -21,7 +21,7 @@ _LENGTH = 8
 @click.argument("model")
 @click.option("--select", default="all", show_default=True, help="Selector.")
 @click.option("--format", "format_name", default="nvfp4", show_default=True, help="FP4 format.")
-@click.option("--activations", type=click.Choice(["none", "same"]), default="none")
+@click.option("--activations", type=click.Choice(["none", "same", "int8"]), default="none")
 @click.option("--kernel", default="auto", show_default=True, help="Kernel.")
 @dtype_option
 @json_option

@@ -42,7 +42,7 @@ class _Bar:
 @click.argument("model")
 @click.option("--select", "selects", multiple=True, required=True, help="Selector; repeatable.")
 @click.option("--format", "formats", type=CommaList(), default="nvfp4", show_default=True)
-@click.option("--activations", type=click.Choice(["none", "same"]), default="none")
+@click.option("--activations", type=click.Choice(["none", "same", "int8"]), default="none")
 @click.option("--inner", type=click.Choice(["inductor", "eager"]), default="inductor")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True)
