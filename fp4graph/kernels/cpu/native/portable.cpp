@@ -81,27 +81,13 @@ struct Portable {
     for (int64_t i = 0; i < n; i++) {
       uint16_t half;
       memcpy(&half, in + 2 * i, 2);
-      const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7FFFu;
-      float magnitude = float_of(rest << 13) * 0x1p112f;  // exact, subnormals too
-      if (rest >= 0x7C00) magnitude = float_of(0x7F800000 | rest << 13);
-      out[i] = float_of(sign | bits_of(magnitude));
+      out[i] = float_of_half(half);
     }
   }
   static FP4_INLINE void to_float16(const float* in, int64_t n, uint8_t* out) {
     for (int64_t i = 0; i < n; i++) {
-      const uint32_t sign = bits_of(in[i]) >> 16 & 0x8000, rest = bits_of(in[i]) & 0x7FFFFFFF;
-      uint32_t half;
-      if (rest > 0x7F800000) {
-        half = 0x7E00;
-      } else if (rest >= 0x477FF000) {  // rounds past 65504
-        half = 0x7C00;
-      } else if (rest < 0x38800000) {  // subnormal: the sum's mantissa is the rounded result
-        half = bits_of(float_of(rest) + .5f) - bits_of(.5f);
-      } else {
-        half = (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13;
-      }
-      const auto bits = static_cast<uint16_t>(sign | half);
-      memcpy(out + 2 * i, &bits, 2);
+      const uint16_t half = half_of(in[i]);
+      memcpy(out + 2 * i, &half, 2);
     }
   }
 };

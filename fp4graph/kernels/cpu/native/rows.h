@@ -49,6 +49,28 @@ FP4_INLINE uint16_t bfloat16_of(float f) {  // to nearest even; NaN stays NaN
   return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
 
+FP4_INLINE float float_of_half(uint16_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7FFFu;
+  float magnitude = float_of(rest << 13) * 0x1p112f;  // exact, subnormals too
+  if (rest >= 0x7C00) magnitude = float_of(0x7F800000 | rest << 13);
+  return float_of(sign | bits_of(magnitude));
+}
+
+FP4_INLINE uint16_t half_of(float f) {  // to nearest even
+  const uint32_t sign = bits_of(f) >> 16 & 0x8000, rest = bits_of(f) & 0x7FFFFFFF;
+  uint32_t half;
+  if (rest > 0x7F800000) {
+    half = 0x7E00;
+  } else if (rest >= 0x477FF000) {  // rounds past 65504
+    half = 0x7C00;
+  } else if (rest < 0x38800000) {  // subnormal: the sum's mantissa is the rounded result
+    half = bits_of(float_of(rest) + .5f) - bits_of(.5f);
+  } else {
+    half = (rest - 0x38000000 + 0xFFF + (rest >> 13 & 1)) >> 13;
+  }
+  return static_cast<uint16_t>(sign | half);
+}
+
 template <class V>
 FP4_INLINE void from_floats(const float* in, int dtype, int64_t n, void* out) {
   if (dtype == FP4_FLOAT32) {

@@ -1,0 +1,178 @@
+// The kernels without torch: random linears on every instruction set that runs here, in buffers with
+// guard bytes, against a float64 sum; rounding on each against the portable one, bit for bit. Built
+// with sanitizers, and for other processors under an emulator (Makefile).
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tiles.h"
+
+extern "C" {
+
+void fp4_parallel(int64_t count, void (*task)(int64_t, void*), void* context) {
+  std::vector<std::thread> team;
+  for (int64_t i = 0; i < count; i++) team.emplace_back(task, i, context);
+  for (auto& each : team) each.join();
+}
+
+int64_t fp4_threads() { return 3; }
+}
+
+namespace {
+
+int passed = 0, failed = 0;
+
+void expect(bool right, const std::string& what) {
+  right ? passed++ : failed++;
+  if (!right) printf("FAILED %s\n", what.c_str());
+}
+
+// Memory of exactly so many bytes, off alignment, with bytes on both sides that nobody may touch.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes, int fill = 0x5A) : bytes_(bytes), memory_(bytes + 2 * kGuard, kMark) {
+    memset(data(), fill, bytes);
+  }
+  uint8_t* data() { return memory_.data() + kGuard; }
+  bool whole() const {
+    for (int i = 0; i < kGuard; i++) {
+      if (memory_[i] != kMark || memory_[kGuard + bytes_ + i] != kMark) return false;
+    }
+    return true;
+  }
+
+ private:
+  static constexpr int kGuard = 67;
+  static constexpr uint8_t kMark = 0xA5;
+  int64_t bytes_;
+  std::vector<uint8_t> memory_;
+};
+
+std::mt19937 random_bits(7);
+float normal() { return std::normal_distribution<float>()(random_bits); }
+
+double decode_scale(int format, int code) {
+  if (format == FP4_MXFP4) return std::ldexp(1., code - 127);
+  const int exponent = code >> 3, mantissa = code & 7;
+  return exponent == 0 ? mantissa / 512. : std::ldexp(1 + mantissa / 8., exponent - 7);
+}
+
+void put(uint8_t* to, int64_t i, int dtype, float value) {
+  if (dtype == FP4_FLOAT32) return (void)memcpy(to + 4 * i, &value, 4);
+  const uint16_t bits = dtype == FP4_FLOAT16 ? half_of(value) : bfloat16_of(value);
+  memcpy(to + 2 * i, &bits, 2);
+}
+
+float get(const uint8_t* from, int64_t i, int dtype) {
+  float value;
+  if (dtype == FP4_FLOAT32) return memcpy(&value, from + 4 * i, 4), value;
+  uint16_t bits;
+  memcpy(&bits, from + 2 * i, 2);
+  return dtype == FP4_FLOAT16 ? float_of_half(bits) : float_of(static_cast<uint32_t>(bits) << 16);
+}
+
+void check_linear(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M, int64_t N, int64_t K) {
+  const int64_t group = format == FP4_NVFP4 ? 16 : 32, groups = (K + group - 1) / group;
+  const int64_t tile = format == FP4_NVFP4 ? kTileBytes<Nvfp4> : kTileBytes<Mxfp4>;
+  Buffer qdata(N * groups * group / 2), scale(N * groups), row_scale(N * 4);
+  Buffer tiles((N + 15) / 16 * groups * tile), x(M * K * dtype_bytes(dtype)),
+      y(M * N * dtype_bytes(dtype)), bias(N * dtype_bytes(dtype));
+  for (int64_t i = 0; i < N * groups * group / 2; i++) qdata.data()[i] = random_bits() & 0xFF;
+  for (int64_t i = 0; i < N * groups; i++) {
+    scale.data()[i] = format == FP4_NVFP4 ? random_bits() % 127 : 117 + random_bits() % 20;
+  }
+  for (int64_t i = 0; i < M * K; i++) put(x.data(), i, dtype, normal());
+  for (int64_t i = 0; i < N; i++) put(bias.data(), i, dtype, normal());
+  const float tensor = format == FP4_NVFP4 ? .01f : 1.f;
+  auto* factors = reinterpret_cast<float*>(row_scale.data());
+  std::vector<float> aligned(N);
+  const auto pack = format == FP4_NVFP4 ? to_tiles<Nvfp4> : to_tiles<Mxfp4>;
+  pack(qdata.data(), scale.data(), tensor, tiles.data(), aligned.data(), N, groups);
+  memcpy(factors, aligned.data(), N * 4);
+  Buffer back(N * groups * group / 2), back_scale(N * groups);
+  const auto unpack = format == FP4_NVFP4 ? from_tiles<Nvfp4> : from_tiles<Mxfp4>;
+  unpack(tiles.data(), back.data(), back_scale.data(), N, groups);
+  const Fp4Linear call{x.data(), tiles.data(), aligned.data(), bias.data(), y.data(), M, N, K,
+                       format, dtype, mode};
+  const bool ran = isa.linear(call);
+  double error = 0, size = 0;
+  const double rounding = dtype == FP4_FLOAT32 ? 0 : dtype == FP4_BFLOAT16 ? 0x1p-8 : 0x1p-11;
+  bool close = true;
+  for (int64_t m = 0; m < M; m++) {
+    for (int64_t n = 0; n < N; n++) {
+      double sum = get(bias.data(), n, dtype), all = std::fabs(sum);
+      for (int64_t k = 0; k < K; k++) {
+        const uint8_t byte = qdata.data()[n * groups * group / 2 + k / 2];
+        const double w = kValues[k % 2 ? byte >> 4 : byte & 15] * tensor *
+                         decode_scale(format, scale.data()[n * groups + k / group]);
+        sum += w * get(x.data(), m * K + k, dtype);
+        all += std::fabs(w * get(x.data(), m * K + k, dtype));
+      }
+      const double off = get(y.data(), m * N + n, dtype) - sum;
+      error += off * off;
+      size += sum * sum;
+      close &= std::fabs(off) <= 1e-6 * all + rounding * std::fabs(sum) + 1e-7;
+    }
+  }
+  if (mode == FP4_INT8) close = std::sqrt(error) <= 1.5e-2 * std::sqrt(size) + rounding * std::sqrt(size);
+  const bool whole = qdata.whole() && scale.whole() && tiles.whole() && x.whole() && y.whole() &&
+                     bias.whole() && back.whole() && back_scale.whole();
+  const bool same = memcmp(back.data(), qdata.data(), N * groups * group / 2) == 0 &&
+                    memcmp(back_scale.data(), scale.data(), N * groups) == 0;
+  char what[160];
+  snprintf(what, sizeof what, "%s format %d dtype %d mode %d M %ld N %ld K %ld: ran %d close %d whole %d same %d",
+           isa.name, format, dtype, mode, (long)M, (long)N, (long)K, ran, close, whole, same);
+  expect(ran && close && whole && same, what);
+}
+
+void check_rounding(const Fp4Isa& isa, int format, int rule, int dtype, int64_t M, int64_t K) {
+  const int64_t group = format == FP4_NVFP4 ? 16 : 32, groups = (K + group - 1) / group;
+  Buffer x(M * K * dtype_bytes(dtype)), y[2] = {x, x};
+  Buffer qdata[2] = {Buffer(M * groups * group / 2, 1), Buffer(M * groups * group / 2, 2)};
+  Buffer scale[2] = {Buffer(M * groups, 1), Buffer(M * groups, 2)};
+  for (int64_t i = 0; i < M * K; i++) put(x.data(), i, dtype, normal() * std::exp2f(random_bits() % 9));
+  const Fp4Matrix in{x.data(), M, K, format, rule, dtype};
+  float tensor[2];
+  const Fp4Isa* both[2] = {&isa, &fp4_portable};
+  bool whole = true;
+  for (int i = 0; i < 2; i++) {
+    both[i]->quantize(in, qdata[i].data(), scale[i].data(), &tensor[i]);
+    both[i]->fake_quantize(in, y[i].data());
+    whole &= qdata[i].whole() && scale[i].whole() && y[i].whole() && x.whole();
+  }
+  const bool same = memcmp(qdata[0].data(), qdata[1].data(), M * groups * group / 2) == 0 &&
+                    memcmp(scale[0].data(), scale[1].data(), M * groups) == 0 &&
+                    memcmp(y[0].data(), y[1].data(), M * K * dtype_bytes(dtype)) == 0 &&
+                    tensor[0] == tensor[1];
+  expect(same && whole, std::string(isa.name) + " rounding");
+}
+
+}  // namespace
+
+int main() {
+  const std::string names = fp4_available();
+  for (size_t from = 0; from < names.size();) {
+    const size_t to = std::min(names.find(',', from), names.size());
+    fp4_use(names.substr(from, to - from).c_str());
+    from = to + 1;
+    for (int format : {FP4_NVFP4, FP4_MXFP4}) {
+      for (int dtype : {FP4_FLOAT32, FP4_BFLOAT16, FP4_FLOAT16}) {
+        for (int64_t M : {0, 1, 2, 3, 5, 8, 9, 13, 31, 150}) {
+          const int64_t N = 1 + random_bits() % 70, K = 1 + random_bits() % 600;
+          for (int mode : {FP4_EXACT, FP4_INT8}) check_linear(fp4_chosen(), format, dtype, mode, M, N, K);
+        }
+        check_linear(fp4_chosen(), format, dtype, FP4_EXACT, 3, 16, 0);
+        for (int rule = 0; rule < (format == FP4_MXFP4 ? 4 : 1); rule++) {
+          check_rounding(fp4_chosen(), format, rule, dtype, 1 + random_bits() % 40, 1 + random_bits() % 300);
+        }
+      }
+    }
+    printf("%s\n", fp4_isa());
+  }
+  printf("%d passed, %d failed\n", passed, failed);
+  return failed != 0;
+}
