@@ -16,6 +16,7 @@ struct Avx2 {
   // E2M1 becomes bfloat16 by two byte lookups; a pair of neighbours in a 32-bit lane is split
   // into two float32 by a shift and a mask. Hence pairs, and the order 0 2 1 3 of columns.
   static constexpr int kStep = 2;
+  static constexpr int kSlots = 2;
   static constexpr int kVectors = 2;
   static constexpr int kHalfSteps = 2;
   static constexpr int kFewRows = 4;
@@ -38,6 +39,9 @@ struct Avx2 {
     I nibble = _mm256_set1_epi8(15);
   };
 
+  static FP4_INLINE void reorder_row(const float* in, int64_t n, float* out) {
+    reorder<Avx2>(in, n, out);
+  }
   static FP4_INLINE F zero() { return _mm256_setzero_ps(); }
   static FP4_INLINE F splat(float x) { return _mm256_set1_ps(x); }
   static FP4_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }

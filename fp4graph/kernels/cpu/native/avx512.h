@@ -15,6 +15,7 @@ struct Avx512 {
   using I = __m512i;
   static constexpr int kRows = 16;
   static constexpr int kStep = 1;
+  static constexpr int kSlots = 1;
   static constexpr int kVectors = 1;
   static constexpr int kHalfSteps = 4;
   static constexpr int kFewRows = 8;
@@ -32,6 +33,9 @@ struct Avx512 {
     I nibble = _mm512_set1_epi8(15);
   };
 
+  static FP4_INLINE void reorder_row(const float* in, int64_t n, float* out) {
+    reorder<Avx512>(in, n, out);
+  }
   static FP4_INLINE F zero() { return _mm512_setzero_ps(); }
   static FP4_INLINE F splat(float x) { return _mm512_set1_ps(x); }
   static FP4_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }

@@ -67,9 +67,11 @@ class Linear {
     if (call_.M == 0 || panels_ == 0) return true;
     if (call_.mode == FP4_INT8) return int8_rows();
     if constexpr (V::kFewPairRows > 0) {
-      if (call_.dtype == FP4_BFLOAT16 && call_.M <= V::kFewPairRows) return pair_rows();
+      if (call_.dtype == FP4_BFLOAT16) {
+        return call_.M <= V::kFewPairRows ? pair_rows() : many_rows<typename V::Pairs>();
+      }
     }
-    return call_.M <= V::kFewRows ? few_rows() : many_rows();
+    return call_.M <= V::kFewRows ? few_rows() : many_rows<V>();
   }
 
  private:
@@ -127,7 +129,7 @@ class Linear {
     for (int64_t m = 0; m < call_.M; m++) {
       uint32_t amax;
       unit[m] = load_row<V>(row(m), call_.dtype, call_.K, Kp_, x + m * Kp_, &amax);
-      reorder<V>(x + m * Kp_, Kp_);
+      V::reorder_row(x + m * Kp_, Kp_, x + m * Kp_);
     }
     parallel_ranges(panels_, tasks_, [&](int64_t p0, int64_t p1) {
       for (int64_t p = p0; p < p1; p++) {
@@ -153,7 +155,7 @@ class Linear {
     for (int64_t m = 0; m < call_.M; m++) {
       uint32_t amax;
       unit[m] = load_row<V>(row(m), call_.dtype, call_.K, Kp_, wide, &amax);
-      V::to_pairs(wide, Kp_, x + m * Kp_);
+      V::Pairs::reorder_row(wide, Kp_, reinterpret_cast<float*>(x + m * Kp_));
     }
     parallel_ranges(panels_, tasks_, [&](int64_t p0, int64_t p1) {
       for (int64_t p = p0; p < p1; p++) {
@@ -201,7 +203,7 @@ class Linear {
       }
     });
     if (failed) return false;
-    if (odd) return call_.M <= V::kFewRows ? few_rows() : many_rows();
+    if (odd) return call_.M <= V::kFewRows ? few_rows() : many_rows<V>();
     parallel_ranges(panels_, tasks_, [&](int64_t p0, int64_t p1) {
       for (int64_t p = p0; p < p1; p++) {
         for (int64_t m = 0; m < call_.M;) {
@@ -225,37 +227,51 @@ class Linear {
     return true;
   }
 
-  // Many rows. Activations are packed [column blocks][row blocks][steps][rows][kStep]; a thread
-  // takes runs of panels, decodes kTilePanels of them by kDepth columns and multiplies all row
-  // blocks of the moment with these, whose activations and sums stay in L2.
+  // Many rows, by the vector type W: V itself, or V's bfloat16 pairs. Activations are packed
+  // [column blocks][row blocks][steps][rows][kSlots]; a thread takes runs of panels, decodes
+  // kTilePanels of them by kDepth columns and multiplies all row blocks of the moment with these,
+  // whose activations and sums stay in L2.
   static constexpr int64_t kRowBlocks = 144 / V::kBlockRows;
   static constexpr int64_t kRun = 8;
 
+  template <class W>
+  static constexpr int64_t slots(int64_t columns) {
+    return columns / W::kStep * W::kSlots;
+  }
+
+  template <class W>
   bool many_rows() {
-    const int64_t blocks = (call_.M + V::kBlockRows - 1) / V::kBlockRows;
+    const int64_t blocks = (call_.M + W::kBlockRows - 1) / W::kBlockRows;
     const auto first_row = [&](int64_t block) { return call_.M * block / blocks; };
     float *x, *unit;
     if (!carve(shared_scratch, [&](Carver& c) {
-          x = c.take<float>(call_.M * Kp_);
+          x = c.take<float>(call_.M * slots<W>(Kp_));
           unit = c.take<float>(call_.M);
         })) {
       return false;
     }
     std::atomic<bool> failed{false};
     parallel_ranges(blocks, tasks_, [&](int64_t b0, int64_t b1) {
-      auto* wide = reinterpret_cast<float*>(own_scratch.get(max64(Kp_, 1) * 4));
-      if (wide == nullptr) failed = true;
-      for (int64_t b = b0; b < b1 && wide != nullptr; b++) {
-        for (int64_t m = first_row(b); m < first_row(b + 1); m++) {
+      float *wide, *ordered;
+      if (!carve(own_scratch, [&](Carver& c) {
+            wide = c.take<float>(max64(Kp_, 1) * W::kBlockRows);
+            ordered = c.take<float>(max64(Kp_, 1) * W::kBlockRows);
+          })) {
+        failed = true;
+        return;
+      }
+      for (int64_t b = b0; b < b1; b++) {
+        const int64_t m0 = first_row(b), rows = first_row(b + 1) - m0;
+        for (int64_t m = 0; m < rows; m++) {
           uint32_t amax;
-          unit[m] = load_row<V>(row(m), call_.dtype, call_.K, Kp_, wide, &amax);
-          reorder<V>(wide, Kp_);
-          pack_row(wide, m, first_row(b), first_row(b + 1), x);
+          unit[m0 + m] = load_row<V>(row(m0 + m), call_.dtype, call_.K, Kp_, wide, &amax);
+          W::reorder_row(wide, Kp_, ordered + m * slots<W>(Kp_));
         }
+        pack_block<W>(ordered, m0, rows, x);
       }
     });
     int64_t run = kRun;  // short enough that no thread waits long for another
-    while (run > V::kTilePanels && panels_ / run < 8 * tasks_) run /= 2;
+    while (run > W::kTilePanels && panels_ / run < 8 * tasks_) run /= 2;
     const int64_t runs = (panels_ + run - 1) / run;
     for (int64_t b0 = 0; b0 < blocks && !failed; b0 += kRowBlocks) {
       const int64_t b1 = min64(blocks, b0 + kRowBlocks);
@@ -263,54 +279,61 @@ class Linear {
       parallel(tasks_, [&](int64_t) {
         float *w, *sums;
         if (!carve(own_scratch, [&](Carver& c) {
-              w = c.take<float>(V::kTilePanels * kPanelRows * V::kDepth);
-              sums = c.take<float>((run + V::kTilePanels) * kRowBlocks * V::kBlockRows * kPanelRows);
+              w = c.take<float>(W::kTilePanels * kPanelRows * W::kDepth);
+              sums = c.take<float>((run + W::kTilePanels) * kRowBlocks * W::kBlockRows * kPanelRows);
             })) {
           failed = true;
           return;
         }
         for (int64_t r = next++; r < runs; r = next++) {
-          multiply_run(x, unit, w, sums, r * run, min64(panels_, (r + 1) * run), b0, b1, first_row);
+          multiply_run<W>(x, unit, w, sums, r * run, min64(panels_, (r + 1) * run), b0, b1,
+                          first_row);
         }
       });
     }
     return !failed;
   }
 
-  FP4_INLINE void pack_row(const float* w, int64_t m, int64_t m0, int64_t m1, float* x) const {
-    const int64_t rows = m1 - m0;
-    for (int64_t k0 = 0; k0 < Kp_; k0 += V::kDepth) {
-      const int64_t columns = min64(V::kDepth, Kp_ - k0);
-      float* out = x + k0 * call_.M + m0 * columns + (m - m0) * V::kStep;
-      for (int64_t k = 0; k < columns; k += V::kStep) {
-        for (int i = 0; i < V::kStep; i++) out[k * rows + i] = w[k0 + k + i];
+  // Rows of a block, [rows][slots of a row] -> their places in x, written in order.
+  template <class W>
+  FP4_INLINE void pack_block(const float* rows_in, int64_t m0, int64_t rows, float* x) const {
+    const int64_t row_slots = slots<W>(Kp_);
+    for (int64_t k0 = 0; k0 < Kp_; k0 += W::kDepth) {
+      const int64_t columns = min64(W::kDepth, Kp_ - k0);
+      float* out = x + slots<W>(k0) * call_.M + m0 * slots<W>(columns);
+      const float* in = rows_in + slots<W>(k0);
+      for (int64_t s = 0; s < columns / W::kStep; s++) {
+        for (int64_t m = 0; m < rows; m++) {
+          FP4_UNROLL for (int i = 0; i < W::kSlots; i++) {
+            *out++ = in[m * row_slots + s * W::kSlots + i];
+          }
+        }
       }
     }
   }
 
   // Panels p0 to p1 with row blocks b0 to b1. The last tile may reach beyond the last panel: it
   // takes the last one again, and what comes of it is not stored.
-  template <class FirstRow>
+  template <class W, class FirstRow>
   FP4_INLINE void multiply_run(const float* x, const float* unit, float* w, float* sums,
                                int64_t p0, int64_t p1, int64_t b0, int64_t b1,
                                FirstRow first_row) const {
     const int64_t m0 = first_row(b0), rows = first_row(b1) - m0, stride = rows * kPanelRows;
     if (Kp_ == 0) memset(sums, 0, (p1 - p0) * stride * sizeof(float));
-    for (int64_t k0 = 0; k0 < Kp_; k0 += V::kDepth) {
-      const int64_t columns = min64(V::kDepth, Kp_ - k0);
+    for (int64_t k0 = 0; k0 < Kp_; k0 += W::kDepth) {
+      const int64_t columns = min64(W::kDepth, Kp_ - k0), steps = columns / W::kStep;
       const int64_t tile = k0 / Format::kGroup * kTileBytes<Format>;
-      for (int64_t p = p0; p < p1; p += V::kTilePanels) {
+      for (int64_t p = p0; p < p1; p += W::kTilePanels) {
         const int64_t next_panel = p + 1 < panels_ ? panel_bytes_ : 0;
-        decode_panels<V, Format>(panel(p) + tile, next_panel, columns / Format::kGroup, w);
+        decode_panels<W, Format>(panel(p) + tile, next_panel, columns / Format::kGroup, w);
         float* c = sums + (p - p0) * stride;
         for (int64_t b = b0; b < b1; b++) {
           const int64_t m = first_row(b);
-          const float* block = x + k0 * call_.M + m * columns;
-          for (int r = 0; r < kRowVectors<V>; r++) {
-            constexpr int kWidth = V::kRows * V::kVectors * V::kTilePanels;
-            multiply_block(first_row(b + 1) - m, w + r * columns / V::kStep * kWidth, block,
-                           columns / V::kStep, c + (m - m0) * kPanelRows + r * V::kRows, stride,
-                           k0 > 0);
+          const float* block = x + slots<W>(k0) * call_.M + m * slots<W>(columns);
+          for (int r = 0; r < kRowVectors<W>; r++) {
+            constexpr int kWidth = W::kRows * W::kVectors * W::kTilePanels;
+            multiply_block<W>(first_row(b + 1) - m, w + r * steps * kWidth, block, steps,
+                              c + (m - m0) * kPanelRows + r * W::kRows, stride, k0 > 0);
           }
         }
       }
@@ -322,15 +345,15 @@ class Linear {
     }
   }
 
-  template <int kM = V::kBlockRows>
+  template <class W, int kM = W::kBlockRows>
   static FP4_INLINE void multiply_block(int64_t rows, const float* w, const float* x,
                                         int64_t steps, float* c, int64_t stride,
                                         bool accumulate) {
     if constexpr (kM > 0) {
       if (rows == kM) {
-        multiply<V, kM>(w, x, steps, c, stride, accumulate);
+        multiply<W, kM>(w, x, steps, c, stride, accumulate);
       } else {
-        multiply_block<kM - 1>(rows, w, x, steps, c, stride, accumulate);
+        multiply_block<W, kM - 1>(rows, w, x, steps, c, stride, accumulate);
       }
     }
   }

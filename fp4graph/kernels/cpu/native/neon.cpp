@@ -15,6 +15,7 @@ struct Neon {
   static constexpr int kRows = 4;
   // As in avx2.cpp: bfloat16 by two byte lookups, pairs split by a shift and a mask.
   static constexpr int kStep = 2;
+  static constexpr int kSlots = 2;
   static constexpr int kVectors = 2;
   static constexpr int kHalfSteps = 2;
   static constexpr int kFewRows = 8;
@@ -32,6 +33,9 @@ struct Neon {
     int8x16_t values = vld1q_s8(kTwice);
   };
 
+  static FP4_INLINE void reorder_row(const float* in, int64_t n, float* out) {
+    reorder<Neon>(in, n, out);
+  }
   static FP4_INLINE F zero() { return vdupq_n_f32(0); }
   static FP4_INLINE F splat(float x) { return vdupq_n_f32(x); }
   static FP4_INLINE F load(const float* p) { return vld1q_f32(p); }

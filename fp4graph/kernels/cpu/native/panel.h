@@ -6,7 +6,8 @@
 //   kVectors   decoded vectors for kRows rows and kStep columns (= kStep)
 //   kHalfSteps steps in the 4 columns that a nibble half holds (= 4 / kStep)
 //   decode     4 columns of kRows rows -> [kHalfSteps][kVectors] float vectors
-//   broadcast  kStep activations to all lanes; expand: a scale a row to kVectors vectors
+//   kSlots     32-bit words that hold the kStep activations of a row: two floats, or a pair in one
+//   broadcast  these to all lanes; expand: a scale a row to kVectors vectors
 //   finish     kVectors accumulators -> one float a row
 //   kTilePanels, kBlockRows, kDepth: panels, rows and columns that `multiply` takes at a time, so
 //              that sums fit the registers, and weights and activations the first cache
@@ -129,11 +130,11 @@ FP4_HOT void gemv_rows(const uint8_t* panel, const float* x, int64_t stride, int
 }
 
 // The same for bfloat16 activations in pairs, weights in pairs too: products are exact in float32.
-// x: [kM, stride] in V's order of pairs.
+// x: [kM, stride] in the order of V::Pairs.
 template <class V, class Format, int kM>
 FP4_HOT void gemv_pairs(const uint8_t* tile, const uint16_t* x, int64_t stride, int64_t groups,
                         float* y, bool accumulate) {
-  const typename V::PairTables tables;
+  const typename V::Pairs::Tables tables;
   typename V::F acc[kM];
   FP4_UNROLL for (int m = 0; m < kM; m++) acc[m] = V::zero();
   for (int64_t g = 0; g < groups; g++) {
@@ -146,10 +147,10 @@ FP4_HOT void gemv_pairs(const uint8_t* tile, const uint16_t* x, int64_t stride, 
     FP4_UNROLL for (int oct = 0; oct < Format::kGroup / 8; oct++) {
       const auto raw = V::load_codes(tile + oct * kOctBytes);
       FP4_UNROLL for (int pair = 0; pair < 4; pair++) {
-        const auto w = V::decode_pair(tables, raw, pair);
+        const auto w = V::Pairs::decode_pair(tables, raw, pair);
         FP4_UNROLL for (int m = 0; m < kM; m++) {
           auto& to = sum[m][pair % kChains];
-          to = V::dot_pair(to, w, x + m * stride + oct * 8 + pair * 2);
+          to = V::Pairs::dot(to, w, x + m * stride + oct * 8 + pair * 2);
         }
       }
     }
@@ -191,7 +192,7 @@ FP4_HOT void decode_panels(const uint8_t* tiles, int64_t stride, int64_t groups,
   }
 }
 
-// c [kTilePanels][stride][16] (+)= decoded weights times x, of which x is [steps][kM][kStep].
+// c [kTilePanels][stride][16] (+)= decoded weights times x, of which x is [steps][kM][kSlots].
 template <class V, int kM>
 FP4_HOT void multiply(const float* w, const float* x, int64_t steps, float* c, int64_t stride,
                       bool accumulate) {
@@ -205,14 +206,14 @@ FP4_HOT void multiply(const float* w, const float* x, int64_t steps, float* c, i
     typename V::F d[kParts];
     FP4_UNROLL for (int i = 0; i < kParts; i++) d[i] = V::load(w + i * V::kRows);
     FP4_UNROLL for (int m = 0; m < kM; m++) {
-      const auto xs = V::broadcast(x + m * V::kStep);
+      const auto xs = V::broadcast(x + m * V::kSlots);
       FP4_UNROLL for (int i = 0; i < kParts; i++) {
         auto& to = acc[m][i / V::kVectors][i % V::kVectors];
         to = V::fma(d[i], xs, to);
       }
     }
     w += kParts * V::kRows;
-    x += kM * V::kStep;
+    x += kM * V::kSlots;
   }
   FP4_UNROLL for (int p = 0; p < V::kTilePanels; p++) {
     FP4_UNROLL for (int m = 0; m < kM; m++) {

@@ -11,6 +11,7 @@ struct Portable {
   typedef int32_t I __attribute__((vector_size(16)));
   static constexpr int kRows = 4;
   static constexpr int kStep = 1;
+  static constexpr int kSlots = 1;
   static constexpr int kVectors = 1;
   static constexpr int kHalfSteps = 4;
   static constexpr int kFewRows = 4;
@@ -23,6 +24,9 @@ struct Portable {
   struct Tables {};
   struct IntTables {};
 
+  static FP4_INLINE void reorder_row(const float* in, int64_t n, float* out) {
+    reorder<Portable>(in, n, out);
+  }
   static FP4_INLINE F zero() { return F{}; }
   static FP4_INLINE F splat(float x) { return F{x, x, x, x}; }
   static FP4_INLINE F load(const float* p) {

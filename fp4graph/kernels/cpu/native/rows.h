@@ -102,14 +102,19 @@ FP4_INLINE float row_unit(uint32_t amax) {
   return ordinary ? 1.f : float_of(static_cast<uint32_t>(exponent < 1 ? 1 : exponent > 253 ? 253 : exponent) << 23);
 }
 
+// A row of float32 into V's order of columns; n is a multiple of 8.
 template <class V>
-FP4_INLINE void reorder(float* x, int64_t n) {  // n is a multiple of 4
+FP4_INLINE void reorder(const float* in, int64_t n, float* out) {
   if constexpr (V::kStep == 2) {
     for (int64_t k = 0; k < n; k += 4) {
-      const float second = x[k + 1];
-      x[k + 1] = x[k + 2];
-      x[k + 2] = second;
+      const float second = in[k + 1], third = in[k + 2];
+      out[k] = in[k];
+      out[k + 1] = third;
+      out[k + 2] = second;
+      out[k + 3] = in[k + 3];
     }
+  } else if (in != out) {
+    memcpy(out, in, n * sizeof(float));
   }
 }
 
