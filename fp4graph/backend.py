@@ -68,6 +68,7 @@ class Backend:
         self._inner = inner
         self._on_refusal = on_refusal
         self._model = model
+        self._paths: set[str] = set()
         self._num_blocks: int | None = None
         self._graphs = GraphCount()
         self._entries: WeakSet[PackEntry] = WeakSet()
@@ -131,7 +132,9 @@ class Backend:
             {example_inputs[site.weight]: None for _, site in sites(gm) if site.weight is not None}
         )
         if universe is not None:  # layers may have gone since the last graph
-            self.report.retain({tag.fqn for tag in universe})
+            paths = {tag.fqn for tag in universe}
+            self.report.drop(self._paths - paths)
+            self._paths = paths
         self.report.add(found)
         run = compile_inner(self._inner, gm, example_inputs, mode)
         return bind(run, bound, example_inputs)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from fp4graph.tags import LinearTag
 
@@ -86,9 +86,10 @@ class Report:
         for row in rows:
             self.rows_by_path[row.path] = row
 
-    def retain(self, paths: Collection[str]) -> None:
-        """Drop the rows of all other paths."""
-        self.rows_by_path = {p: row for p, row in self.rows_by_path.items() if p in paths}
+    def drop(self, paths: Iterable[str]) -> None:
+        """Take out the rows of linears that are no longer there."""
+        for path in paths:
+            self.rows_by_path.pop(path, None)
 
     def __iter__(self) -> Iterator[LinearRow]:
         return iter(self.rows_by_path.values())

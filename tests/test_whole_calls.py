@@ -127,6 +127,17 @@ def test_layers_that_go_take_their_rows_and_the_last_block_moves() -> None:
     assert {row.block for row in backend.report.selected} == {2}
 
 
+def test_rows_of_computed_weights_stay_when_another_graph_comes() -> None:
+    model = net(2)
+    torch.nn.utils.parametrizations.weight_norm(model.layers[0].mlp.up_proj)
+    backend = fp4graph.backend("blocks=1", inner="eager", model=model)
+    call = torch.compile(model, backend=backend, dynamic=False)
+    for rows in (2, 3):
+        call(torch.randn(rows, 32))
+    row = backend.report.rows_by_path["layers.0.mlp.up_proj"]
+    assert (row.role, row.selected) == ("up", False)
+
+
 def test_two_models_in_two_threads_get_their_own_weights() -> None:
     models = [net(seed=seed) for seed in (1, 2)]
     run = torch.compile(lambda m, x: m(x), backend=fp4graph.backend("all", inner="eager"))

@@ -42,7 +42,6 @@ def pin_to_owners(gm: GraphModule) -> None:
     first would then hold for all, and each call would pack the weights of another layer. The guard
     is on the outermost module that the function reaches the parameters by, and on a parameter that
     comes without one.
-
     """
     if TracingContext.try_get() is None:
         return

@@ -6,6 +6,7 @@
 #define FP4_VECTOR_REGISTER "x"
 #include "codec.h"
 #include "driver.h"
+#include "roofs.h"
 
 namespace {
 

@@ -7,6 +7,7 @@
 #define FP4_VECTOR_REGISTER "v"
 #include "codec.h"
 #include "driver.h"
+#include "roofs.h"
 
 namespace {
 

@@ -1,53 +1,13 @@
 // One call: which loops for how many rows, who does which panels, and where scratch lies.
 #pragma once
 #include <atomic>
-#include <cstdlib>
 
 #include "panel.h"
 #include "parallel.h"
 #include "rows.h"
+#include "scratch.h"
 
 namespace {
-
-// Memory of a thread, kept between calls and freed with it.
-class Scratch {
- public:
-  ~Scratch() { free(bytes_); }
-  // Room for `count` bytes on a cache line, or null.
-  uint8_t* get(int64_t count) {
-    if (count > size_) {
-      free(bytes_);
-      size_ = round_up(count, 4096);
-      bytes_ = static_cast<uint8_t*>(aligned_alloc(64, size_));
-      if (bytes_ == nullptr) size_ = 0;
-    }
-    return bytes_;
-  }
-
- private:
-  uint8_t* bytes_ = nullptr;
-  int64_t size_ = 0;
-};
-
-thread_local Scratch shared_scratch;  // of the calling thread, read by its team
-thread_local Scratch own_scratch;
-
-// Carves arrays out of scratch, each on a cache line.
-class Carver {
- public:
-  explicit Carver(uint8_t* base) : base_(base) {}
-  template <class T>
-  T* take(int64_t n) {
-    T* out = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += round_up(n * static_cast<int64_t>(sizeof(T)), 64);
-    return out;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  uint8_t* base_;
-  int64_t used_ = 0;
-};
 
 template <class V, class Format>
 class Linear {
@@ -80,17 +40,6 @@ class Linear {
 
   void store(const float* sums, int64_t m, int64_t p, float unit) const {
     store_row<V>(sums, call_, m, p * kPanelRows, min64(kPanelRows, call_.N - p * kPanelRows), unit);
-  }
-
-  template <class Carve>
-  bool carve(Scratch& scratch, Carve carve) {
-    Carver sizes(nullptr);
-    carve(sizes);
-    uint8_t* base = scratch.get(sizes.used());
-    if (base == nullptr) return false;
-    Carver carver(base);
-    carve(carver);
-    return true;
   }
 
   // A row of panels' tiles in pieces of kColumns: `use(tiles, first group, groups, accumulate)`.
@@ -366,49 +315,6 @@ class Linear {
 template <class V>
 bool linear(const Fp4Linear& call) {
   return call.format == FP4_NVFP4 ? Linear<V, Nvfp4>(call).run() : Linear<V, Mxfp4>(call).run();
-}
-
-// Reads every byte: the roof of whatever streams weights.
-template <class V>
-uint64_t read_roof(const uint8_t* bytes, int64_t count) {
-  using Loaded = decltype(V::load_codes(bytes));
-  constexpr int kLoads = 8, kBytes = sizeof(Loaded);
-  constexpr int64_t kStep = kLoads * kBytes;
-  std::atomic<uint64_t> total{0};
-  parallel_ranges(count / kStep, fp4_threads(), [&](int64_t begin, int64_t end) {
-    Loaded seen[kLoads] = {};
-    for (int64_t i = begin; i < end; i++) {
-      FP4_UNROLL for (int j = 0; j < kLoads; j++) {
-        __builtin_prefetch(bytes + i * kStep + j * kBytes + 4096);
-        seen[j] |= V::load_codes(bytes + i * kStep + j * kBytes);
-      }
-    }
-    FP4_UNROLL for (int j = 1; j < kLoads; j++) seen[0] |= seen[j];
-    uint64_t words[kBytes / 8];
-    memcpy(words, &seen[0], kBytes);
-    total |= words[0];
-  });
-  return total;
-}
-
-// Independent FMAs on as many accumulators as hide their latency: the roof of `multiply`.
-template <class V>
-double fma_roof(int64_t iterations) {
-  constexpr int kChains = 10;
-  std::atomic<int64_t> done{0};
-  parallel(fp4_threads(), [&](int64_t) {
-    typename V::F acc[kChains];
-    FP4_UNROLL for (int i = 0; i < kChains; i++) acc[i] = V::splat(i * .1f);
-    const auto a = V::splat(.999f), b = V::splat(.001f);
-    for (int64_t n = 0; n < iterations; n++) {
-      FP4_UNROLL for (int i = 0; i < kChains; i++) {
-        acc[i] = V::fma(acc[i], a, b);
-        asm volatile("" : "+" FP4_VECTOR_REGISTER(acc[i]));
-      }
-    }
-    done += 2 * kChains * V::kRows * iterations;
-  });
-  return static_cast<double>(done);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #define FP4_VECTOR_REGISTER "m"
 #include "codec.h"
 #include "driver.h"
+#include "roofs.h"
 
 namespace {
 
