@@ -1,6 +1,14 @@
 """Who computes FP4 linears, and who rounds weights to FP4."""
 
-from fp4graph.kernels.contract import Kernel, Problem, check_name, choose, kernels, register
+from fp4graph.kernels.contract import (
+    Kernel,
+    Problem,
+    check_name,
+    choose,
+    kernels,
+    refusals,
+    register,
+)
 from fp4graph.kernels.reference import FAKE_QUANTIZE
 
 # Each registers its kernel; `auto` asks the last one first.
@@ -18,5 +26,6 @@ __all__ = [
     "dequantized",
     "kernels",
     "quantize",
+    "refusals",
     "register",
 ]

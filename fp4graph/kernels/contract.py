@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fp4graph.errors import OptionError, RefusalError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
     from torch import Tensor
@@ -33,6 +33,7 @@ class Problem:
         dtype: of activations, bias and result.
         device: where all of it lies.
         activations: `int8` if they may be rounded to 8 bits in groups, None if not.
+        weight_dtype: of the dense weight, where autocast makes it another; else None.
     """
 
     out_features: int
@@ -41,6 +42,7 @@ class Problem:
     dtype: torch.dtype
     device: torch.device
     activations: str | None = None
+    weight_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,20 @@ def choose(problem: Problem, prefer: str = "auto") -> Kernel:
         RefusalError: none serves the problem; the message has each one's reason.
     """
     check_name(prefer)
-    reasons = []
-    for kernel in kernels():
-        if prefer in ("auto", kernel.name):
-            reason = kernel.refuses(problem)
-            if problem.activations == "int8" and not kernel.int8_ops:
-                reason = "it does not round activations to 8 bits"
-            if reason is None:
-                return kernel
-            reasons.append(f"kernel {kernel.name}: {reason}")
-    raise RefusalError("; ".join(reasons))
+    asked = [kernel for kernel in kernels() if prefer in ("auto", kernel.name)]
+    for kernel in asked:
+        if _refusal(kernel, problem) is None:
+            return kernel
+    raise RefusalError("; ".join(refusals(problem, asked)))
+
+
+def refusals(problem: Problem, asked: Iterable[Kernel]) -> list[str]:
+    """Return why kernels refuse a problem, for those that do."""
+    reasons = ((kernel, _refusal(kernel, problem)) for kernel in asked)
+    return [f"kernel {kernel.name}: {reason}" for kernel, reason in reasons if reason]
+
+
+def _refusal(kernel: Kernel, problem: Problem) -> str | None:
+    if problem.activations == "int8" and not kernel.int8_ops:
+        return "it does not round activations to 8 bits"
+    return kernel.refuses(problem)

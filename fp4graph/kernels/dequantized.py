@@ -55,6 +55,6 @@ DEQUANTIZED = register(
         prepack=REFERENCE.prepack,
         refuses=_refuses,
         saves_memory=False,
-        note="dequantised once: saves no memory and no time; `fp4graph doctor` says why",
+        note="dequantised once, which saves no memory and no time",
     )
 )

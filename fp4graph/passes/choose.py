@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from fp4graph.errors import RefusalError
-from fp4graph.kernels import Kernel, Problem, choose
+from fp4graph.kernels import Problem, choose, kernels, refusals
 from fp4graph.passes.site import LinearSite, mark, sites
 
 if TYPE_CHECKING:
@@ -44,12 +44,15 @@ class ChooseKernels:
             if site.scheme is None:
                 continue
             try:
-                kernel = _choose(site, example_inputs)
+                problem = _problem(site, example_inputs)
+                kernel = choose(problem, site.scheme.kernel)
             except RefusalError as error:
                 refused.append((site.tag.fqn, error))
                 mark(node, replace(site, scheme=None, reason=f"refused: {error}"))
             else:
-                note = f" ({kernel.note})" if kernel.note else ""
+                note = ""
+                if kernel.note:  # it is second best: say what the better ones lack
+                    note = f" ({'; '.join((kernel.note, *refusals(problem, kernels())))})"
                 reason = f"{site.reason} as {site.scheme}{note}"
                 mark(node, replace(site, kernel=kernel, reason=reason))
         if refused and self.on_refusal == "raise":
@@ -66,7 +69,7 @@ def refusal(refused: Sequence[tuple[str, object]]) -> RefusalError:
     )
 
 
-def _choose(site: LinearSite, example_inputs: Sequence[Any]) -> Kernel:
+def _problem(site: LinearSite, example_inputs: Sequence[Any]) -> Problem:
     assert site.scheme is not None
     if site.unsupported or site.weight is None:
         raise RefusalError(site.unsupported or "it has no weight")
@@ -83,12 +86,12 @@ def _choose(site: LinearSite, example_inputs: Sequence[Any]) -> Kernel:
             "load the model outside"
         )
     out_features, in_features = site.tag.shape
-    problem = Problem(
+    return Problem(
         out_features,
         in_features,
         site.scheme.format,
         site.dtype,
         weight.device,
-        "int8" if site.scheme.activations == "int8" else None,
+        activations="int8" if site.scheme.activations == "int8" else None,
+        weight_dtype=weight.dtype if weight.dtype != site.dtype else None,
     )
-    return choose(problem, site.scheme.kernel)

@@ -98,6 +98,9 @@ def _refuses(problem: Problem) -> str | None:
         return f"it runs on CPUs, and the weight is on {problem.device}"
     if problem.dtype not in _DTYPES:
         return f"activations of {problem.dtype}"
+    if problem.weight_dtype is not None and problem.activations is None:
+        cast = f"{problem.weight_dtype} weights to {problem.dtype}"
+        return f"under autocast the dense linear rounds {cast}, and it never rounds them"
     found = load()
     return found.reason if isinstance(found, Missing) else None
 
