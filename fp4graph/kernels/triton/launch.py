@@ -1,0 +1,83 @@
+"""The host side of the portable kernels: shapes, memory, launches. Needs the package `triton`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fp4graph.kernels.triton import bodies
+from fp4graph.kernels.triton.tiles import Tile, choose
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from fp4graph.formats import BlockFormat
+
+_REDUCE_COLUMNS = 256
+
+
+def linear(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    bias: Tensor | None,
+    format: BlockFormat,
+    *,
+    tile: Tile | None = None,
+    programs: int = 1,
+    dtype: torch.dtype | None = None,
+    run: Callable[[Any], Any] = lambda kernel: kernel,
+) -> Tensor:
+    """Compute `x W^T + bias`, all sums in float32, the same result at each call.
+
+    Args:
+        x: [..., K] bfloat16 or float16.
+        qdata: uint8 [N, Kp/2]; this and the next two are from `layout.pack`.
+        scale: uint8 [N, Kp/B].
+        row_scale: float32 [N].
+        bias: [N] in the dtype of x, or None.
+        format: of the weight.
+        tile: how to cut the work; chosen by size if None.
+        programs: how many fill the device, for the choice.
+        dtype: of the result; that of x if None.
+        run: what a kernel is launched by: itself, or an interpreter.
+
+    Returns:
+        [..., N].
+    """
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_zeros((x[..., :1].numel(), 0))
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    (M, K), N, Kp = rows.shape, len(row_scale), qdata.shape[1] * 2
+    y = torch.empty((*x.shape[:-1], N), dtype=dtype or x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    tile = tile or choose(M, N, K, programs)
+    out = y
+    if tile.split > 1:
+        out = torch.empty((tile.split, M, N), dtype=torch.float32, device=x.device)
+    blocks = (M if tile.rows == 0 else -(-M // tile.rows), -(-N // tile.columns), tile.split)
+    constants = {
+        "E4M3": format.has_per_tensor_scale,
+        "G": format.block_size,
+        "HAS_BIAS": bias is not None,
+        "SPLIT": tile.split,
+        "BN": tile.columns,
+        "BK": tile.depth,
+        **({"BM": tile.rows} if tile.rows else {}),
+    }
+    kernel = run(bodies.gemm if tile.rows else bodies.gemv)
+    some_bias = row_scale if bias is None else bias  # a pointer that is not read
+    kernel[blocks](
+        rows, qdata, scale, row_scale, some_bias, out, M, N, K, Kp, rows.stride(0),
+        **constants, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if tile.split > 1:
+        run(bodies.reduce_parts)[(M, -(-N // _REDUCE_COLUMNS))](
+            out, row_scale, some_bias, y, M, N,
+            HAS_BIAS=bias is not None, SPLIT=tile.split, BN=_REDUCE_COLUMNS,
+        )  # fmt: skip
+    return y

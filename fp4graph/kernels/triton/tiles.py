@@ -1,0 +1,58 @@
+"""Which kernel and tile for which problem: arithmetic on sizes alone; not tuned yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_GEMV_ROWS = 2
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a linear is cut into programs.
+
+    Attributes:
+        rows: of x in a program; 0 for the GEMV, which takes one.
+        columns: rows of the weight, columns of y, in a program.
+        depth: columns of K that a step takes.
+        split: programs that share a sum, added up afterwards in order.
+        warps: warps in a program.
+        stages: steps whose loads are in flight.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    split: int
+    warps: int = 4
+    stages: int = 3
+
+
+def choose(M: int, N: int, K: int, programs: int) -> Tile:
+    """Choose a tile.
+
+    Args:
+        M: rows of x.
+        N: rows of the weight.
+        K: columns of both.
+        programs: how many should run at once to fill the device: two a multiprocessor.
+    """
+    if M <= _GEMV_ROWS:
+        columns, depth = 16, 512
+        return Tile(0, columns, depth, _split(M * _up(N, columns), K, depth, programs))
+    rows = 16 if M <= 16 else 32 if M <= 32 else 64
+    columns, depth = (128, 128) if N >= 128 else (64, 128)
+    blocks = _up(M, rows) * _up(N, columns)
+    return Tile(rows, columns, depth, _split(blocks, K, depth, programs))
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to)
+
+
+def _split(blocks: int, K: int, depth: int, programs: int) -> int:
+    """Split sums while programs are few and each part keeps four steps at least."""
+    split = 1
+    while blocks * split * 2 <= programs and depth * split * 8 <= K:
+        split *= 2
+    return split
