@@ -77,10 +77,11 @@ def test_an_encoder_of_fused_ops_is_never_silently_dense() -> None:
         torch._dynamo.reset()
 
 
-def test_no_linear_anywhere_is_an_error_but_not_for_none() -> None:
+@pytest.mark.parametrize("options", [{}, {"fullgraph": True}, {"dynamic": True}], ids=str)
+def test_no_linear_anywhere_is_an_error_but_not_for_none(options: dict[str, bool]) -> None:
     model = nn.LayerNorm(32)
     with pytest.raises(RefusalError, match="1 graphs hold no linear"), torch.no_grad():
-        torch.compile(model, backend=fp4graph.backend(inner="eager"))(X)
+        torch.compile(model, backend=fp4graph.backend(inner="eager"), **options)(X)
     torch._dynamo.reset()
     torch.compile(model, backend=fp4graph.backend("none", inner="eager"))(X)
 

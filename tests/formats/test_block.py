@@ -271,6 +271,7 @@ def test_a_float64_weight_beyond_float32_is_refused_for_that_reason() -> None:
         fp4graph.quantize(w)
 
 
+@pytest.mark.slow
 def test_first_use_under_a_fake_mode_leaves_nothing_behind() -> None:
     code = """
         import torch, fp4graph

@@ -270,6 +270,7 @@ def test_without_a_compiler_it_dequantises_once_and_says_so(tmp_path: Path) -> N
     assert "no C++ compiler found; install one" in lines[0]
 
 
+@pytest.mark.slow
 def test_with_a_cache_that_cannot_be_written_it_dequantises_once(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     done = script(ONE_LINEAR, FP4GRAPH_CACHE=str(tmp_path / "cache"))
@@ -294,6 +295,7 @@ def test_compiled_at_first_use_by_several_processes_at_once(tmp_path: Path) -> N
     assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [".so"]
 
 
+@pytest.mark.slow
 def test_an_instruction_set_that_is_not_there() -> None:
     done = script("import fp4graph; fp4graph.kernels.cpu.load()", FP4GRAPH_CPU_ISA="sse9")
     assert "OptionError: FP4GRAPH_CPU_ISA=sse9: this machine has" in done.stderr
@@ -301,6 +303,7 @@ def test_an_instruction_set_that_is_not_there() -> None:
         fp4graph.kernels.cpu.load().use("sse9")
 
 
+@pytest.mark.slow
 def test_no_native_kernel_on_request() -> None:
     done = script(ONE_LINEAR, FP4GRAPH_CPU_ISA="none")
     assert done.stdout.startswith("dequantized True"), done.stderr

@@ -25,7 +25,14 @@ TILES = {
     "gemv": Tile(0, 16, 64, 1),
     "gemv, split": Tile(0, 16, 32, 2),
 }
-SHAPES = [(16, 32, 64), (5, 50, 112), (33, 70, 200), (1, 40, 33), (2, 1, 1)]
+SHAPES = [
+    (16, 32, 64),
+    (1, 40, 33),
+    *(
+        pytest.param(*shape, marks=pytest.mark.slow)
+        for shape in ((5, 50, 112), (33, 70, 200), (2, 1, 1))
+    ),
+]
 
 
 def with_gaps(x: torch.Tensor, fill: float) -> torch.Tensor:

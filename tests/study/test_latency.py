@@ -90,6 +90,7 @@ def test_paired_ratio() -> None:
     assert ratio.high - ratio.low < 0.02
 
 
+@pytest.mark.slow
 def test_peak_rss_starts_anew() -> None:
     code = """
         import torch

@@ -177,15 +177,16 @@ class Linear {
   }
 
   // Many rows, by the vector type W: V itself, or V's bfloat16 pairs. Activations are packed
-  // [column blocks][row blocks][steps][rows][kSlots]; a thread takes runs of panels, decodes
-  // kTilePanels of them by kDepth columns and multiplies all row blocks of the moment with these,
-  // whose activations and sums stay in L2.
+  // [blocks of kDepth columns][rows][kSegment]; a thread takes runs of panels, decodes kTilePanels
+  // of them by kDepth columns and multiplies all row blocks of the moment with these, whose
+  // activations and sums stay in L2.
   static constexpr int64_t kRowBlocks = 144 / V::kBlockRows;
   static constexpr int64_t kRun = 8;
 
+  // Where the segment of a row that starts with column k0 lies.
   template <class W>
-  static constexpr int64_t slots(int64_t columns) {
-    return columns / W::kStep * W::kSlots;
+  float* segment(float* x, int64_t k0, int64_t m) const {
+    return x + (k0 / W::kDepth * call_.M + m) * kSegment<W>;
   }
 
   template <class W>
@@ -194,29 +195,30 @@ class Linear {
     const auto first_row = [&](int64_t block) { return call_.M * block / blocks; };
     float *x, *unit;
     if (!carve(shared_scratch, [&](Carver& c) {
-          x = c.take<float>(call_.M * slots<W>(Kp_));
+          x = c.take<float>(round_up(Kp_, W::kDepth) / W::kDepth * call_.M * kSegment<W>);
           unit = c.take<float>(call_.M);
         })) {
       return false;
     }
     std::atomic<bool> failed{false};
-    parallel_ranges(blocks, tasks_, [&](int64_t b0, int64_t b1) {
+    parallel_ranges(call_.M, tasks_, [&](int64_t begin, int64_t end) {
       float *wide, *ordered;
       if (!carve(own_scratch, [&](Carver& c) {
-            wide = c.take<float>(max64(Kp_, 1) * W::kBlockRows);
-            ordered = c.take<float>(max64(Kp_, 1) * W::kBlockRows);
+            wide = c.take<float>(max64(Kp_, 1));
+            ordered = c.take<float>(max64(Kp_, 1));
           })) {
         failed = true;
         return;
       }
-      for (int64_t b = b0; b < b1; b++) {
-        const int64_t m0 = first_row(b), rows = first_row(b + 1) - m0;
-        for (int64_t m = 0; m < rows; m++) {
-          uint32_t amax;
-          unit[m0 + m] = load_row<V>(row(m0 + m), call_.dtype, call_.K, Kp_, wide, &amax);
-          W::reorder_row(wide, Kp_, ordered + m * slots<W>(Kp_));
+      for (int64_t m = begin; m < end; m++) {
+        uint32_t amax;
+        unit[m] = load_row<V>(row(m), call_.dtype, call_.K, Kp_, wide, &amax);
+        W::reorder_row(wide, Kp_, ordered);
+        for (int64_t k0 = 0; k0 < Kp_; k0 += W::kDepth) {
+          const int64_t columns = min64(W::kDepth, Kp_ - k0);
+          memcpy(segment<W>(x, k0, m), ordered + k0 / W::kStep * W::kSlots,
+                 columns / W::kStep * W::kSlots * sizeof(float));
         }
-        pack_block<W>(ordered, m0, rows, x);
       }
     });
     int64_t run = kRun;  // short enough that no thread waits long for another
@@ -243,28 +245,10 @@ class Linear {
     return !failed;
   }
 
-  // Rows of a block, [rows][slots of a row] -> their places in x, written in order.
-  template <class W>
-  FP4_INLINE void pack_block(const float* rows_in, int64_t m0, int64_t rows, float* x) const {
-    const int64_t row_slots = slots<W>(Kp_);
-    for (int64_t k0 = 0; k0 < Kp_; k0 += W::kDepth) {
-      const int64_t columns = min64(W::kDepth, Kp_ - k0);
-      float* out = x + slots<W>(k0) * call_.M + m0 * slots<W>(columns);
-      const float* in = rows_in + slots<W>(k0);
-      for (int64_t s = 0; s < columns / W::kStep; s++) {
-        for (int64_t m = 0; m < rows; m++) {
-          FP4_UNROLL for (int i = 0; i < W::kSlots; i++) {
-            *out++ = in[m * row_slots + s * W::kSlots + i];
-          }
-        }
-      }
-    }
-  }
-
   // Panels p0 to p1 with row blocks b0 to b1. The last tile may reach beyond the last panel: it
   // takes the last one again, and what comes of it is not stored.
   template <class W, class FirstRow>
-  FP4_INLINE void multiply_run(const float* x, const float* unit, float* w, float* sums,
+  FP4_INLINE void multiply_run(float* x, const float* unit, float* w, float* sums,
                                int64_t p0, int64_t p1, int64_t b0, int64_t b1,
                                FirstRow first_row) const {
     const int64_t m0 = first_row(b0), rows = first_row(b1) - m0, stride = rows * kPanelRows;
@@ -278,7 +262,7 @@ class Linear {
         float* c = sums + (p - p0) * stride;
         for (int64_t b = b0; b < b1; b++) {
           const int64_t m = first_row(b);
-          const float* block = x + slots<W>(k0) * call_.M + m * slots<W>(columns);
+          const float* block = segment<W>(x, k0, m);
           for (int r = 0; r < kRowVectors<W>; r++) {
             constexpr int kWidth = W::kRows * W::kVectors * W::kTilePanels;
             multiply_block<W>(first_row(b + 1) - m, w + r * steps * kWidth, block, steps,

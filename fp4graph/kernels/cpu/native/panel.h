@@ -48,7 +48,7 @@ FP4_INLINE void decode_group(const typename V::Tables& tables, const uint8_t* co
 
 template <class V, class Format>
 FP4_INLINE void prefetch_tile(const uint8_t* tile) {
-  constexpr int kAhead = 1024;
+  constexpr int kAhead = 2048;
   FP4_UNROLL for (int line = 0; line < kTileBytes<Format>; line += 64) {
     __builtin_prefetch(tile + kAhead + line);
   }
@@ -139,7 +139,7 @@ FP4_HOT void gemv_pairs(const uint8_t* tile, const uint16_t* x, int64_t stride, 
   FP4_UNROLL for (int m = 0; m < kM; m++) acc[m] = V::zero();
   for (int64_t g = 0; g < groups; g++) {
     prefetch_tile<V, Format>(tile);
-    constexpr int kChains = kM == 1 ? 2 : 1;
+    constexpr int kChains = kM == 1 ? 4 : kM == 2 ? 2 : 1;  // to hide the product's latency
     typename V::F sum[kM][kChains];
     FP4_UNROLL for (int m = 0; m < kM; m++) {
       FP4_UNROLL for (int c = 0; c < kChains; c++) sum[m][c] = V::zero();
@@ -156,8 +156,10 @@ FP4_HOT void gemv_pairs(const uint8_t* tile, const uint16_t* x, int64_t stride, 
     }
     const auto scale = V::template scales<Format>(tile + kScaleOffset<Format>);
     FP4_UNROLL for (int m = 0; m < kM; m++) {
-      const auto whole = kChains == 2 ? V::add(sum[m][0], sum[m][kChains - 1]) : sum[m][0];
-      acc[m] = V::fma(whole, scale, acc[m]);
+      FP4_UNROLL for (int stride = kChains / 2; stride > 0; stride /= 2) {
+        FP4_UNROLL for (int c = 0; c < stride; c++) sum[m][c] = V::add(sum[m][c], sum[m][c + stride]);
+      }
+      acc[m] = V::fma(sum[m][0], scale, acc[m]);
     }
     tile += kTileBytes<Format>;
     x += Format::kGroup;
@@ -192,7 +194,12 @@ FP4_HOT void decode_panels(const uint8_t* tiles, int64_t stride, int64_t groups,
   }
 }
 
-// c [kTilePanels][stride][16] (+)= decoded weights times x, of which x is [steps][kM][kSlots].
+// Slots that kDepth columns of a row take: activations lie in rows of so many, whose distance is
+// thus known to the compiler.
+template <class V>
+constexpr int64_t kSegment = V::kDepth / V::kStep * V::kSlots;
+
+// c [kTilePanels][stride][16] (+)= decoded weights times x, of which x is [kM][kSegment].
 template <class V, int kM>
 FP4_HOT void multiply(const float* w, const float* x, int64_t steps, float* c, int64_t stride,
                       bool accumulate) {
@@ -206,14 +213,14 @@ FP4_HOT void multiply(const float* w, const float* x, int64_t steps, float* c, i
     typename V::F d[kParts];
     FP4_UNROLL for (int i = 0; i < kParts; i++) d[i] = V::load(w + i * V::kRows);
     FP4_UNROLL for (int m = 0; m < kM; m++) {
-      const auto xs = V::broadcast(x + m * V::kSlots);
+      const auto xs = V::broadcast(x + m * kSegment<V>);
       FP4_UNROLL for (int i = 0; i < kParts; i++) {
         auto& to = acc[m][i / V::kVectors][i % V::kVectors];
         to = V::fma(d[i], xs, to);
       }
     }
     w += kParts * V::kRows;
-    x += kM * V::kSlots;
+    x += V::kSlots;
   }
   FP4_UNROLL for (int p = 0; p < V::kTilePanels; p++) {
     FP4_UNROLL for (int m = 0; m < kM; m++) {
