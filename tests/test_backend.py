@@ -139,6 +139,7 @@ def test_none_still_trains() -> None:
     assert model.lm_head.weight.grad is not None
 
 
+@pytest.mark.slow
 def test_lengths_and_batches_change() -> None:
     model = tiny("llama")
     backend = fp4graph.backend("all", inner="eager")
@@ -153,6 +154,7 @@ def test_lengths_and_batches_change() -> None:
     assert len(backend.report.selected) == BLOCKS * 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("how", ["forward", "compile"])
 def test_generate(cache: str, how: str) -> None:

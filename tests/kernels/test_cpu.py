@@ -260,6 +260,7 @@ ONE_LINEAR = """
 """
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_dequantises_once_and_says_so(tmp_path: Path) -> None:
     done = script(ONE_LINEAR, CXX="", PATH="/nowhere", FP4GRAPH_CACHE=str(tmp_path))
     assert done.returncode == 0, done.stderr

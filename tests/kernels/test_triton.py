@@ -74,6 +74,7 @@ def test_equals_float64(name: str, dtype: torch.dtype, tile: str, m: int, n: int
     assert torch.equal(run(x, packed, bias, TILES[tile]), y.to(dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("tile", ["gemm", "gemv"])

@@ -35,6 +35,7 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "gemma3"))]
 )
