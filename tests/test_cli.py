@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -226,6 +228,18 @@ def test_verbose_logs_passes(tiny_folder: Path) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "fp4graph.passes: graph 0, tag:" in result.stderr
+
+
+def test_an_interrupt_that_python_dropped_counts() -> None:
+    from fp4graph.cli import common
+
+    with common.readable_errors(), contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # as in a finalizer, whose exceptions go nowhere
+    with pytest.raises(KeyboardInterrupt):
+        common.check_interrupt()
+    with common.readable_errors():
+        common.check_interrupt()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_doctor_says_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from fp4graph import OptionError, Selector, models
 from fp4graph.cli.common import (
     DTYPES,
     CommaList,
+    check_interrupt,
     dtype_option,
     json_option,
     output,
@@ -47,6 +48,7 @@ class _Bar:
         self._task = self._bar.add_task("dense model", total=total)
 
     def advance(self) -> None:
+        check_interrupt()
         self._bar.advance(self._task)
 
     def trial(self, trial: Trial, row: Row, *, cached: bool) -> None:

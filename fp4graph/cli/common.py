@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
+import threading
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +81,11 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and exit status 2, Ctrl-C into 130."""
+    _interrupted.clear()
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ours = usual and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
     except Fp4GraphError as error:
@@ -88,6 +95,23 @@ def readable_errors() -> Iterator[None]:
         kept = "trials that ended are kept: the same ablate command goes on where it was"
         click.echo(f"fp4graph: interrupted; {kept}", err=True)
         sys.exit(INTERRUPTED)
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_interrupted = threading.Event()
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def check_interrupt() -> None:
+    """Raise KeyboardInterrupt if Ctrl-C came before: in a finalizer Python drops the exception."""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
 
 
 def print_json(row: Any) -> None:

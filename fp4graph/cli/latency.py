@@ -13,6 +13,7 @@ from fp4graph import Scheme, Selector, models
 from fp4graph.cli.common import (
     DTYPES,
     CommaList,
+    check_interrupt,
     dtype_option,
     json_option,
     output,
@@ -35,6 +36,7 @@ class _Bar:
         self._task = self._bar.add_task("compiling", total=total)
 
     def advance(self, what: str) -> None:
+        check_interrupt()
         self._bar.update(self._task, advance=1, description=what)
 
 
