@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import statistics
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -152,7 +153,8 @@ def test_the_check_of_210_weights_is_cheap() -> None:
         start = time.perf_counter()
         check(weights)
         times.append(time.perf_counter() - start)
-    assert min(times) < 0.4e-3  # 0.13 ms on a quiet machine; issue 12 asks for 0.2
+    print(f"{statistics.median(times) * 1e3:.2f} ms for 210 weights")  # noqa: T201 - docs/passes.md
+    assert min(times) < 0.4e-3  # twice the bar of issue 12, for slower machines
 
 
 @torch.no_grad()
