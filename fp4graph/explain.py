@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fp4graph.kernels import parse_target
 from fp4graph.policy import Policy, Scheme, Select
 from fp4graph.trace import TracedModel
 
@@ -23,6 +24,7 @@ def explain(
     format: str | BlockFormat = "nvfp4",
     activations: str | None = None,
     kernel: str = "auto",
+    device: str | None = None,
     **kwargs: Any,
 ) -> Report:
     """Trace a model, tag its linears, select and choose kernels; compile and pack nothing.
@@ -34,6 +36,8 @@ def explain(
         format: as in `backend`.
         activations: as in `backend`.
         kernel: as in `backend`.
+        device: a device to choose kernels for that need not be here: `cpu`, `cuda:sm_80`, `sm_90`,
+            `sm_100`, `sm_120`, `hip:gfx942`, `gfx950`; None for where the weights are.
         kwargs: further inputs of the model.
 
     Returns:
@@ -41,9 +45,11 @@ def explain(
 
     Raises:
         SelectorError: bad text, a term that matches nothing, or a part of a fused weight.
+        OptionError: an option or a device that does not exist.
     """
     policy = Policy.of(select, Scheme.of(format, activations=activations, kernel=kernel))
+    target = None if device is None else parse_target(device)
     traced = TracedModel(model)
     with torch.no_grad():
         traced(*args, **kwargs)
-    return traced.plan(policy)
+    return traced.plan(policy, target)

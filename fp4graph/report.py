@@ -31,6 +31,8 @@ class LinearRow:
         reason: which selector chose it and how it runs, or why it stays dense.
         bytes_dense: size of the model's own weight.
         bytes_packed: size of the packed weight; None where it stays dense.
+        layout: how the packed weight lies in memory; None where it stays dense.
+        tile: how the kernel cuts the work, by the number of rows M of the input; None likewise.
     """
 
     path: str
@@ -42,27 +44,22 @@ class LinearRow:
     reason: str
     bytes_dense: int
     bytes_packed: int | None
+    layout: str | None = None
+    tile: str | None = None
 
     @classmethod
-    def of(
-        cls,
-        tag: LinearTag,
-        bytes_dense: int,
-        reason: str,
-        kernel: str | None = None,
-        bytes_packed: int | None = None,
-    ) -> LinearRow:
-        """Build the row of a tagged linear, which stays dense unless it has a kernel."""
+    def of(cls, tag: LinearTag, bytes_dense: int, reason: str) -> LinearRow:
+        """Build the row of a tagged linear that stays dense."""
         return cls(
             path=tag.fqn,
             role=str(tag.role),
             block=tag.block,
             shape=tag.shape,
-            selected=kernel is not None,
-            kernel=kernel,
+            selected=False,
+            kernel=None,
             reason=reason,
             bytes_dense=bytes_dense,
-            bytes_packed=bytes_packed,
+            bytes_packed=None,
         )
 
 
@@ -131,10 +128,13 @@ class Report:
         """Return one JSON object a row, one row a line."""
         return "\n".join(json.dumps(asdict(row)) for row in self)
 
-    def table(self) -> Table:
-        """Return the rows as a table for a terminal."""
+    def table(self, *, plans: bool = False) -> Table:
+        """Return the rows as a table for a terminal; with `plans`, layouts and tiles too."""
         table = Table(caption=self.summary, box=box.SIMPLE_HEAD)
-        for name in ("path", "role", "block", "shape", "kernel", "dense MB", "FP4 MB", "reason"):
+        names = ["path", "role", "block", "shape", "kernel", "dense MB", "FP4 MB", "reason"]
+        if plans:
+            names[5:5] = ["layout", "tile"]
+        for name in names:
             numeric = name in ("block", "dense MB", "FP4 MB")
             table.add_column(name, justify="right" if numeric else "left", overflow="fold")
         for row in self:
@@ -144,6 +144,7 @@ class Report:
                 "" if row.block is None else str(row.block),
                 "x".join(map(str, row.shape)),
                 row.kernel or "dense",
+                *((row.layout or "", row.tile or "") if plans else ()),
                 f"{row.bytes_dense / 1e6:.2f}",
                 "" if row.bytes_packed is None else f"{row.bytes_packed / 1e6:.2f}",
                 row.reason,

@@ -27,6 +27,7 @@ from fp4graph.report import LinearRow, Report
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from fp4graph.kernels import Target
     from fp4graph.policy import Policy
     from fp4graph.tags import LinearTag
 
@@ -85,11 +86,16 @@ class TracedModel:
         found = (site.tag for graph in self._graphs for _, site in sites(graph.tagged))
         return tuple(dict.fromkeys(found))
 
-    def plan(self, policy: Policy) -> Report:
-        """Say what `select` would do, packing and changing nothing; refusals become rows."""
+    def plan(self, policy: Policy, target: Target | None = None) -> Report:
+        """Say what `select` would do, packing and changing nothing; refusals become rows.
+
+        Args:
+            policy: what would run how.
+            target: where the model is to be taken to lie; None: where it does.
+        """
         report = Report()
         for graph in self._graphs:
-            report.add(graph.plan(policy, self.tags))
+            report.add(graph.plan(policy, self.tags, target))
         return report
 
     def _capture(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -117,9 +123,9 @@ class _TracedGraph:
         self._example_inputs = tuple(example_inputs)
         self.run: Callable[..., Any] = gm.forward
 
-    def plan(self, policy: Policy, universe: Tags) -> list[LinearRow]:
+    def plan(self, policy: Policy, universe: Tags, target: Target | None) -> list[LinearRow]:
         copy = copy_graph(self.tagged)
-        run_passes(copy, self._example_inputs, plan_passes(policy, "keep", universe))
+        run_passes(copy, self._example_inputs, plan_passes(policy, "keep", universe, target))
         return rows(copy)
 
     def rewrite(

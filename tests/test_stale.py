@@ -202,13 +202,13 @@ def test_threads_get_one_pack() -> None:
     weight = torch.nn.Parameter(torch.randn(256, 256))
     cache = PackCache()
     scheme = fp4graph.Scheme.of()
-    kernel = fp4graph.kernels.choose(
-        fp4graph.kernels.Problem(256, 256, scheme.format, torch.float32, weight.device)
-    )
+    target = fp4graph.kernels.Target("cpu")
+    problem = fp4graph.kernels.Problem(256, 256, scheme.format, torch.float32, target)
+    kernel = fp4graph.kernels.choose(problem)
     entries = []
 
     def fetch() -> None:
-        entries.append(cache.get(weight, scheme, kernel, transposed=False, fqn="w"))
+        entries.append(cache.get(weight, scheme, kernel, problem, transposed=False, fqn="w"))
 
     threads = [threading.Thread(target=fetch) for _ in range(8)]
     for thread in threads:

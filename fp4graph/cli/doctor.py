@@ -17,6 +17,7 @@ import fp4graph
 from fp4graph import models
 from fp4graph.cache import cache_folder
 from fp4graph.cli.common import json_option, output, print_json
+from fp4graph.kernels import target_of
 from fp4graph.kernels.cpu import Native, library, load
 from fp4graph.kernels.cpu.build import BuildError, find_compiler
 
@@ -92,16 +93,19 @@ def _triton() -> Finding:
     try:
         return Finding("Triton", version("triton"))
     except PackageNotFoundError:
-        advice = "" if not torch.cuda.is_available() else "pip install triton"
+        advice = "pip install 'fp4graph[triton]'" if torch.cuda.is_available() else ""
         return Finding("Triton", "not installed", advice)
 
 
 def _gpu() -> Finding:
     if not torch.cuda.is_available():
         return Finding("GPU", "none that torch sees")
-    names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-    advice = "GPUs run the reference kernel, which is slower than dense; fused ones are to come"
-    return Finding("GPU", ", ".join(sorted(names)), advice)
+    count = range(torch.cuda.device_count())
+    names = {
+        f"{torch.cuda.get_device_name(index)} ({target_of(torch.device('cuda', index))})"
+        for index in count
+    }
+    return Finding("GPU", ", ".join(sorted(names)))
 
 
 def _demo_model() -> Finding:

@@ -9,7 +9,8 @@ import torch
 
 import fp4graph
 from fp4graph import models
-from fp4graph.cli.common import DTYPES, dtype_option, json_option, output, print_json, stderr
+from fp4graph.cli.common import DTYPES, json_option, output, print_json, stderr
+from fp4graph.kernels import parse_target
 
 if TYPE_CHECKING:
     from fp4graph import Report
@@ -23,7 +24,16 @@ _LENGTH = 8
 @click.option("--format", "format_name", default="nvfp4", show_default=True, help="FP4 format.")
 @click.option("--activations", type=click.Choice(["none", "same", "int8"]), default="none")
 @click.option("--kernel", default="auto", show_default=True, help="Kernel.")
-@dtype_option
+@click.option(
+    "--device",
+    help="Choose kernels for a device that need not be here: cpu, cuda:sm_80, cuda:sm_90, "
+    "cuda:sm_100, cuda:sm_120, hip:gfx942, hip:gfx950.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    help="Dtype of the model: float32, or bfloat16 on a GPU, if left out.",
+)
 @json_option
 def inspect_command(
     model: str,
@@ -31,7 +41,8 @@ def inspect_command(
     format_name: str,
     activations: str,
     kernel: str,
-    dtype: str,
+    device: str | None,
+    dtype: str | None,
     as_json: bool,
 ) -> None:
     """Print every linear of MODEL: role, block, shape, and what SELECT would make of it.
@@ -41,6 +52,8 @@ def inspect_command(
     """
     fp4graph.Selector(select)  # before minutes of loading
     fp4graph.Scheme.of(format_name, kernel=kernel)
+    on_gpu = device is not None and parse_target(device).backend != "cpu"
+    dtype = dtype or ("bfloat16" if on_gpu else "float32")
     with stderr.status(f"loading {model}"):
         loaded = models.load(model, DTYPES[dtype])
     with stderr.status(f"tracing {model}"):
@@ -51,10 +64,11 @@ def inspect_command(
             format=format_name,
             activations=None if activations == "none" else activations,
             kernel=kernel,
+            device=device,
             use_cache=False,
         )
     if as_json:
         for row in report:
             print_json(row)
     console = output(as_json=as_json)
-    console.print(report.table())
+    console.print(report.table(plans=device is not None))

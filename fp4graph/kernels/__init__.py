@@ -2,6 +2,7 @@
 
 from fp4graph.kernels.contract import (
     Kernel,
+    Plan,
     Problem,
     check_name,
     choose,
@@ -10,22 +11,29 @@ from fp4graph.kernels.contract import (
     register,
 )
 from fp4graph.kernels.reference import FAKE_QUANTIZE
+from fp4graph.kernels.target import Target, parse_target, target_of
 
 # Each registers its kernel; `auto` asks the last one first.
 from fp4graph.kernels import dequantized  # isort: skip
+from fp4graph.kernels import triton  # isort: skip
 from fp4graph.kernels import cpu  # isort: skip
 from fp4graph.kernels.quantize import quantize
 
 __all__ = [
     "FAKE_QUANTIZE",
     "Kernel",
+    "Plan",
     "Problem",
+    "Target",
     "check_name",
     "choose",
     "cpu",
     "dequantized",
     "kernels",
+    "parse_target",
     "quantize",
     "refusals",
     "register",
+    "target_of",
+    "triton",
 ]

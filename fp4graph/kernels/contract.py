@@ -10,16 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from fp4graph.errors import OptionError, RefusalError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    import torch
     from torch import Tensor
     from torch._ops import OpOverload
 
     from fp4graph.formats import BlockFormat, PackedWeight
+    from fp4graph.kernels.target import Target
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Problem:
         in_features: K.
         format: of the weight.
         dtype: of activations, bias and result.
-        device: where all of it lies.
+        target: what all of it lies on.
         activations: `int8` if they may be rounded to 8 bits in groups, None if not.
         weight_dtype: of the dense weight, where autocast makes it another; else None.
     """
@@ -40,9 +45,30 @@ class Problem:
     in_features: int
     format: BlockFormat
     dtype: torch.dtype
-    device: torch.device
+    target: Target
     activations: str | None = None
     weight_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel goes about a problem, for the report.
+
+    Attributes:
+        layout: how the packed weight lies in memory.
+        tile: how the work is cut, by the number of rows of `x`.
+    """
+
+    layout: str
+    tile: str
+
+
+def _no_refusal(problem: Problem) -> str | None:
+    return None
+
+
+def _as_it_is(problem: Problem) -> Plan:
+    return Plan("qdata and scale as they are", "the whole weight")
 
 
 @dataclass(frozen=True)
@@ -52,8 +78,12 @@ class Kernel:
     Attributes:
         name: what `kernel=` and the report say.
         ops: the op for each format's `base` name.
-        prepack: turns a packed weight into the tensors that the op takes.
-        refuses: says why a problem is not served, or None.
+        prepack: turns a packed weight into the tensors that the op takes for a problem; equal
+            where the plan's layout is.
+        dtypes: of the activations that it takes.
+        backends: of the targets that it runs on; all if empty.
+        refuses: says why another problem is not served, or None.
+        plan: says how a problem is served.
         int8_ops: for each format an op on the same tensors that rounds activations to 8 bits in
             groups, an approximation; empty where there is none.
         saves_memory: whether what is kept is smaller than the dense weight.
@@ -62,11 +92,18 @@ class Kernel:
 
     name: str
     ops: Mapping[str, OpOverload[..., Tensor]]
-    prepack: Callable[[PackedWeight], tuple[Tensor, ...]]
-    refuses: Callable[[Problem], str | None]
+    prepack: Callable[[PackedWeight, Problem], tuple[Tensor, ...]]
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    backends: tuple[str, ...] = ()
+    refuses: Callable[[Problem], str | None] = _no_refusal
+    plan: Callable[[Problem], Plan] = _as_it_is
     int8_ops: Mapping[str, OpOverload[..., Tensor]] = field(default_factory=dict)
     saves_memory: bool = True
     note: str = ""
+
+    def serves(self, target: Target) -> bool:
+        """Whether it runs on a target at all."""
+        return not self.backends or target.backend in self.backends
 
 
 _KERNELS: dict[str, Kernel] = {}
@@ -119,6 +156,11 @@ def refusals(problem: Problem, asked: Iterable[Kernel]) -> list[str]:
 
 
 def _refusal(kernel: Kernel, problem: Problem) -> str | None:
+    if not kernel.serves(problem.target):
+        return f"it runs on {' and '.join(kernel.backends)}, and the weight is on {problem.target}"
+    if problem.dtype not in kernel.dtypes:
+        taken = ", ".join(str(each).removeprefix("torch.") for each in kernel.dtypes)
+        return f"activations are {problem.dtype}, and it takes {taken}"
     if problem.activations == "int8" and not kernel.int8_ops:
         return "it does not round activations to 8 bits"
     return kernel.refuses(problem)

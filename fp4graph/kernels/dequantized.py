@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fp4graph.formats import FORMATS, BlockFormat
-from fp4graph.kernels.contract import Kernel, Problem, register
+from fp4graph.kernels.contract import Kernel, register
 from fp4graph.kernels.reference import REFERENCE, define, packed_weight
 
 if TYPE_CHECKING:
@@ -40,12 +40,6 @@ def _body(format: BlockFormat) -> Callable[..., Tensor]:
     return body
 
 
-def _refuses(problem: Problem) -> str | None:
-    if problem.device.type != "cpu":
-        return f"it would fill the memory of {problem.device} with dense weights"
-    return REFERENCE.refuses(problem)
-
-
 DEQUANTIZED = register(
     Kernel(
         name="dequantized",
@@ -53,7 +47,7 @@ DEQUANTIZED = register(
             base: define("dequantized", format, _body(format)) for base, format in FORMATS.items()
         },
         prepack=REFERENCE.prepack,
-        refuses=_refuses,
+        backends=("cpu",),  # elsewhere it would fill the device with dense weights
         saves_memory=False,
         note="dequantised once, which saves no memory and no time",
     )

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     Op = torch._ops.OpOverload[..., Tensor]
 
 _LIBRARY = torch.library.Library("fp4graph", "FRAGMENT")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def define(kernel: str, format: BlockFormat, body: Callable[..., Tensor]) -> Op:
@@ -65,17 +64,11 @@ def _meaning(format: BlockFormat) -> Callable[..., Tensor]:
     return meaning
 
 
-def _prepack(packed: PackedWeight) -> tuple[Tensor, ...]:
+def _prepack(packed: PackedWeight, _: Problem) -> tuple[Tensor, ...]:
     scale = packed.scale.view(torch.uint8)  # float8 scales are strangers to many compilers
     if packed.per_tensor_scale is None:
         return packed.qdata, scale
     return packed.qdata, scale, packed.per_tensor_scale
-
-
-def _refuses(problem: Problem) -> str | None:
-    if problem.dtype not in _DTYPES:
-        return f"activations of {problem.dtype}"
-    return None
 
 
 def _fake_quantize(x: Tensor, format: str) -> Tensor:
@@ -98,6 +91,6 @@ REFERENCE = register(
             base: define("reference", format, _meaning(format)) for base, format in FORMATS.items()
         },
         prepack=_prepack,
-        refuses=_refuses,
+        note="dequantised at each call, which is slower than dense",
     )
 )

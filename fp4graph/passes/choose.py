@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from fp4graph.errors import RefusalError
-from fp4graph.kernels import Problem, choose, kernels, refusals
+from fp4graph.kernels import Problem, Target, choose, kernels, refusals, target_of
 from fp4graph.passes.site import LinearSite, mark, sites
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class ChooseKernels:
 
     name: ClassVar[str] = "choose"
     on_refusal: OnRefusal = "raise"
+    target: Target | None = None  # what the weights are to be taken to lie on; None: as they do
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         """See the class."""
@@ -44,17 +45,19 @@ class ChooseKernels:
             if site.scheme is None:
                 continue
             try:
-                problem = _problem(site, example_inputs)
+                problem = _problem(site, example_inputs, self.target)
                 kernel = choose(problem, site.scheme.kernel)
             except RefusalError as error:
                 refused.append((site.tag.fqn, error))
                 mark(node, replace(site, scheme=None, reason=f"refused: {error}"))
             else:
                 note = ""
-                if kernel.note:  # it is second best: say what the better ones lack
-                    note = f" ({'; '.join((kernel.note, *refusals(problem, kernels())))})"
+                if kernel.note and site.scheme.kernel == "auto":
+                    # it is second best: say what the better ones lack
+                    better = [each for each in kernels() if each.serves(problem.target)]
+                    note = f" ({'; '.join((kernel.note, *refusals(problem, better)))})"
                 reason = f"{site.reason} as {site.scheme}{note}"
-                mark(node, replace(site, kernel=kernel, reason=reason))
+                mark(node, replace(site, problem=problem, kernel=kernel, reason=reason))
         if refused and self.on_refusal == "raise":
             raise refusal(refused)
 
@@ -69,12 +72,12 @@ def refusal(refused: Sequence[tuple[str, object]]) -> RefusalError:
     )
 
 
-def _problem(site: LinearSite, example_inputs: Sequence[Any]) -> Problem:
+def _problem(site: LinearSite, example_inputs: Sequence[Any], target: Target | None) -> Problem:
     assert site.scheme is not None
     if site.unsupported or site.weight is None:
         raise RefusalError(site.unsupported or "it has no weight")
     weight = example_inputs[site.weight]
-    if type(weight).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    if not _is_plain(weight):
         raise RefusalError(f"its weight is a {type(weight).__name__}, not a plain tensor")
     if weight.layout != torch.strided or not weight.dtype.is_floating_point:
         raise RefusalError(f"its weight is {weight.dtype} with layout {weight.layout}")
@@ -91,7 +94,11 @@ def _problem(site: LinearSite, example_inputs: Sequence[Any]) -> Problem:
         in_features,
         site.scheme.format,
         site.dtype,
-        weight.device,
+        target or target_of(weight.device),
         activations="int8" if site.scheme.activations == "int8" else None,
         weight_dtype=weight.dtype if weight.dtype != site.dtype else None,
     )
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    return type(weight).__torch_dispatch__ is torch.Tensor.__torch_dispatch__

@@ -37,10 +37,12 @@ class PackWeights:
                 continue
             assert site.weight is not None
             assert site.scheme is not None
+            assert site.problem is not None
             entry = self.cache.get(
                 example_inputs[site.weight],
                 site.scheme,
                 site.kernel,
+                site.problem,
                 transposed=site.transposed,
                 fqn=site.tag.fqn,
             )

@@ -18,7 +18,7 @@ from fp4graph.kernels import quantize
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
-    from fp4graph.kernels import Kernel
+    from fp4graph.kernels import Kernel, Problem
     from fp4graph.policy import Scheme
 
 
@@ -31,6 +31,7 @@ class PackEntry:
 
     scheme: Scheme
     kernel: Kernel
+    problem: Problem
     transposed: bool
     fqn: str
     tensors: tuple[Tensor, ...] = ()
@@ -69,7 +70,7 @@ class PackEntry:
                 packed = quantize(w_NK, self.scheme.format)
             except WeightError as error:
                 raise WeightError(f"{self.fqn}: {error}") from None
-            fresh = self.kernel.prepack(packed)
+            fresh = self.kernel.prepack(packed, self.problem)
             if self.tensors:
                 for old, new in zip(self.tensors, fresh, strict=True):
                     old.copy_(new)
@@ -92,21 +93,29 @@ class PackCache:
         self._lock = threading.Lock()
 
     def get(
-        self, weight: Tensor, scheme: Scheme, kernel: Kernel, *, transposed: bool, fqn: str
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        kernel: Kernel,
+        problem: Problem,
+        *,
+        transposed: bool,
+        fqn: str,
     ) -> PackEntry:
         """Return the entry of a weight, packed now if it is new or its content changed.
 
         Raises:
             WeightError: the weight holds NaN or Inf; names the linear.
         """
-        key = (scheme.format, scheme.quantizer, kernel.name, transposed)
+        layout = kernel.plan(problem).layout
+        key = (scheme.format, scheme.quantizer, kernel.name, layout, transposed)
         with self._lock:
             by_scheme = self._entries.get(weight)
             if by_scheme is None:
                 by_scheme = self._entries[weight] = {}
             entry = by_scheme.get(key)
             if entry is None:
-                entry = PackEntry(scheme, kernel, transposed, fqn)
+                entry = PackEntry(scheme, kernel, problem, transposed, fqn)
                 by_scheme[key] = entry
             entry.verify(weight)
         return entry

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,18 +24,22 @@ if TYPE_CHECKING:
 
     from torch.fx import GraphModule
 
+    from fp4graph.kernels import Target
     from fp4graph.passes.site import LinearSite
     from fp4graph.policy import Policy
     from fp4graph.tags import LinearTag
 
 
 def plan_passes(
-    policy: Policy, on_refusal: OnRefusal, universe: tuple[LinearTag, ...] | None = None
+    policy: Policy,
+    on_refusal: OnRefusal,
+    universe: tuple[LinearTag, ...] | None = None,
+    target: Target | None = None,
 ) -> tuple[GraphPass, ...]:
     """Return the passes that decide and change nothing; they come after `TagLinears`."""
     return (
         SelectLinears(policy, universe),
-        ChooseKernels(on_refusal),  # before pack, for the packed layout is the kernel's
+        ChooseKernels(on_refusal, target),  # before pack, for the packed layout is the kernel's
     )
 
 
@@ -48,16 +53,22 @@ def rewrite_passes() -> tuple[GraphPass, ...]:
 
 def rows(gm: GraphModule) -> list[LinearRow]:
     """Return one row for each linear of a graph that went through the planning passes."""
-    return [
-        LinearRow.of(
-            site.tag,
-            site.bytes_dense,
-            site.reason,
-            site.kernel.name if site.kernel else None,
-            _bytes_packed(site),
-        )
-        for _, site in sites(gm)
-    ]
+    return [_row(site) for _, site in sites(gm)]
+
+
+def _row(site: LinearSite) -> LinearRow:
+    dense = LinearRow.of(site.tag, site.bytes_dense, site.reason)
+    if site.kernel is None or site.problem is None:
+        return dense
+    plan = site.kernel.plan(site.problem)
+    return replace(
+        dense,
+        selected=True,
+        kernel=site.kernel.name,
+        layout=plan.layout,
+        tile=plan.tile,
+        bytes_packed=_bytes_packed(site),
+    )
 
 
 def _bytes_packed(site: LinearSite) -> int | None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch.fx import GraphModule, Node
 
-    from fp4graph.kernels import Kernel
+    from fp4graph.kernels import Kernel, Problem
     from fp4graph.passes.pack_cache import PackEntry
     from fp4graph.policy import Scheme
     from fp4graph.tags import LinearTag
@@ -34,6 +34,7 @@ class LinearSite:
         unsupported: why it cannot be rewritten, or None.
         scheme: how to run it; None leaves it dense.
         reason: which selector decided, or why it stays dense.
+        problem: what a kernel has to solve.
         kernel: who will compute it.
         entry: its packed weight.
     """
@@ -46,6 +47,7 @@ class LinearSite:
     unsupported: str | None = None
     scheme: Scheme | None = None
     reason: str = "not selected"
+    problem: Problem | None = None
     kernel: Kernel | None = None
     entry: PackEntry | None = None
 

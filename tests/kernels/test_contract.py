@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernels.on_cpu import interpret_triton_ops
 from support.closer import relative_l2
 from torch.nn.functional import linear
 
 import fp4graph
 from fp4graph import OptionError, RefusalError
 from fp4graph.formats import FORMATS
-from fp4graph.kernels import FAKE_QUANTIZE, Kernel, Problem, choose, kernels
+from fp4graph.kernels import FAKE_QUANTIZE, Kernel, Problem, Target, choose, kernels
 
 SHAPES = [(1, 1, 1), (1, 16, 32), (3, 17, 33), (17, 64, 48), (128, 40, 80), (0, 8, 16)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -21,7 +22,8 @@ BOUNDS = {
     torch.float16: torch.finfo(torch.float16).eps / 4,
     torch.float64: 1e-12,
 }
-CPU = torch.device("cpu")
+interpret_triton_ops()
+GPU = Target("cuda", "sm_90", 1)
 EVERY = [
     pytest.param(kernel, name, id=f"{kernel.name}-{name}")
     for kernel in kernels()
@@ -29,14 +31,26 @@ EVERY = [
 ]
 
 
+def target(kernel: Kernel) -> Target:
+    return Target("cpu") if kernel.serves(Target("cpu")) else GPU
+
+
 def problem(name: str, dtype: torch.dtype = torch.float32, n: int = 8, k: int = 16) -> Problem:
-    return Problem(n, k, FORMATS[name], dtype, CPU)
+    return Problem(n, k, FORMATS[name], dtype, Target("cpu"))
+
+
+def tensors(
+    kernel: Kernel, packed: fp4graph.PackedWeight, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    asked = Problem(*packed.shape, packed.format, dtype, target(kernel))
+    assert choose(asked, kernel.name) is kernel  # it refuses nothing that the contract asks
+    return kernel.prepack(packed, asked)
 
 
 def run(
     kernel: Kernel, packed: fp4graph.PackedWeight, x: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    return kernel.ops[packed.format.base](x, *kernel.prepack(packed), bias)
+    return kernel.ops[packed.format.base](x, *tensors(kernel, packed, x.dtype), bias)
 
 
 @pytest.mark.parametrize("kernel, name", EVERY)
@@ -46,13 +60,13 @@ def run(
 def test_as_close_to_float64_as_its_dtype_allows(
     kernel: Kernel, name: str, m: int, n: int, k: int, dtype: torch.dtype, with_bias: bool
 ) -> None:
+    if dtype not in kernel.dtypes:
+        pytest.skip(f"takes no {dtype}")
     generator = torch.Generator().manual_seed(m * 100 + n)
     w = torch.randn(n, k, generator=generator)
     x = torch.randn(m, k, generator=generator).to(dtype)
     bias = torch.randn(n, generator=generator).to(dtype) if with_bias else None
     packed = fp4graph.quantize(w, name)
-    if kernel.refuses(problem(name, dtype, n, k)):
-        pytest.fail("a registered kernel refuses a dtype that the contract names")
     y = run(kernel, packed, x, bias)
     assert y.dtype == dtype
     assert y.shape == (m, n)
@@ -70,27 +84,30 @@ def test_exact_on_values_that_add_without_rounding(kernel: Kernel, name: str) ->
     w[:, ::16] = 6.0
     w[0, 0] = 6.0
     packed = fp4graph.quantize(w * 448 if name == "nvfp4" else w, name)
-    x = torch.randint(-4, 5, (2, 5, 96), generator=generator).float()
-    assert torch.equal(run(kernel, packed, x, None), linear(x, packed.dequantize()))
+    x = torch.randint(-4, 5, (2, 5, 96), generator=generator).to(kernel.dtypes[0])
+    y = run(kernel, packed, x, None)
+    assert torch.equal(y, linear(x.float(), packed.dequantize()).to(x.dtype))
 
 
 @pytest.mark.parametrize("kernel, name", EVERY)
 def test_takes_any_leading_dimensions_and_strides(kernel: Kernel, name: str) -> None:
     packed = fp4graph.quantize(torch.randn(8, 48), name)
-    x = torch.randn(48, 2, 3).permute(2, 1, 0)
+    dtype = kernel.dtypes[0]
+    x = torch.randn(48, 2, 3).permute(2, 1, 0).to(dtype)
     y = run(kernel, packed, x, None)
     assert y.shape == (3, 2, 8)
-    assert relative_l2(y, linear(x.double(), packed.dequantize(torch.float64))) < 5e-7
+    assert relative_l2(y, linear(x.double(), packed.dequantize(torch.float64))) < BOUNDS[dtype]
     one = run(kernel, packed, x[0, 0], None)
     assert one.shape == (8,)
-    assert relative_l2(one, y[0, 0]) < 5e-7
+    assert relative_l2(one, y[0, 0]) < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("kernel, name", EVERY)
 def test_opcheck(kernel: Kernel, name: str) -> None:
     packed = fp4graph.quantize(torch.randn(8, 33), name)
-    for bias in (None, torch.randn(8)):
-        args = (torch.randn(4, 33), *kernel.prepack(packed), bias)
+    dtype = kernel.dtypes[0]
+    for bias in (None, torch.randn(8, dtype=dtype)):
+        args = (torch.randn(4, 33, dtype=dtype), *tensors(kernel, packed, dtype), bias)
         torch.library.opcheck(kernel.ops[name], args)
 
 
@@ -102,7 +119,7 @@ def test_opcheck_fake_quantize() -> None:
 @pytest.mark.parametrize("kernel, name", EVERY)
 def test_non_finite_activations_come_through(kernel: Kernel, name: str) -> None:
     packed = fp4graph.quantize(torch.randn(8, 32), name)
-    x = torch.randn(3, 32)
+    x = torch.randn(3, 32, dtype=kernel.dtypes[0])
     x[0, 4], x[1, 4] = torch.nan, torch.inf
     y = run(kernel, packed, x, None)
     assert y[0].isnan().all()
@@ -111,7 +128,10 @@ def test_non_finite_activations_come_through(kernel: Kernel, name: str) -> None:
 
 
 def test_refusal_says_why_and_names_the_kernel() -> None:
-    with pytest.raises(RefusalError, match=r"kernel reference: activations of torch\.int8"):
+    with pytest.raises(
+        RefusalError,
+        match=r"kernel reference: activations are torch\.int8, and it takes float32, bfloat16, ",
+    ):
         choose(problem("nvfp4", torch.int8))
     assert choose(problem("nvfp4")).name == kernels()[0].name
     assert choose(problem("nvfp4"), "reference").name == "reference"
@@ -123,7 +143,8 @@ def test_unknown_kernel() -> None:
 
 
 def test_auto_falls_through_a_kernel_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    picky = Kernel("picky", kernels()[0].ops, kernels()[0].prepack, lambda p: "never on a Tuesday")
+    first = kernels()[0]
+    picky = Kernel("picky", first.ops, first.prepack, refuses=lambda p: "never on a Tuesday")
     monkeypatch.setitem(fp4graph.kernels.contract._KERNELS, "picky", picky)
     assert kernels()[0] is picky
     assert choose(problem("nvfp4")).name != "picky"

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from fp4graph.errors import RefusalError
 from fp4graph.formats import FORMATS, BlockFormat, PackedWeight
-from fp4graph.kernels.contract import Kernel, Problem, register
+from fp4graph.kernels.contract import Kernel, Plan, Problem, register
 from fp4graph.kernels.cpu.library import Missing, load
 
 if TYPE_CHECKING:
     Op = torch._ops.OpOverload[..., Tensor]
 
 _LIBRARY = torch.library.Library("fp4graph", "FRAGMENT")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CODES = {"nvfp4": 0, "mxfp4": 1}
 _RULES = {"nearest": 0, "floor": 0, "ceil": 1, "rceil": 2, "even": 3}
 
@@ -94,10 +93,6 @@ def _define(name: str) -> Op:
 
 
 def _refuses(problem: Problem) -> str | None:
-    if problem.device.type != "cpu":
-        return f"it runs on CPUs, and the weight is on {problem.device}"
-    if problem.dtype not in _DTYPES:
-        return f"activations of {problem.dtype}"
     if problem.weight_dtype is not None and problem.activations is None:
         cast = f"{problem.weight_dtype} weights to {problem.dtype}"
         return f"under autocast the dense linear rounds {cast}, and it never rounds them"
@@ -105,12 +100,18 @@ def _refuses(problem: Problem) -> str | None:
     return found.reason if isinstance(found, Missing) else None
 
 
+def _plan(problem: Problem) -> Plan:
+    return Plan("panels of 16 rows", "panels, which many rows share once decoded")
+
+
 CPU = register(
     Kernel(
         name="cpu",
         ops={base: _define(f"cpu_{base}") for base in FORMATS},
         int8_ops={base: _define(f"cpu_int8_{base}") for base in FORMATS},
-        prepack=pack_tiles,
+        prepack=lambda packed, _: pack_tiles(packed),
+        backends=("cpu",),
         refuses=_refuses,
+        plan=_plan,
     )
 )

@@ -1,1 +1,5 @@
-"""Triton kernels for GPUs: portable ones so far, proven in the interpreter, not registered yet."""
+"""Triton kernels for GPUs: portable ones, which are the meaning of the faster ones."""
+
+from fp4graph.kernels.triton.ops import TRITON
+
+__all__ = ["TRITON"]

@@ -32,5 +32,5 @@ def pack(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
         top = codes.masked_fill(broken, 0).to(torch.int32)
         top = top.amax(1) if codes.shape[1] else top.new_zeros(len(codes))
         row_scale = torch.ldexp(torch.ones_like(top, dtype=torch.float32), top - 127)
-    row_scale = torch.where(broken.any(1), torch.nan, row_scale)
+    row_scale = row_scale.masked_fill(broken.any(1), torch.nan)
     return packed.qdata.contiguous(), codes.contiguous(), row_scale.contiguous()

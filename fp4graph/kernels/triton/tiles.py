@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fp4graph.kernels.target import Target
 
 _GEMV_ROWS = 2
 
@@ -27,6 +31,19 @@ class Tile:
     warps: int = 4
     stages: int = 3
 
+    def __str__(self) -> str:
+        kind = (
+            f"{self.rows}x{self.columns}x{self.depth}"
+            if self.rows
+            else "gemv " + (f"{self.columns}x{self.depth}")
+        )
+        return f"{kind}, {self.warps} warps" + (f", split {self.split}" if self.split > 1 else "")
+
+
+def programs(target: Target) -> int:
+    """Return how many programs fill a device: two a multiprocessor."""
+    return 2 * target.multiprocessors
+
 
 def choose(M: int, N: int, K: int, programs: int) -> Tile:
     """Choose a tile.
@@ -35,7 +52,7 @@ def choose(M: int, N: int, K: int, programs: int) -> Tile:
         M: rows of x.
         N: rows of the weight.
         K: columns of both.
-        programs: how many should run at once to fill the device: two a multiprocessor.
+        programs: how many fill the device.
     """
     if M <= _GEMV_ROWS:
         columns, depth = 16, 512

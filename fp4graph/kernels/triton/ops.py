@@ -1,0 +1,84 @@
+"""The Triton kernels as ops. Triton itself is imported at the first call."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fp4graph.formats import FORMATS, BlockFormat
+from fp4graph.kernels.contract import Kernel, Plan, Problem, register
+from fp4graph.kernels.target import target_of
+from fp4graph.kernels.triton import layout, tiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Op = torch._ops.OpOverload[..., Tensor]
+
+_LIBRARY = torch.library.Library("fp4graph", "FRAGMENT")
+_OLDEST = 80  # bfloat16 in tensor cores
+
+
+def body(format: BlockFormat, **options: Any) -> Callable[..., Tensor]:
+    """Return what `fp4graph::triton_<format>` runs; `options` are those of `launch.linear`."""
+
+    def linear(
+        x: Tensor, qdata: Tensor, scale: Tensor, row_scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        from fp4graph.kernels.triton import launch
+
+        programs = tiles.programs(target_of(x.device))
+        return launch.linear(x, qdata, scale, row_scale, bias, format, programs=programs, **options)
+
+    return linear
+
+
+def _define(format: BlockFormat) -> Op:
+    name = f"triton_{format.base}"
+    _LIBRARY.define(
+        f"{name}(Tensor x, Tensor qdata, Tensor scale, Tensor row_scale, Tensor? bias) -> Tensor"
+    )
+
+    def fake(
+        x: Tensor, qdata: Tensor, scale: Tensor, row_scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        return x.new_empty((*x.shape[:-1], row_scale.shape[0]))
+
+    _LIBRARY.impl(name, body(format), "CUDA")
+    torch.library.register_fake(f"fp4graph::{name}", fake, lib=_LIBRARY)
+    op: Op = getattr(torch.ops.fp4graph, name).default
+    return op
+
+
+def _refuses(problem: Problem) -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install 'fp4graph[triton]'"
+    if 0 < problem.target.capability < _OLDEST:
+        return f"it needs sm_{_OLDEST} or newer, and this is {problem.target.arch}"
+    if problem.weight_dtype is not None:
+        cast = f"{problem.weight_dtype} weights to {problem.dtype}"
+        return f"under autocast the dense linear rounds {cast}, and it never rounds them"
+    return None
+
+
+def _plan(problem: Problem) -> Plan:
+    programs = tiles.programs(problem.target)
+    shape = problem.out_features, problem.in_features
+    found = [f"M={rows}: {tiles.choose(rows, *shape, programs)}" for rows in (1, 16, 512)]
+    return Plan("qdata and scale as they are, a scale a row", "; ".join(found))
+
+
+TRITON = register(
+    Kernel(
+        name="triton",
+        ops={base: _define(format) for base, format in FORMATS.items()},
+        prepack=lambda packed, _: layout.pack(packed),
+        dtypes=(torch.bfloat16, torch.float16),
+        backends=("cuda", "hip"),
+        refuses=_refuses,
+        plan=_plan,
+    )
+)
