@@ -1,5 +1,7 @@
-"""Triton kernels for GPUs: portable ones, which are the meaning of the faster ones."""
+"""Triton kernels for GPUs: portable ones, and faster ones for NVIDIA, which mean the same."""
 
-from fp4graph.kernels.triton.ops import TRITON
+# Each registers its kernel; `auto` asks the last one first.
+from fp4graph.kernels.triton.ops import TRITON  # isort: skip
+from fp4graph.kernels.triton.fragments import FRAGMENTS  # isort: skip
 
-__all__ = ["TRITON"]
+__all__ = ["FRAGMENTS", "TRITON"]

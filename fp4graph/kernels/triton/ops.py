@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     Op = torch._ops.OpOverload[..., Tensor]
 
 _LIBRARY = torch.library.Library("fp4graph", "FRAGMENT")
-_OLDEST = 80  # bfloat16 in tensor cores
+DTYPES = (torch.bfloat16, torch.float16)
+OLDEST = 80  # bfloat16 in tensor cores
 
 
 def body(format: BlockFormat, **options: Any) -> Callable[..., Tensor]:
@@ -36,28 +37,26 @@ def body(format: BlockFormat, **options: Any) -> Callable[..., Tensor]:
     return linear
 
 
-def _define(format: BlockFormat) -> Op:
-    name = f"triton_{format.base}"
-    _LIBRARY.define(
-        f"{name}(Tensor x, Tensor qdata, Tensor scale, Tensor row_scale, Tensor? bias) -> Tensor"
-    )
+def define(name: str, packed: str, run: Callable[..., Tensor]) -> Op:
+    """Register `fp4graph::<name>(x, <packed>, row_scale, bias)` for CUDA and ROCm."""
+    tensors = "".join(f"Tensor {each}, " for each in packed.split())
+    _LIBRARY.define(f"{name}(Tensor x, {tensors}Tensor row_scale, Tensor? bias) -> Tensor")
 
-    def fake(
-        x: Tensor, qdata: Tensor, scale: Tensor, row_scale: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        return x.new_empty((*x.shape[:-1], row_scale.shape[0]))
+    def fake(x: Tensor, *rest: Tensor) -> Tensor:
+        return x.new_empty((*x.shape[:-1], rest[-2].shape[0]))
 
-    _LIBRARY.impl(name, body(format), "CUDA")
+    _LIBRARY.impl(name, run, "CUDA")
     torch.library.register_fake(f"fp4graph::{name}", fake, lib=_LIBRARY)
     op: Op = getattr(torch.ops.fp4graph, name).default
     return op
 
 
-def _refuses(problem: Problem) -> str | None:
+def refuses(problem: Problem) -> str | None:
+    """Say what else than dtype and kind of device keeps Triton kernels from a problem."""
     if find_spec("triton") is None:
         return "Triton is not installed: pip install 'fp4graph[triton]'"
-    if 0 < problem.target.capability < _OLDEST:
-        return f"it needs sm_{_OLDEST} or newer, and this is {problem.target.arch}"
+    if 0 < problem.target.capability < OLDEST:
+        return f"it needs sm_{OLDEST} or newer, and this is {problem.target.arch}"
     if problem.weight_dtype is not None:
         cast = f"{problem.weight_dtype} weights to {problem.dtype}"
         return f"under autocast the dense linear rounds {cast}, and it never rounds them"
@@ -74,11 +73,14 @@ def _plan(problem: Problem) -> Plan:
 TRITON = register(
     Kernel(
         name="triton",
-        ops={base: _define(format) for base, format in FORMATS.items()},
+        ops={
+            base: define(f"triton_{base}", "qdata scale", body(format))
+            for base, format in FORMATS.items()
+        },
         prepack=lambda packed, _: layout.pack(packed),
-        dtypes=(torch.bfloat16, torch.float16),
+        dtypes=DTYPES,
         backends=("cuda", "hip"),
-        refuses=_refuses,
+        refuses=refuses,
         plan=_plan,
     )
 )

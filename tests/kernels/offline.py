@@ -1,0 +1,191 @@
+"""Compile Triton launches for GPUs that are not here, and say what came of them.
+
+compiled = compile_launch(kernel, args, constants, Target("cuda", "sm_90"))
+facts(compiled, target, weights=...)
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from fp4graph.kernels.target import Target
+
+_POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
+    torch.uint8: "*u8",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+def gpu_target(target: Target) -> GPUTarget:
+    """Return Triton's name of a target."""
+    if target.backend == "hip":
+        return GPUTarget("hip", target.arch, 64)
+    return GPUTarget("cuda", target.capability, 32)
+
+
+def compile_launch(
+    kernel: Any, args: Sequence[Any], keywords: dict[str, Any], target: Target
+) -> Any:
+    """Compile what `kernel[grid](*args, **keywords)` would run on a target.
+
+    Numbers and addresses that 16 divides are told to be so, as a launch would.
+    """
+    names = list(kernel.arg_names)
+    constants = {name: value for name, value in keywords.items() if name not in OPTIONS}
+    signature = dict.fromkeys(names, "constexpr")
+    divisible = {}
+    for name, value in zip(names, args, strict=False):
+        signature[name] = _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if number % 16 == 0:
+            divisible[(names.index(name),)] = [["tt.divisibility", 16]]
+    made = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = made(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=divisible,
+    )
+    options = {name: value for name, value in keywords.items() if name in OPTIONS}
+    return triton.compile(source, target=gpu_target(target), options=options)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was caught instead of run."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def compile(self, target: Target) -> Any:
+        """See `compile_launch`."""
+        return compile_launch(self.kernel, self.args, self.keywords, target)
+
+
+class Catch:
+    """For `run=`: keeps launches instead of launching."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def __call__(self, kernel: Any) -> dict[tuple[int, ...], Callable[..., None]]:
+        return _Grid(lambda grid, args, keywords: self.launches.append(
+            Launch(kernel, grid, args, keywords)
+        ))  # fmt: skip
+
+
+class _Grid(dict[tuple[int, ...], Any]):
+    def __init__(self, keep: Callable[..., None]) -> None:
+        super().__init__()
+        self._keep = keep
+
+    def __missing__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **keywords: self._keep(grid, args, keywords)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the machine code of a kernel needs and does.
+
+    Attributes:
+        registers: a thread's.
+        spilled: bytes of registers that go through memory.
+        shared: bytes of shared memory of a program.
+        instructions: how often each mnemonic of PTX, or of AMD's assembly, appears.
+        loop: instructions of the longest loop in SASS; 0 for AMD.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    instructions: Counter[str]
+    loop: int
+
+    def per_weight(self, weights: int, warps: int) -> float:
+        """Lane-instructions of the main loop for each of the weights that a round of it takes."""
+        return self.loop * 32 * warps / weights
+
+    def count(self, pattern: str) -> int:
+        """How many instructions match a regular expression from their start."""
+        return sum(n for name, n in self.instructions.items() if re.match(pattern, name))
+
+
+def facts(compiled: Any, target: Target) -> Facts:
+    """Read the machine code of a compiled kernel."""
+    return _amd(compiled) if target.backend == "hip" else _nvidia(compiled, target.capability)
+
+
+def _amd(compiled: Any) -> Facts:
+    text = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
+
+    spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    names = re.findall(r"^\s+([vs]_\w+|buffer_\w+|global_\w+|ds_\w+)", text, re.M)
+    return Facts(
+        number("vgpr_count"), spilled, number("group_segment_fixed_size"), Counter(names), 0
+    )
+
+
+def _nvidia(compiled: Any, capability: int) -> Facts:
+    ptx = compiled.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+        source.write_text(ptx)
+        binary.write_bytes(compiled.asm["cubin"])
+        arch = sm_arch_from_capability(capability)
+        said = _output(
+            get_ptxas(capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={arch}",
+            str(source), "-o", f"{folder}/out",
+        )  # fmt: skip
+        tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+        sass = _output(str(tools / "nvdisasm"), "-c", str(binary))
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    names = re.findall(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]+)", ptx, re.M)
+    names += re.findall(r"(?:mma\.sync|cvt)\.[\w.]+", ptx)
+    return Facts(
+        registers=int(re.search(r"Used (\d+) registers", said)[1]),  # type: ignore[index]
+        spilled=sum(map(int, spills.groups())),  # type: ignore[union-attr]
+        shared=compiled.metadata.shared,
+        instructions=Counter(names),
+        loop=_longest_loop(sass),
+    )
+
+
+def _longest_loop(sass: str) -> int:
+    labels: dict[str, int] = {}
+    count = longest = 0
+    for line in sass.splitlines():
+        if label := re.match(r"^(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif instruction := re.match(r"^\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            count += 1
+            back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction[1])
+            if back and back[1] in labels:
+                longest = max(longest, count - labels[back[1]])
+    return longest
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
