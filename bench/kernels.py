@@ -7,7 +7,8 @@ next copy at each call, as a model's layers do (prefill, with many rows, uses on
 variant once, in an order that rotates; a plain read of as many bytes is one of them. Printed are
 the best and the median time, the bytes of the weight over the median time, and, as medians over
 rounds of paired ratios, the share of the read's bandwidth and the speed over F.linear in float32
-and in bfloat16.
+and in bfloat16. Where llama-cpp-python is installed, ggml's MXFP4 is a variant too; it computes the
+calls of a round as one graph, which starts its threads once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import ggml
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -40,11 +42,25 @@ POOL_BYTES = 400e6
 @dataclass
 class Variant:
     name: str
-    call: Callable[[Tensor, int], object]
+    round: Callable[[Tensor], object]  # one call for each copy of the weight
     copies: int
     dtype: torch.dtype
     weight_bytes: float
     times: list[float] = field(default_factory=list)
+
+
+def each_copy(
+    name: str,
+    call: Callable[[Tensor, int], object],
+    copies: int,
+    dtype: torch.dtype,
+    weight_bytes: float,
+) -> Variant:
+    def round(x: Tensor) -> None:
+        for index in range(copies):
+            call(x, index)
+
+    return Variant(name, round, copies, dtype, weight_bytes)
 
 
 def copies_of(nbytes: float, rows: int) -> int:
@@ -57,7 +73,7 @@ def fp4(name: str, ops: dict, w: Tensor, dtype: torch.dtype, rows: int, label: s
     count = copies_of(tiles.nbytes, rows)
     pool = [(tiles.clone(), row_scale.clone()) for _ in range(count)]
     op = ops[name]
-    return Variant(label, lambda x, i: op(x, *pool[i], None), count, dtype, tiles.nbytes)
+    return each_copy(label, lambda x, i: op(x, *pool[i], None), count, dtype, tiles.nbytes)
 
 
 def dense(w: Tensor, dtype: torch.dtype, rows: int) -> Variant:
@@ -65,7 +81,7 @@ def dense(w: Tensor, dtype: torch.dtype, rows: int) -> Variant:
     count = copies_of(w.nbytes, rows)
     pool = [w.clone() for _ in range(count)]
     name = f"F.linear {str(dtype).removeprefix('torch.')}"
-    return Variant(name, lambda x, i: linear(x, pool[i]), count, dtype, w.nbytes)
+    return each_copy(name, lambda x, i: linear(x, pool[i]), count, dtype, w.nbytes)
 
 
 def int4(w: Tensor, rows: int) -> Variant:
@@ -82,7 +98,14 @@ def int4(w: Tensor, rows: int) -> Variant:
         return op(x, pool[i], 32, scales)
 
     nbytes = packed.nbytes + scales.nbytes
-    return Variant("torch int4 (bfloat16)", call, count, torch.bfloat16, nbytes)
+    return each_copy("torch int4 (bfloat16)", call, count, torch.bfloat16, nbytes)
+
+
+def ggml_mxfp4(library: object, w: Tensor, rows: int) -> Variant:
+    """ggml's MXFP4: the same format, activations rounded to 8 bits."""
+    count = copies_of(w.numel() * 17 / 32, rows)
+    linears = ggml.Linears(library, w, rows, count, torch.get_num_threads())
+    return Variant("ggml mxfp4 (int8)", linears, count, torch.float32, linears.weight_bytes)
 
 
 def read(nbytes: int, rows: int) -> Variant:
@@ -90,7 +113,7 @@ def read(nbytes: int, rows: int) -> Variant:
     count = copies_of(nbytes, rows)
     pool = [torch.randint(256, (nbytes,), dtype=torch.uint8) for _ in range(count)]
     op = torch.ops.fp4graph.cpu_read
-    return Variant("plain read", lambda x, i: op(pool[i]), count, torch.float32, nbytes)
+    return each_copy("plain read", lambda x, i: op(pool[i]), count, torch.float32, nbytes)
 
 
 def variants(n: int, k: int, rows: int) -> list[Variant]:
@@ -103,6 +126,9 @@ def variants(n: int, k: int, rows: int) -> list[Variant]:
         found.append(fp4(name, cpu.CPU.int8_ops, w, float32, rows, f"{name} int8"))
     if k % 32 == 0 and n % 64 == 0:
         found.append(int4(w, rows))
+    library = ggml.library()
+    if library is not None and k % 32 == 0:
+        found.append(ggml_mxfp4(library, w, rows))
     return [*found, read(round(found[2].weight_bytes), rows)]
 
 
@@ -110,15 +136,13 @@ def measure(n: int, k: int, rows: int, rounds: int) -> list[Variant]:
     found = variants(n, k, rows)
     inputs = {dtype: torch.randn(rows, k).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
     for variant in found:
-        for index in range(variant.copies):
-            variant.call(inputs[variant.dtype], index)
+        variant.round(inputs[variant.dtype])
     for number in range(rounds):
         shift = number % len(found)
         for variant in found[shift:] + found[:shift]:
             x = inputs[variant.dtype]
             start = time.perf_counter()
-            for index in range(variant.copies):
-                variant.call(x, index)
+            variant.round(x)
             variant.times.append((time.perf_counter() - start) / variant.copies)
     return found
 

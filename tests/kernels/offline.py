@@ -111,7 +111,9 @@ class Facts:
         spilled: bytes of registers that go through memory.
         shared: bytes of shared memory of a program.
         instructions: how often each mnemonic of PTX, or of AMD's assembly, appears.
-        loop: instructions of the longest loop in SASS; 0 for AMD.
+        loop: instructions of the longest loop in machine code; of AMD's, without scalar ones, which
+            have a unit of their own.
+        lanes: threads that one instruction serves.
     """
 
     registers: int
@@ -119,10 +121,11 @@ class Facts:
     shared: int
     instructions: Counter[str]
     loop: int
+    lanes: int = 32
 
     def per_weight(self, weights: int, warps: int) -> float:
         """Lane-instructions of the main loop for each of the weights that a round of it takes."""
-        return self.loop * 32 * warps / weights
+        return self.loop * self.lanes * warps / weights
 
     def count(self, pattern: str) -> int:
         """How many instructions match a regular expression from their start."""
@@ -142,8 +145,11 @@ def _amd(compiled: Any) -> Facts:
 
     spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
     names = re.findall(r"^\s+([vs]_\w+|buffer_\w+|global_\w+|ds_\w+)", text, re.M)
+    loop = _longest_loop(
+        text, r"^(\.LBB\w+):", r"^\s+([a-rt-z]\w+.*)", r"^\s+s_c?branch\w* (\.LBB\w+)"
+    )
     return Facts(
-        number("vgpr_count"), spilled, number("group_segment_fixed_size"), Counter(names), 0
+        number("vgpr_count"), spilled, number("group_segment_fixed_size"), Counter(names), loop, 64
     )
 
 
@@ -168,21 +174,23 @@ def _nvidia(compiled: Any, capability: int) -> Facts:
         spilled=sum(map(int, spills.groups())),  # type: ignore[union-attr]
         shared=compiled.metadata.shared,
         instructions=Counter(names),
-        loop=_longest_loop(sass),
+        loop=_longest_loop(
+            sass, r"^(\.L_x_\d+):", r"^\s+/\*[0-9a-f]+\*/\s+(.*?);", r".*\bBRA\b.*`\((\.L_x_\d+)\)"
+        ),
     )
 
 
-def _longest_loop(sass: str) -> int:
+def _longest_loop(code: str, label: str, instruction: str, branch: str) -> int:
     labels: dict[str, int] = {}
     count = longest = 0
-    for line in sass.splitlines():
-        if label := re.match(r"^(\.L_x_\d+):", line):
-            labels[label[1]] = count
-        elif instruction := re.match(r"^\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
-            count += 1
-            back = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction[1])
-            if back and back[1] in labels:
-                longest = max(longest, count - labels[back[1]])
+    for line in code.splitlines():
+        if found := re.match(label, line):
+            labels[found[1]] = count
+            continue
+        count += bool(re.match(instruction, line))
+        back = re.match(branch, line)
+        if back and back[1] in labels:
+            longest = max(longest, count - labels[back[1]])
     return longest
 
 

@@ -105,6 +105,20 @@ def gemv(x, qdata, scale, row_scale, bias, y, M, N, K, Kp, stride_xm,
 
 
 @triton.jit
+def dequantize(w, qdata, scale, row_scale, N, K, Kp, E4M3: tl.constexpr, G: tl.constexpr,
+               LARGEST: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Write a tile of the dense weight [N, K]."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    k0 = tl.program_id(1) * BK
+    k = k0 + tl.arange(0, BK)
+    factor = tl.load(row_scale + n, mask=n < N, other=1.0)
+    dense = load_weights(qdata, scale, factor, n, k0, N, Kp, E4M3, G, BN, BK) * factor[:, None]
+    dense = tl.clamp(dense, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(w + n.to(tl.int64)[:, None] * K + k[None, :], dense.to(w.dtype.element_ty),
+             mask=(n[:, None] < N) & (k[None, :] < K))  # fmt: skip
+
+
+@triton.jit
 def reduce_parts(parts, row_scale, bias, y, M, N, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
                  BN: tl.constexpr):  # fmt: skip
     """Add the parts of split sums up in order, so that the result is the same each time."""

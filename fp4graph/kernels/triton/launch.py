@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import functional
 
 from fp4graph.kernels.triton import bodies
-from fp4graph.kernels.triton.tiles import Tile, choose
+from fp4graph.kernels.triton.tiles import MOST_ROWS, Tile, choose
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +35,9 @@ def linear(
 ) -> Tensor:
     """Compute `x W^T + bias`, all sums in float32, the same result at each call.
 
+    For more than 128 rows the weight is dequantised first, which else each tile of rows would do
+    again, and `F.linear` does the rest.
+
     Args:
         x: [..., K] bfloat16 or float16.
         qdata: uint8 [N, Kp/2]; this and the next two are from `layout.pack`.
@@ -55,6 +59,9 @@ def linear(
     y = torch.empty((*x.shape[:-1], N), dtype=dtype or x.dtype, device=x.device)
     if y.numel() == 0:
         return y
+    if tile is None and M > MOST_ROWS:
+        w = dequantize(qdata, scale, row_scale, K, x.dtype, format, run=run)
+        return functional.linear(x, w, bias)
     tile = tile or choose(M, N, K, programs)
     out = y
     if tile.split > 1:
@@ -81,3 +88,25 @@ def linear(
             HAS_BIAS=bias is not None, SPLIT=tile.split, BN=_REDUCE_COLUMNS,
         )  # fmt: skip
     return y
+
+
+def dequantize(
+    qdata: Tensor,
+    scale: Tensor,
+    row_scale: Tensor,
+    in_features: int,
+    dtype: torch.dtype,
+    format: BlockFormat,
+    *,
+    run: Callable[[Any], Any] = lambda kernel: kernel,
+) -> Tensor:
+    """Return the dense weight [N, K], bit for bit what `PackedWeight.dequantize` gives."""
+    N, rows, columns = len(row_scale), 32, 128
+    w = torch.empty((N, in_features), dtype=dtype, device=qdata.device)
+    if w.numel():
+        run(bodies.dequantize)[(-(-N // rows), -(-in_features // columns))](
+            w, qdata, scale, row_scale, N, in_features, qdata.shape[1] * 2,
+            E4M3=format.has_per_tensor_scale, G=format.block_size,
+            LARGEST=torch.finfo(dtype).max, BN=rows, BK=columns,
+        )  # fmt: skip
+    return w

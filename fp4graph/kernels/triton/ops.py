@@ -66,8 +66,9 @@ def refuses(problem: Problem) -> str | None:
 def _plan(problem: Problem) -> Plan:
     programs = tiles.programs(problem.target)
     shape = problem.out_features, problem.in_features
-    found = [f"M={rows}: {tiles.choose(rows, *shape, programs)}" for rows in (1, 16, 512)]
-    return Plan("qdata and scale as they are, a scale a row", "; ".join(found))
+    found = [f"M={rows}: {tiles.choose(rows, *shape, programs)}" for rows in (1, 16, 64)]
+    many = f"M>{tiles.MOST_ROWS}: dequantised at each call, then F.linear"
+    return Plan("qdata and scale as they are, a scale a row", "; ".join([*found, many]))
 
 
 TRITON = register(

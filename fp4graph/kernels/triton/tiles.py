@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fp4graph.kernels.target import Target
 
+MOST_ROWS = 128  # of x that it pays to decode the weight for, a tile of rows at a time
 _GEMV_ROWS = 2
 
 
@@ -58,7 +59,7 @@ def choose(M: int, N: int, K: int, programs: int) -> Tile:
         columns, depth = 16, 512
         return Tile(0, columns, depth, _split(M * _up(N, columns), K, depth, programs))
     rows = 16 if M <= 16 else 32 if M <= 32 else 64
-    columns, depth = (128, 128) if N >= 128 else (64, 128)
+    columns, depth = 128 if N >= 128 else 64, 64  # deeper ones spill registers on some targets
     blocks = _up(M, rows) * _up(N, columns)
     return Tile(rows, columns, depth, _split(blocks, K, depth, programs))
 

@@ -13,6 +13,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from fp4graph.kernels.triton.fragments.asm import tile_asm, tile_constraints
 
+_FENCE = gl.constexpr("bar.warp.sync 0xffffffff; " + "".join(
+    f"mov.b32 ${i}, ${4 + i};" for i in range(4)))  # fmt: skip
+
 
 @gluon.jit
 def multiply_tile(sums, code, scale, x, BITS: gl.constexpr, MX: gl.constexpr, ARCH: gl.constexpr,
@@ -32,6 +35,10 @@ def multiply_record(sums, codes, scale, rows, k, BITS: gl.constexpr, GB: gl.cons
     """Add a warp's tiles of one record, codes [2 * TILES], to the sums [TILES][TOKENS]."""
     for u in gl.static_range(2):
         here = k + (u // GB * 32 * GB + u % GB * 8)
+        if TOKENS == 8 or (GB == 2 and u == 1):
+            # or these activations would be loaded with the last step's, and registers spill
+            gl.inline_asm_elementwise(_FENCE, "=r,=r,=r,=r,r,r,r,r", (k,), dtype=gl.int32,
+                                      is_pure=False, pack=4)  # fmt: skip
         x = ()
         for m in gl.static_range(TOKENS):
             x = x + (gl.load(rows[m] + here), gl.load(rows[m] + here + 4))
@@ -69,7 +76,7 @@ def store_sums(sums, row_scale, bias, y, M, N, part, HAS_BIAS: gl.constexpr, TOK
         row = ((gl.program_id(0) * WN + n) * TILES + r) * 16 + c // 16 + c % 4 // 2 * 8
         factor = gl.load(row_scale + row, mask=row < N, other=0.0)
         for m in gl.static_range(TOKENS):
-            token = c // 4 % 4 * 2 + c % 2 + 8 * m
+            token = (gl.program_id(2) * TOKENS + m) * 8 + c // 4 % 4 * 2 + c % 2
             value = gl.sum(sums[r][m], axis=1)
             if SPLIT == 1:
                 value = value * factor
@@ -84,7 +91,7 @@ def multiply(x, stream, row_scale, bias, y, M, N, steps, stride_xm,
              BITS: gl.constexpr, G: gl.constexpr, ARCH: gl.constexpr, HAS_BIAS: gl.constexpr,
              TOKENS: gl.constexpr, TILES: gl.constexpr, WN: gl.constexpr, WK: gl.constexpr,
              SPLIT: gl.constexpr, RING: gl.constexpr):  # fmt: skip
-    """Compute x W^T + bias for M <= 8*TOKENS; with SPLIT > 1 a part of the raw sums, [SPLIT, M, N].
+    """Compute 8*TOKENS rows of x W^T + bias; with SPLIT > 1 a part of the raw sums, [SPLIT, M, N].
 
     x [M, 128*steps] is int32, two activations a word, stride_xm in words. WN x WK warps: a warp has
     TILES row tiles of 16 and every WK-th of its program's records; WK divides steps. RING: loads
@@ -113,9 +120,9 @@ def multiply(x, stream, row_scale, bias, y, M, N, steps, stride_xm,
     SCALE_STEP: gl.constexpr = RECORD * WK * 4 // WORDS
     rows = ()
     for m in gl.static_range(TOKENS):
+        token = (gl.program_id(2) * TOKENS + m) * 8 + col // 16
         # tokens beyond M read row 0: their columns are never stored, so nothing needs a mask
-        token = gl.where(col // 16 + 8 * m < M, col // 16 + 8 * m, 0)
-        rows = rows + (x + token * stride_xm + col % 4,)
+        rows = rows + (x + gl.where(token < M, token, 0) * stride_xm + col % 4,)
     k = (first * WK + wk) * 64 + col // 4 % 4 * (8 * GB)
     zero = gl.zeros([WN, WK, 128], gl.float32, L)
     sums = ((zero,) * TOKENS,) * TILES

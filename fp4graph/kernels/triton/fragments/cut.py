@@ -10,7 +10,8 @@ from fp4graph.kernels.triton.fragments.layout import COLUMNS, ROW_TILES
 if TYPE_CHECKING:
     from fp4graph.kernels.target import Target
 
-MOST_TOKENS = 64
+MOST_ROWS = 256  # of x that it pays to multiply with the stream itself
+_MOST_TOKENS = 8
 _WARPS_PER_MULTIPROCESSOR = 16  # to have enough loads in flight
 _LEAST_RECORDS = 2  # that a warp takes, or its start and end outweigh them
 
@@ -20,13 +21,14 @@ class Cut:
     """The constants of a launch of `multiply`.
 
     Attributes:
-        tokens: eights of rows of x.
+        tokens: eights of rows of x in a program.
         tiles: row tiles of 16 that a warp has.
         wn: warps of a program beside each other, on other rows of the weight.
         wk: warps of a program that share rows and divide the columns; divides the records of a row.
         split: programs that share rows and divide the columns.
         ring: stages of asynchronous copies; 0 for plain loads.
-        most_registers: that a thread may use; None for what the compiler likes.
+        most_registers: that a thread may use; None for what the compiler likes, which with a ring
+            is too few.
     """
 
     tokens: int
@@ -52,14 +54,14 @@ class Cut:
 
 
 def choose(M: int, N: int, K: int, target: Target) -> Cut:
-    """Choose a cut for M <= MOST_TOKENS rows of x and a weight [N, K].
+    """Choose a cut for M rows of x and a weight [N, K].
 
     Warps divide the columns inside a program before programs do, for sums over programs go through
     memory. B200 alone has more bandwidth than plain loads keep busy.
     """
-    tokens = next(each for each in (1, 2, 4, 8) if 8 * each >= M)
+    tokens = next((each for each in (1, 2, 4) if 8 * each >= M), _MOST_TOKENS)
     tiles = ROW_TILES if tokens <= 2 else 2
-    beside = -(-N // (16 * tiles))
+    beside = -(-N // (16 * tiles)) * -(-M // (8 * tokens))
     records = -(-K // COLUMNS)
     wanted = _WARPS_PER_MULTIPROCESSOR * target.multiprocessors
     wk = 1
@@ -69,4 +71,5 @@ def choose(M: int, N: int, K: int, target: Target) -> Cut:
     while beside * wk * split < wanted and records >= 2 * split * wk * _LEAST_RECORDS:
         split *= 2
     ring = 4 if target.capability == 100 and tokens <= 2 else 0
-    return Cut(tokens, tiles, 4 // wk, wk, split, ring)
+    registers = {1: 96, 2: 160}[tokens] if ring else None
+    return Cut(tokens, tiles, 4 // wk, wk, split, ring, registers)

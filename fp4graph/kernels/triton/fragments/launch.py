@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from fp4graph.kernels.triton.bodies import reduce_parts
 from fp4graph.kernels.triton.fragments import bodies, unpacking
-from fp4graph.kernels.triton.fragments.cut import MOST_TOKENS, Cut, choose
+from fp4graph.kernels.triton.fragments.cut import MOST_ROWS, Cut, choose
 from fp4graph.kernels.triton.fragments.layout import COLUMNS, ROWS, Order
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def linear(
 ) -> Tensor:
     """Compute `x W^T + bias`, the same result at each call.
 
-    Up to 64 rows straight from the stream, all sums in float32; for more the weight is unpacked to
+    Up to 256 rows straight from the stream, all sums in float32; for more the weight is unpacked to
     what `PackedWeight.dequantize` gives, and `F.linear` does the rest.
 
     Args:
@@ -51,7 +51,7 @@ def linear(
         block_size: B.
         target: what it runs on.
         cut: how to cut the work; chosen by size if None.
-        dtype: of the result of up to 64 rows; that of x if None.
+        dtype: of the result of up to 256 rows; that of x if None.
         run: what a kernel is launched by: itself, or something that stands in for a GPU.
 
     Returns:
@@ -62,7 +62,7 @@ def linear(
     y = torch.empty((*x.shape[:-1], N), dtype=dtype or x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    if M > MOST_TOKENS:
+    if M > MOST_ROWS:
         w = dequantize(stream, row_scale, K, x.dtype, order, block_size, run=run)
         return functional.linear(x, w, bias)
     steps = stream.shape[1]
@@ -77,7 +77,7 @@ def linear(
         out = torch.empty((cut.split, M, N), dtype=torch.float32, device=x.device)
     some_bias = row_scale if bias is None else bias  # a pointer that is not read
     options = {} if cut.most_registers is None else {"maxnreg": cut.most_registers}
-    run(bodies.multiply)[(-(-N // cut.rows), cut.split)](
+    run(bodies.multiply)[(-(-N // cut.rows), cut.split, -(-M // (8 * cut.tokens)))](
         words, stream, row_scale, some_bias, out, M, N, steps, words.stride(0),
         BITS=order.bits, G=block_size, ARCH=target.capability, HAS_BIAS=bias is not None,
         TOKENS=cut.tokens, TILES=cut.tiles, WN=cut.wn, WK=cut.wk, SPLIT=cut.split, RING=cut.ring,

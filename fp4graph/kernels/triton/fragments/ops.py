@@ -8,7 +8,7 @@ from fp4graph.formats import FORMATS, BlockFormat
 from fp4graph.kernels.contract import Kernel, Plan, Problem, register
 from fp4graph.kernels.target import Target, target_of
 from fp4graph.kernels.triton.fragments import layout
-from fp4graph.kernels.triton.fragments.cut import MOST_TOKENS, choose
+from fp4graph.kernels.triton.fragments.cut import MOST_ROWS, choose
 from fp4graph.kernels.triton.ops import DTYPES, define, refuses
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def _order(problem: Problem) -> layout.Order:
 
 def _plan(problem: Problem) -> Plan:
     shape = problem.out_features, problem.in_features
-    cuts = [f"M={rows}: {choose(rows, *shape, problem.target)}" for rows in (1, 16, MOST_TOKENS)]
-    tile = "; ".join([*cuts, f"M>{MOST_TOKENS}: unpacked at each call, then F.linear"])
+    cuts = [f"M={rows}: {choose(rows, *shape, problem.target)}" for rows in (1, 16, 64)]
+    tile = "; ".join([*cuts, f"M>{MOST_ROWS}: unpacked at each call, then F.linear"])
     return Plan(f"MMA fragments, {_order(problem).bits} bits", tile)
 
 

@@ -99,8 +99,7 @@ def dequantize(stream, row_scale, w, N, K, steps, BITS: tl.constexpr, G: tl.cons
         scale = scale_values(field, BITS, G == 16)
         factor = scale * tl.load(row_scale + row, mask=row < N, other=0.0)
         dense = values * factor[:, None]
-        dense = tl.minimum(tl.maximum(dense, -LARGEST, propagate_nan=tl.PropagateNan.ALL), LARGEST,
-                           propagate_nan=tl.PropagateNan.ALL)  # fmt: skip
+        dense = tl.clamp(dense, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
         inside = (row < N)[:, None] & (columns < K)
         tl.store(w + row.to(tl.int64)[:, None] * K + columns, dense.to(w.dtype.element_ty),
                  mask=inside)  # fmt: skip
