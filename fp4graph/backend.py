@@ -69,6 +69,7 @@ class Backend:
         self._on_refusal = on_refusal
         self._model = model
         self._paths: set[str] = set()
+        self._tags: dict[str, LinearTag] = {}
         self._num_blocks: int | None = None
         self._graphs = GraphCount()
         self._entries: WeakSet[PackEntry] = WeakSet()
@@ -119,6 +120,7 @@ class Backend:
         universe = self._universe()
         plan = plan_passes(self.policy, self._on_refusal, universe)
         run_passes(gm, example_inputs, (TagLinears.of(self._model), *plan))
+        self._tags.update({site.tag.fqn: site.tag for _, site in sites(gm)})
         self._check_num_blocks(gm)
         found = rows(gm)
         if found:
@@ -142,7 +144,8 @@ class Backend:
     def _universe(self) -> tuple[LinearTag, ...] | None:
         if self._model is None:
             return None
-        return tuple(each.tag for each in named_linears(self._model))
+        tags = (each.tag for each in named_linears(self._model))
+        return tuple(self._tags.get(tag.fqn, tag) for tag in tags)
 
     def _check_reached(self) -> None:
         if self._unreached is not None:
@@ -166,21 +169,24 @@ class Backend:
             self._check_reached()
             return
         inside = {id(p) for module in modules for p in module.parameters()}
-        missing = [
-            each
+        unreached = {
+            each: why_unreached(self._model, each)
             for each in named_linears(self._model)
             if each.certain
             and each.weight not in self._reached
             and (not inside or id(each.weight) in inside)
-            and self.policy.decide(each.tag).scheme
-        ]
-        reasons = {each: why_unreached(self._model, each) for each in missing}
+        }
+        missing = [each for each in unreached if self.policy.decide(each.tag).scheme]
         if missing and self._on_refusal == "raise":
-            self._unreached = refusal([(e.tag.fqn, reason) for e, reason in reasons.items()])
+            self._unreached = refusal([(each.tag.fqn, unreached[each]) for each in missing])
         self._check_reached()
         self.report.add(
-            LinearRow.of(each.tag, each.weight.nbytes, f"refused: {reason}")
-            for each, reason in reasons.items()
+            LinearRow.of(
+                each.tag,
+                each.weight.nbytes,
+                f"{'refused' if each in missing else 'not in any graph'}: {reason}",
+            )
+            for each, reason in unreached.items()
         )
 
     def _check_num_blocks(self, gm: GraphModule) -> None:

@@ -33,6 +33,7 @@ class LinearRow:
         bytes_packed: size of the packed weight; None where it stays dense.
         layout: how the packed weight lies in memory; None where it stays dense.
         tile: how the kernel cuts the work, by the number of rows M of the input; None likewise.
+        why: what told the role: the linear's name, or where its result flows; empty for `other`.
     """
 
     path: str
@@ -46,6 +47,7 @@ class LinearRow:
     bytes_packed: int | None
     layout: str | None = None
     tile: str | None = None
+    why: str = ""
 
     @classmethod
     def of(cls, tag: LinearTag, bytes_dense: int, reason: str) -> LinearRow:
@@ -60,6 +62,7 @@ class LinearRow:
             reason=reason,
             bytes_dense=bytes_dense,
             bytes_packed=None,
+            why=tag.why,
         )
 
 
@@ -119,9 +122,12 @@ class Report:
     @property
     def summary(self) -> str:
         """One line: how many linears, how many bytes."""
+        unknown = sum(row.role == "other" and row.block is not None for row in self)
+        note = f"; {unknown} in blocks have no known role: `other` or path:" if unknown else ""
         return (
             f"{len(self.selected)} of {len(self)} linears in FP4; linear weights "
             f"{self.bytes_dense / 1e6:.1f} MB dense, {self.bytes_selected / 1e6:.1f} MB as selected"
+            f"{note}"
         )
 
     def json_lines(self) -> str:

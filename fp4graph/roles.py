@@ -1,9 +1,9 @@
 """Module path to role and block: one data table per architecture family.
 
 A row is `pattern: role`; the pattern is an `fnmatch` pattern on the path below the block
-(`self_attn.q_proj` of `model.layers.3.self_attn.q_proj`), or on the whole path outside the blocks.
-Families are tried in order and the first row that matches wins, so a new architecture is a new
-table, and only names that mean different things in different families need their order thought of.
+(`self_attn.q_proj` of `model.layers.3.self_attn.q_proj`), on the whole path outside the blocks, or
+on the last name alone. Families are tried in order and the first row that matches wins. Only names
+that say enough have a row: for all others `passes/dataflow.py` finds the role.
 
 >>> role_of("model.layers.3.self_attn.q_proj"), block_of("model.layers.3.self_attn.q_proj")
 (<Role.Q: 'q'>, 3)
@@ -27,32 +27,44 @@ FAMILIES: dict[str, dict[str, Role]] = {
         "*.lora_[AB].*": Role.ADAPTER,
         "*.lora_embedding_[AB].*": Role.ADAPTER,
     },
-    # Mixtral, Qwen2-MoE, Qwen3-MoE, gpt-oss: before the dense tables, for `gate` is a router here
+    # before all others, for a router's `gate` is no gate, and experts have linears of every name
     "mixture of experts": {
-        "mlp.gate": Role.ROUTER,
-        "mlp.router": Role.ROUTER,
-        "block_sparse_moe.gate": Role.ROUTER,
-        "mlp.shared_expert_gate": Role.ROUTER,
+        "*router": Role.ROUTER,
+        "*router.*": Role.ROUTER,
+        "*shared_expert_gate": Role.ROUTER,
+        "*gate.wg": Role.ROUTER,
+        "*mlp.gate": Role.ROUTER,
+        "*moe.gate": Role.ROUTER,
         "*experts": Role.EXPERT,
         "*experts.*": Role.EXPERT,
     },
-    # Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Gemma, Gemma2, Gemma3; Qwen2-MoE's shared expert
-    "llama": {
-        "self_attn.q_proj": Role.Q,
-        "self_attn.k_proj": Role.K,
-        "self_attn.v_proj": Role.V,
-        "self_attn.o_proj": Role.O,
-        "mlp.gate_proj": Role.GATE,
-        "mlp.up_proj": Role.UP,
-        "mlp.down_proj": Role.DOWN,
-        "mlp.shared_expert.gate_proj": Role.GATE,
-        "mlp.shared_expert.up_proj": Role.UP,
-        "mlp.shared_expert.down_proj": Role.DOWN,
-        "lm_head": Role.LM_HEAD,
+    "sparse attention": {
+        "*indexer.*": Role.INDEXER,
     },
-    "phi3": {
-        "self_attn.qkv_proj": Role.QKV,
-        "mlp.gate_up_proj": Role.GATE_UP,
+    # names that mean one thing wherever they stand
+    "llama and its kin": {
+        "q_proj": Role.Q,
+        "k_proj": Role.K,
+        "v_proj": Role.V,
+        "o_proj": Role.O,
+        "qkv_proj": Role.QKV,
+        "query_key_value": Role.QKV,
+        "gate_proj": Role.GATE,
+        "up_proj": Role.UP,
+        "gate_up_proj": Role.GATE_UP,
+        "down_proj": Role.DOWN,
+        "*lm_head": Role.LM_HEAD,
+        "*lm_heads.*": Role.LM_HEAD,
+        "lm_head.decoder": Role.LM_HEAD,
+        "*predictions.decoder": Role.LM_HEAD,
+        "embed_out": Role.LM_HEAD,
+        "output_projection": Role.LM_HEAD,
+    },
+    "latent attention": {
+        "q_a_proj": Role.Q_A,
+        "q_b_proj": Role.Q_B,
+        "kv_a_proj_with_mqa": Role.KV_A,
+        "kv_b_proj": Role.KV_B,
     },
     "gpt2": {
         "attn.c_attn": Role.QKV,
@@ -60,31 +72,60 @@ FAMILIES: dict[str, dict[str, Role]] = {
         "mlp.c_fc": Role.UP,
         "mlp.c_proj": Role.DOWN,
     },
-    "opt": {
-        "self_attn.out_proj": Role.O,
+    "mamba and linear attention": {
+        "*mixer.in_proj*": Role.IN_PROJ,
+        "*mamba.in_proj*": Role.IN_PROJ,
+        "*linear_attn.in_proj*": Role.IN_PROJ,
+        "*conv.in_proj": Role.IN_PROJ,
+        "x_proj": Role.X_PROJ,
+        "dt_proj": Role.DT_PROJ,
+        "*mixer.out_proj": Role.OUT_PROJ,
+        "*mamba.out_proj": Role.OUT_PROJ,
+        "*linear_attn.out_proj": Role.OUT_PROJ,
+        "*conv.out_proj": Role.OUT_PROJ,
+        "*linear_attn.[ab]_proj": Role.IN_PROJ,
+        "self_attn.b_proj": Role.IN_PROJ,
+        "self_attn.forget_gate.*": Role.IN_PROJ,
+        "temporal_block.linear_[xy]": Role.IN_PROJ,
+        "temporal_block.linear_out": Role.OUT_PROJ,
+        "*attn.g_proj": Role.ATTN_GATE,
+        "*attn.g_[ab]_proj": Role.ATTN_GATE,
+        "*attn.output_gate": Role.ATTN_GATE,
+        "attention.value": Role.V,  # RWKV, whose keys and receptance the flow finds
+        "feed_forward.receptance": Role.GATE,
+    },
+    "bert": {
+        "*self_attention.query": Role.Q,
+        "*self_attention.key": Role.K,
+        "*self_attention.value": Role.V,
+        "*attention.output.dense": Role.O,
+        "intermediate.dense": Role.UP,
+        "output.dense": Role.DOWN,
+    },
+    "opt, bart, torch's own": {
+        "*attn.in_proj_weight": Role.QKV,
+        "*attn.out_proj": Role.O,
         "fc1": Role.UP,
         "fc2": Role.DOWN,
+        "linear1": Role.UP,
+        "linear2": Role.DOWN,
     },
-    "gpt-neox": {
-        "attention.query_key_value": Role.QKV,
+    "gpt-neox, falcon, bloom": {
         "attention.dense": Role.O,
+        "self_attention.dense": Role.O,
         "mlp.dense_h_to_4h": Role.UP,
         "mlp.dense_4h_to_h": Role.DOWN,
-        "embed_out": Role.LM_HEAD,
-    },
-    "falcon, bloom": {
-        "self_attention.query_key_value": Role.QKV,
-        "self_attention.dense": Role.O,
     },
 }
 
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)(?:\.|$)")
-_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+_SHARED = re.compile(r"(?:^|\.)shared_(?:experts?|mlp|moe)(?=\.)")
+# a list of blocks; a bare number elsewhere (`lm_heads.0`, `merger.mlp.0`) is no block
+_BLOCK = re.compile(r"(?:^|\.)(?:h|attentions|ffns|\w*layers?|\w*blocks?)\.(\d+)(?:\.|$)")
 
 
 def block_of(fqn: str) -> int | None:
     """Return the block index in a module path, or None outside the blocks."""
-    found = _BLOCK.search(fqn) or _INDEX.search(fqn)
+    found = _BLOCK.search(fqn)
     return int(found.group(1)) if found else None
 
 
@@ -92,8 +133,9 @@ def block_of(fqn: str) -> int | None:
 def role_of(fqn: str) -> Role:
     """Return the role that the tables give to a module path, `Role.OTHER` if none knows it."""
     fqn = fqn.removesuffix(".base_layer")  # peft keeps the dense linear under its own name
-    found = _BLOCK.search(fqn) or _INDEX.search(fqn)
-    names = (fqn[found.end() :],) if found else (fqn, fqn.rpartition(".")[2])
+    fqn = _SHARED.sub("", fqn)  # a shared expert is a dense MLP
+    found = _BLOCK.search(fqn)
+    names = (fqn[found.end() :] if found else fqn, fqn.rpartition(".")[2])
     for table in FAMILIES.values():
         for pattern, role in table.items():
             if any(fnmatchcase(name, pattern) for name in names):

@@ -148,7 +148,8 @@ def describe(tags: Sequence[LinearTag]) -> str:
     roles = ", ".join(sorted({str(tag.role) for tag in tags}))
     blocks = sorted({tag.block for tag in tags if tag.block is not None})
     span = f"blocks {blocks[0]}..{blocks[-1]}" if blocks else "no blocks"
-    return f"the model has {roles}; {span}"
+    hint = "; `other` is what no rule knows" if "other" in roles.split(", ") else ""
+    return f"the model has {roles}; {span}{hint}"
 
 
 @cache

@@ -17,10 +17,14 @@ from fp4graph.tags import LinearTag, Role
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-ATTENTION = frozenset({Role.Q, Role.K, Role.V, Role.O})
+ATTENTION = frozenset(
+    {Role.Q, Role.K, Role.V, Role.O, Role.Q_A, Role.Q_B, Role.KV_A, Role.KV_B}
+    | {Role.ATTN_GATE, Role.INDEXER}
+)
 MLP = frozenset({Role.GATE, Role.UP, Role.DOWN})
-GROUPS = ("attn", "mlp", "all", "none")
-NAMES = (*(str(r) for r in Role if r not in (Role.ADAPTER, Role.OTHER)), *GROUPS)
+SSM = frozenset({Role.IN_PROJ, Role.X_PROJ, Role.DT_PROJ, Role.OUT_PROJ})
+GROUPS = ("attn", "mlp", "ssm", "all", "none")
+NAMES = (*(str(r) for r in Role if r is not Role.ADAPTER), *GROUPS)
 
 _COMPARE: dict[str, Callable[[int, int], bool]] = {
     ">": operator.gt,
@@ -86,6 +90,8 @@ class Name(Term):
                 return part in ATTENTION
             case "mlp":
                 return part in MLP
+            case "ssm":
+                return part in SSM
             case name:
                 return name in (part, tag.role)
 

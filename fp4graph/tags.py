@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -14,11 +14,22 @@ class Role(StrEnum):
     K = "k"
     V = "v"
     QKV = "qkv"
+    KV = "kv"
     O = "o"  # noqa: E741 - the field's own name
+    Q_A = "q_a"
+    Q_B = "q_b"
+    KV_A = "kv_a"
+    KV_B = "kv_b"
+    ATTN_GATE = "attn_gate"
+    INDEXER = "indexer"
     GATE = "gate"
     UP = "up"
     GATE_UP = "gate_up"
     DOWN = "down"
+    IN_PROJ = "in_proj"
+    X_PROJ = "x_proj"
+    DT_PROJ = "dt_proj"
+    OUT_PROJ = "out_proj"
     LM_HEAD = "lm_head"
     ROUTER = "router"
     EXPERT = "expert"
@@ -33,10 +44,11 @@ class Role(StrEnum):
 
 _FUSED: dict[Role, tuple[Role, ...]] = {
     Role.QKV: (Role.Q, Role.K, Role.V),
+    Role.KV: (Role.K, Role.V),
     Role.GATE_UP: (Role.GATE, Role.UP),
 }
 
-_NOT_BLOCK_LINEARS = frozenset({Role.LM_HEAD, Role.ROUTER, Role.EXPERT, Role.ADAPTER})
+_NOT_BLOCK_LINEARS = frozenset({Role.LM_HEAD, Role.ROUTER, Role.EXPERT, Role.ADAPTER, Role.OTHER})
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +65,7 @@ class LinearTag:
         block: index of its transformer block; None outside the blocks.
         num_blocks: blocks of the whole model, which negative indexes count from; None if unknown.
         shape: shape of the weight.
+        why: what told the role: a name, or where the result flows; empty where nothing did.
     """
 
     fqn: str
@@ -60,6 +73,7 @@ class LinearTag:
     block: int | None
     num_blocks: int | None
     shape: tuple[int, ...]
+    why: str = field(default="", compare=False)
 
     @property
     def parameters(self) -> int:
@@ -68,5 +82,8 @@ class LinearTag:
 
     @property
     def is_block_linear(self) -> bool:
-        """Whether the selector `all` means it: inside a block, and no router, expert or adapter."""
+        """Whether the selector `all` means it: inside a block, with a role that is known.
+
+        Routers, experts and adapters are left out too.
+        """
         return self.block is not None and self.role not in _NOT_BLOCK_LINEARS

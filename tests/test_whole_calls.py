@@ -40,7 +40,7 @@ def use_einsum(model: Net) -> None:
 
 
 def never_call(model: Net) -> None:
-    model.layers[0].spare_proj = nn.Linear(32, 32)
+    model.layers[0].k_proj = nn.Linear(32, 32)
 
 
 HIDES: dict[str, tuple[Callable[[Net], None], str]] = {
@@ -65,6 +65,21 @@ def test_what_no_graph_rewrites_is_an_error_or_a_row(how: str) -> None:
     kept = fp4graph.backend("blocks=0", inner="eager", model=model, on_refusal="keep")
     torch.compile(model, backend=kept)(X)
     assert any(reason in row.reason for row in kept.report if not row.selected)
+
+
+def test_what_is_in_no_graph_and_not_selected_is_a_row_too() -> None:
+    model = net()
+    disable(model)
+    model.layers[1].mystery = nn.Linear(32, 32)  # `all` does not pick it: no rule knows its role
+    backend = fp4graph.backend("blocks=1..2", inner="eager", model=model)
+    torch.compile(model, backend=backend)(X)
+    reasons = {row.path: row.reason for row in backend.report if not row.selected}
+    assert set(reasons) == {
+        "layers.0.self_attn.q_proj", "layers.0.self_attn.o_proj", "layers.0.mlp.up_proj",
+        "layers.0.mlp.down_proj", "layers.1.mystery",
+    }  # fmt: skip
+    assert all(reason.startswith("not in any graph: ") for reason in reasons.values())
+    assert "torch._dynamo.disable" in reasons["layers.0.mlp.up_proj"]
 
 
 def test_an_encoder_of_fused_ops_is_never_silently_dense() -> None:

@@ -62,7 +62,8 @@ def named_linears(model: nn.Module) -> tuple[NamedLinear, ...]:
                 certain = name == "weight" and (stored_KN or isinstance(module, nn.Linear))
             else:
                 continue
-            tag = LinearTag(tag_path, role, block_of(tag_path), None, shape)
+            why = "" if role is Role.OTHER else "its name"
+            tag = LinearTag(tag_path, role, block_of(tag_path), None, shape, why)
             found.append(NamedLinear(tag, weight, certain))
     total = count_blocks([each.tag for each in found])
     return tuple(replace(each, tag=replace(each.tag, num_blocks=total)) for each in found)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fp4graph.errors import SelectorError
 from fp4graph.passes.site import mark, sites
+from fp4graph.tags import Role
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,14 +50,25 @@ class SelectLinears:
         found = list(sites(gm))
         if not found:
             return
-        tags = self.universe or tuple(site.tag for _, site in found)
+        seen = {site.tag.fqn: site.tag for _, site in found}  # which know more than names tell
+        tags = tuple(seen.get(tag.fqn, tag) for tag in self.universe or seen.values())
         try:
             self.policy.check(tags)
         except SelectorError as error:
             if self.universe is None and not any(tag.block == 0 for tag in tags):
                 raise error.with_hint(_FRAGMENT) from None
             raise
+        beside: dict[str, str] = {}
+        for _, site in found:
+            if self.policy.decide(site.tag).scheme:
+                beside.setdefault(site.tag.fqn.rpartition(".")[0], site.tag.fqn)
         for node, site in found:
             decision = self.policy.decide(site.tag)
             reason = decision.reason if decision.scheme else site.unsupported or decision.reason
+            sibling = beside.get(site.tag.fqn.rpartition(".")[0])
+            if decision.scheme is None and site.tag.role is Role.OTHER and sibling:
+                reason = (
+                    f"not selected: no rule knows its role, though {sibling} beside it is "
+                    "selected; `other` and path: select it"
+                )
             mark(node, replace(site, scheme=decision.scheme, reason=reason))

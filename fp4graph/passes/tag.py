@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from fp4graph.passes.dataflow import roles_by_dataflow
 from fp4graph.passes.match import LinearForm, is_linear, match_linear, source_of
 from fp4graph.passes.names import count_blocks, named_linears, parameter_names, path_of
 from fp4graph.passes.regions import regions, unshare
@@ -77,6 +78,7 @@ class TagLinears:
                 form = match_linear(node)
                 if form is not None:
                     self._mark_linear(node, form, region, outer, example_inputs, overwritten)
+            _mark_roles(region, outer, example_inputs)
             for placeholder, (index, _) in region.inputs.items():
                 if isinstance(example_inputs[index], nn.Parameter):
                     self._mark_product(
@@ -156,7 +158,36 @@ class TagLinears:
     ) -> LinearTag:
         known = self.names.get(weight, ()) if isinstance(weight, nn.Parameter) else ()
         path = path_of(node, source, known, shared=region.shared)
-        return LinearTag(path, role_of(path), block_of(path), None, shape)
+        role = role_of(path)
+        why = "" if role is Role.OTHER else "its name"
+        return LinearTag(path, role, block_of(path), None, shape, why)
+
+
+_ALIKE = [  # roles that the same names stand for
+    {Role.ROUTER, Role.GATE},
+    {Role.ATTN_GATE, Role.GATE},
+    {Role.UP, Role.GATE_UP},
+]
+
+
+def _mark_roles(region: Region, outer: Sequence[Node], inputs: Sequence[Any]) -> None:
+    """Let the flow of data say what names do not, and which kind of gate a gate is."""
+    linears = {}
+    for node in region.gm.graph.nodes:
+        form = match_linear(node)
+        if form is not None and site_of(node) is not None:
+            linears[node] = form.x
+    parameters = {
+        node
+        for node, (index, _) in region.inputs.items()
+        if isinstance(inputs[index], nn.Parameter) or "_buffers_" in str(outer[index].target)
+    }
+    for node, (role, why) in roles_by_dataflow(region.gm.graph, linears, parameters).items():
+        site = site_of(node)
+        assert site is not None
+        known = site.tag.role is not Role.OTHER
+        if (not known and site.tag.block is not None) or {site.tag.role, role} in _ALIKE:
+            mark(node, replace(site, tag=replace(site.tag, role=role, why=why)))
 
 
 def _written_inputs(region: Region) -> set[int]:

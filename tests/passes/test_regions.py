@@ -124,8 +124,8 @@ def test_an_op_that_is_not_known_is_refused_by_name() -> None:
 
     model, x = Loop(), torch.randn(2, 8)
     with pytest.raises(RefusalError, match=r"layers\.0: it is inside scan, a higher-order op"):
-        torch.compile(model, backend=fp4graph.backend("all", inner="eager"))(x)
+        torch.compile(model, backend=fp4graph.backend("other", inner="eager"))(x)
     torch._dynamo.reset()
-    kept = fp4graph.backend("all", inner="eager", on_refusal="keep")
+    kept = fp4graph.backend("other", inner="eager", on_refusal="keep")
     assert torch.allclose(torch.compile(model, backend=kept)(x), model.layers[0](x))
     assert not kept.report.selected
