@@ -202,22 +202,16 @@ class Linear {
     }
     std::atomic<bool> failed{false};
     parallel_ranges(call_.M, tasks_, [&](int64_t begin, int64_t end) {
-      float *wide, *ordered;
-      if (!carve(own_scratch, [&](Carver& c) {
-            wide = c.take<float>(max64(Kp_, 1));
-            ordered = c.take<float>(max64(Kp_, 1));
-          })) {
+      auto* wide = reinterpret_cast<float*>(own_scratch.get(max64(Kp_, 1) * sizeof(float)));
+      if (wide == nullptr) {
         failed = true;
         return;
       }
       for (int64_t m = begin; m < end; m++) {
         uint32_t amax;
         unit[m] = load_row<V>(row(m), call_.dtype, call_.K, Kp_, wide, &amax);
-        W::reorder_row(wide, Kp_, ordered);
         for (int64_t k0 = 0; k0 < Kp_; k0 += W::kDepth) {
-          const int64_t columns = min64(W::kDepth, Kp_ - k0);
-          memcpy(segment<W>(x, k0, m), ordered + k0 / W::kStep * W::kSlots,
-                 columns / W::kStep * W::kSlots * sizeof(float));
+          W::reorder_row(wide + k0, min64(W::kDepth, Kp_ - k0), segment<W>(x, k0, m));
         }
       }
     });
