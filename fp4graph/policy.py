@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fp4graph.errors import OptionError
 from fp4graph.formats import BlockFormat, get_format
-from fp4graph.kernels import check_name
+from fp4graph.kernels import check_name, check_quantizer
 from fp4graph.selector import Selector, parse
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 Select = str | Selector | Mapping[str, "str | BlockFormat | Mapping[str, object] | None"]
 """A selector, or a mapping from selector to a format, to options of `Scheme`, or to None."""
 
-QUANTIZERS = ("rtn",)
 INT8_ERROR = 0.015
 """Relative L2 error that rounding activations to 8 bits in groups stays within."""
 
@@ -30,7 +29,7 @@ class Scheme:
 
     Attributes:
         format: of the weight.
-        quantizer: how the codes are found: `rtn`, round to nearest.
+        quantizer: how the codes are found; see `fp4graph.quantize`.
         activations: format that inputs are quantised and dequantised in at each call (W4A4);
             `int8` for kernels that round them to 8 bits themselves; None to leave them (W4A16).
         kernel: name of the kernel, or `auto`.
@@ -53,7 +52,7 @@ class Scheme:
 
         Args:
             format: a format or its name.
-            quantizer: `rtn`.
+            quantizer: see `fp4graph.quantize`.
             activations: None, `same` for the weight's format, or `int8`.
             kernel: a kernel's name, or `auto`.
 
@@ -61,10 +60,7 @@ class Scheme:
             OptionError: a value that does not exist.
         """
         weight_format = get_format(format)
-        if quantizer not in QUANTIZERS:
-            raise OptionError(
-                f"unknown quantizer {quantizer!r}; quantizers are {', '.join(QUANTIZERS)}"
-            )
+        check_quantizer(quantizer, weight_format)
         if activations not in (None, "same", "int8"):
             raise OptionError(f"activations={activations!r}: expected None or 'same' or 'int8'")
         check_name(kernel)
@@ -92,7 +88,8 @@ class Scheme:
     def __str__(self) -> str:
         if self.activations == "int8":
             return f"{self.format} W4A8, activations within {INT8_ERROR:.1%}"
-        return f"{self.format} {'W4A4' if self.activations else 'W4A16'}"
+        how = "" if self.quantizer == "rtn" else f", {self.quantizer}"
+        return f"{self.format} {'W4A4' if self.activations else 'W4A16'}{how}"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ABLATE_KEYS = (
-    "selector format activations direction ppl dnll dnll_se kl kl_se top1 "
+    "selector format activations quantizer direction ppl dnll dnll_se kl kl_se top1 "
     "linears parameters bytes_dense bytes_packed dnll_per_mb"
 )
 LATENCY_KEYS = (

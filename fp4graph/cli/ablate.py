@@ -22,6 +22,7 @@ from fp4graph.cli.common import (
     progress_bar,
     stderr,
 )
+from fp4graph.kernels import QUANTIZERS
 from fp4graph.study.ablate import Ablation, write_json_lines
 from fp4graph.study.evaluate import cut
 from fp4graph.study.plot import draw
@@ -77,6 +78,14 @@ class _Bar:
     show_default=True,
     help="none is W4A16, same is W4A4.",
 )
+@click.option(
+    "--quantizer",
+    "quantizers",
+    type=CommaList(*QUANTIZERS),
+    default="rtn",
+    show_default=True,
+    help="How codes are found: " + ", ".join(QUANTIZERS) + ".",
+)
 @click.option("--corpus", default="pydoc", show_default=True, help="pydoc, a file, or hf:DATASET.")
 @click.option("--tokens", type=click.IntRange(min=2), default=4096, show_default=True)
 @click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True)
@@ -90,6 +99,7 @@ def ablate_command(
     direction: str,
     formats: tuple[str, ...],
     activations: tuple[str, ...],
+    quantizers: tuple[str, ...],
     corpus: str,
     tokens: int,
     seq_len: int,
@@ -109,7 +119,7 @@ def ablate_command(
         Selector(text)
     if by:
         check_by(by)
-    trials(["all"], formats, activations, ("only",))
+    trials(["all"], formats, activations, ("only",), quantizers)
     if model in models.RANDOM_MODELS:
         raise OptionError(f"{model} has random weights: its accuracy means nothing")
     text = models.corpus(corpus, tokens * _CHARACTERS_A_TOKEN)
@@ -122,7 +132,8 @@ def ablate_command(
         ablation = Ablation(loaded, windows, store, out)
     if by:
         selects = tuple(selectors_by(ablation.report(), by))
-    plan = trials(selects, formats, activations, _DIRECTIONS[direction])  # type: ignore[arg-type]
+    directions: Any = _DIRECTIONS[direction]
+    plan = trials(selects, formats, activations, directions, quantizers)
     ablation.check(plan)
     provenance = {**ablation.provenance(), "corpus": corpus, "seq_len": seq_len}
     (out / "run.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
@@ -144,7 +155,7 @@ def ablate_command(
 def _table(rows: list[Row], title: str) -> Table:
     table = Table(title=title, caption=_caption(rows), box=box.SIMPLE_HEAD)
     table.add_column("selector", no_wrap=True)
-    for name in ("format", "mode"):
+    for name in ("format", "mode", "quantizer"):
         table.add_column(name, no_wrap=True)
     for name in ("ppl", "dNLL", "+-", "KL", "top-1", "Mparam", "dNLL/MB"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -156,6 +167,7 @@ def _table(rows: list[Row], title: str) -> Table:
             f"all but {row.selector}" if row.direction == "except" else row.selector,
             row.format or "",
             mode,
+            "" if row.format is None else row.quantizer,
             "> 1e308" if row.ppl is None else f"{row.ppl:.3f}",
             f"{row.dnll:+.4f}",
             "" if row.dnll_se is None else f"{row.dnll_se:.4f}",

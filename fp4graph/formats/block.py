@@ -64,6 +64,16 @@ class BlockFormat:
         Raises:
             WeightError: not a matrix, not a float, or holds NaN or Inf.
         """
+        w_NGB, amax_NG = self.groups(weight)
+        scale, per_tensor_scale = self.scale_codec.encode(amax_NG)
+        return self.pack(w_NGB, scale, per_tensor_scale, (weight.shape[0], weight.shape[1]))
+
+    def groups(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a weight's groups, float32 [N, G, B], and their largest magnitudes, [N, G].
+
+        Raises:
+            WeightError: see `quantize`.
+        """
         if weight.ndim != 2 or weight.dtype not in _FLOATS:
             problem = f"expected a float matrix, got {weight.dtype} of shape {tuple(weight.shape)}"
             raise WeightError(problem)
@@ -71,13 +81,22 @@ class BlockFormat:
         amax_NG = w_NGB.abs().amax(-1)
         if not bool(amax_NG.isfinite().all()):
             raise WeightError(_nonfinite(weight))
-        codes, scale, per_tensor_scale = self._encode(w_NGB, amax_NG)
-        codes = codes.flatten(1)
+        return w_NGB, amax_NG
+
+    def pack(
+        self,
+        w_NGB: Tensor,
+        scale: Tensor,
+        per_tensor_scale: Tensor | None,
+        shape: tuple[int, int],
+    ) -> PackedWeight:
+        """Round groups to nearest under given scales, codes uint8 [N, G]."""
+        codes = self._round(w_NGB, scale, per_tensor_scale).flatten(1)
         return PackedWeight(
             qdata=codes[:, 0::2] | (codes[:, 1::2] << 4),
             scale=scale.view(self.scale_codec.dtype),
             per_tensor_scale=per_tensor_scale,
-            shape=(weight.shape[0], weight.shape[1]),
+            shape=shape,
             format=self,
         )
 
@@ -97,7 +116,8 @@ class BlockFormat:
         x_RGB = self._groups(x.reshape(rows, x.shape[-1]))
         amax_RG = x_RGB.abs().amax(-1)
         finite_RG = amax_RG.isfinite()
-        codes, scale, per_tensor_scale = self._encode(x_RGB, amax_RG.where(finite_RG, 0))
+        scale, per_tensor_scale = self.scale_codec.encode(amax_RG.where(finite_RG, 0))
+        codes = self._round(x_RGB, scale, per_tensor_scale)
         factor_RG = self.scale_codec.decode(scale, per_tensor_scale)
         factor_RG = torch.where(finite_RG, factor_RG, torch.nan)
         y_RK = (E2M1.decode(codes) * factor_RG[..., None]).flatten(1)[:, : x.shape[-1]]
@@ -109,10 +129,9 @@ class BlockFormat:
         x_RGB: Tensor = x_RK.unflatten(1, (x_RK.shape[1] // self.block_size, self.block_size))
         return x_RGB
 
-    def _encode(self, x_RGB: Tensor, amax_RG: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        scale, per_tensor_scale = self.scale_codec.encode(amax_RG)
+    def _round(self, x_RGB: Tensor, scale: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
         factor_RG = self.scale_codec.reciprocal(scale, per_tensor_scale)
-        return E2M1.encode(x_RGB * factor_RG[..., None]), scale, per_tensor_scale
+        return E2M1.encode(x_RGB * factor_RG[..., None])
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,8 +42,13 @@ class ScaleCodec(Protocol):
     def rule(self) -> str:
         """Name of the rule that picks a scale."""
 
-    def encode(self, amax: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Turn the largest magnitude of each group into (uint8 codes, per_tensor_scale or None)."""
+    def encode(self, amax: Tensor, largest_scale: float = E4M3.max) -> tuple[Tensor, Tensor | None]:
+        """Turn the largest magnitude of each group into (uint8 codes, per_tensor_scale or None).
+
+        Args:
+            amax: float32, finite.
+            largest_scale: what the largest block scale becomes, where there is a tensor's scale.
+        """
 
     def decode(self, codes: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
         """Return the float32 factor of each group."""
@@ -64,10 +69,11 @@ class E4M3Scale:
     rule: str = "nearest"
     dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
 
-    def encode(self, amax: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode(self, amax: Tensor, largest_scale: float = E4M3.max) -> tuple[Tensor, Tensor | None]:
         """See `ScaleCodec`."""
         largest = amax.amax() if amax.numel() else amax.new_zeros(())
-        per_tensor_scale = (largest / (E2M1.max * E4M3.max)).clamp(min=_SMALLEST_PER_TENSOR_SCALE)
+        per_tensor_scale = largest / (E2M1.max * largest_scale)
+        per_tensor_scale = per_tensor_scale.clamp(min=_SMALLEST_PER_TENSOR_SCALE)
         scale = (amax / E2M1.max) / per_tensor_scale
         return E4M3.encode(scale.clamp(min=E4M3.smallest)), per_tensor_scale
 
@@ -102,7 +108,7 @@ class E8M0Scale:
     dtype: ClassVar[torch.dtype] = torch.float8_e8m0fnu
     rules: ClassVar[tuple[str, ...]] = tuple(_EXPONENT_RULES)
 
-    def encode(self, amax: Tensor) -> tuple[Tensor, Tensor | None]:
+    def encode(self, amax: Tensor, largest_scale: float = E4M3.max) -> tuple[Tensor, Tensor | None]:
         """See `ScaleCodec`."""
         exponent = _EXPONENT_RULES[self.rule](amax).clamp(-_E8M0_BIAS, _E8M0_BIAS)
         return (exponent + _E8M0_BIAS).to(torch.uint8), None

@@ -17,15 +17,17 @@ from fp4graph.kernels.target import Target, parse_target, target_of
 from fp4graph.kernels import dequantized  # isort: skip
 from fp4graph.kernels import triton  # isort: skip
 from fp4graph.kernels import cpu  # isort: skip
-from fp4graph.kernels.quantize import quantize
+from fp4graph.kernels.quantize import QUANTIZERS, check_quantizer, quantize
 
 __all__ = [
     "FAKE_QUANTIZE",
+    "QUANTIZERS",
     "Kernel",
     "Plan",
     "Problem",
     "Target",
     "check_name",
+    "check_quantizer",
     "choose",
     "cpu",
     "dequantized",

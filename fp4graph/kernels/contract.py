@@ -57,10 +57,12 @@ class Plan:
     Attributes:
         layout: how the packed weight lies in memory.
         tile: how the work is cut, by the number of rows of `x`.
+        padded: shape of the weight, filled up to whole tiles; None where it is not.
     """
 
     layout: str
     tile: str
+    padded: tuple[int, int] | None = None
 
 
 def _no_refusal(problem: Problem) -> str | None:

@@ -67,7 +67,7 @@ class PackEntry:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             w_NK = weight.detach().T if self.transposed else weight.detach()
             try:
-                packed = quantize(w_NK, self.scheme.format)
+                packed = quantize(w_NK, self.scheme.format, self.scheme.quantizer)
             except WeightError as error:
                 raise WeightError(f"{self.fqn}: {error}") from None
             fresh = self.kernel.prepack(packed, self.problem)

@@ -67,14 +67,14 @@ def _row(site: LinearSite) -> LinearRow:
         kernel=site.kernel.name,
         layout=plan.layout,
         tile=plan.tile,
-        bytes_packed=_bytes_packed(site),
+        bytes_packed=_bytes_packed(site, plan.padded),
     )
 
 
-def _bytes_packed(site: LinearSite) -> int | None:
+def _bytes_packed(site: LinearSite, padded: tuple[int, int] | None) -> int | None:
     if site.kernel is None or site.scheme is None:
         return None
-    packed = site.scheme.format.packed_bytes(*site.tag.shape)
+    packed = site.scheme.format.packed_bytes(*(padded or site.tag.shape))
     dense = math.prod(site.tag.shape) * site.dtype.itemsize
     return packed if site.kernel.saves_memory else packed + dense
 

@@ -163,11 +163,12 @@ class TagLinears:
         return LinearTag(path, role, block_of(path), None, shape, why)
 
 
-_ALIKE = [  # roles that the same names stand for
-    {Role.ROUTER, Role.GATE},
-    {Role.ATTN_GATE, Role.GATE},
-    {Role.UP, Role.GATE_UP},
-]
+_UNSURE = {  # (what a name says, what it stands for as well)
+    (Role.ROUTER, Role.GATE),
+    (Role.GATE, Role.ROUTER),
+    (Role.GATE, Role.ATTN_GATE),
+    (Role.UP, Role.GATE_UP),
+}
 
 
 def _mark_roles(region: Region, outer: Sequence[Node], inputs: Sequence[Any]) -> None:
@@ -185,8 +186,8 @@ def _mark_roles(region: Region, outer: Sequence[Node], inputs: Sequence[Any]) ->
     for node, (role, why) in roles_by_dataflow(region.gm.graph, linears, parameters).items():
         site = site_of(node)
         assert site is not None
-        known = site.tag.role is not Role.OTHER
-        if (not known and site.tag.block is not None) or {site.tag.role, role} in _ALIKE:
+        named = site.tag.role
+        if (named is Role.OTHER and site.tag.block is not None) or (named, role) in _UNSURE:
             mark(node, replace(site, tag=replace(site.tag, role=role, why=why)))
 
 

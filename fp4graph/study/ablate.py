@@ -173,6 +173,7 @@ def _row(trial: Trial, scores: Scores, dense: Scores, report: Report) -> Row:
         selector=trial.selector,
         format=trial.format,
         activations=trial.activations,
+        quantizer=trial.quantizer,
         direction=trial.direction,
         ppl=scores.perplexity,
         dnll=dnll,

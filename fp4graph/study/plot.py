@@ -26,13 +26,14 @@ _NO_NUMBER = float("nan")
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     """Draw the damage of every trial but the dense one into a PNG.
 
-    One panel for each format, activation mode and direction: a heat map of role by block if its
-    selectors are of that form, else bars with standard errors.
+    One panel for each format, activation mode, quantizer and direction: a heat map of role by block
+    if its selectors are of that form, else bars with standard errors.
     """
     panels: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.format is not None:
-            panels.setdefault((row.format, row.activations, row.direction), []).append(row)
+            kind = (row.format, row.activations, row.quantizer, row.direction)
+            panels.setdefault(kind, []).append(row)
     if any(_is_grid(group) for group in panels.values()):
         panels = {key: group for key, group in panels.items() if _is_grid(group)}
     height = max(_panel_height(group) for group in panels.values())
@@ -45,8 +46,9 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         layout="constrained",
     )
     for axis, (key, group) in zip(axes[:, 0], panels.items(), strict=True):
-        format, activations, direction = key
+        format, activations, quantizer, direction = key
         mode = "W4A16" if activations == "none" else "W4A4"
+        mode += "" if quantizer == "rtn" else f" {quantizer}"
         (_heat_map if _is_grid(group) else _bars)(axis, group)
         where = "this selection only" if direction == "only" else "all but this selection"
         axis.set_title(f"{format} {mode}, FP4 in {where}", fontsize=10)

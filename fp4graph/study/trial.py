@@ -23,25 +23,28 @@ class Trial:
         format: of the FP4 weights; None for the dense model.
         activations: `none` or `same`.
         direction: `only` puts the selection in FP4, `except` all block linears but the selection.
+        quantizer: how the codes are found; see `fp4graph.quantize`.
     """
 
     selector: str
     format: str | None
     activations: str = "none"
     direction: Direction = "only"
+    quantizer: str = "rtn"
 
     def __str__(self) -> str:
         if self.format is None:
             return "the dense model"
         bits = "W4A16" if self.activations == "none" else "W4A4"
-        return f"{self.direction} {self.selector} in {self.format} {bits}"
+        how = "" if self.quantizer == "rtn" else f", {self.quantizer}"
+        return f"{self.direction} {self.selector} in {self.format} {bits}{how}"
 
     def policy(self) -> Policy | None:
         """Return what to rewrite, None for nothing."""
         if self.format is None:
             return None
         activations = None if self.activations == "none" else self.activations
-        scheme = Scheme.of(self.format, activations=activations)
+        scheme = Scheme.of(self.format, self.quantizer, activations)
         if self.direction == "only":
             return Policy.of(self.selector, scheme)
         return Policy.of({"all": {}, self.selector: None}, scheme)
@@ -55,7 +58,7 @@ class Row:
     """What a trial measured; the fields are the keys of the JSON lines.
 
     Attributes:
-        selector: see `Trial`, and so are `format`, `activations` and `direction`.
+        selector: see `Trial`, and so are `format`, `activations`, `quantizer` and `direction`.
         ppl: perplexity; None where it is beyond float64.
         dnll: mean NLL less the dense model's on the same tokens, nats.
         dnll_se: its standard error, windows being independent; None with one window.
@@ -72,6 +75,7 @@ class Row:
     selector: str
     format: str | None
     activations: str
+    quantizer: str
     direction: Direction
     ppl: float | None
     dnll: float
@@ -91,21 +95,23 @@ def trials(
     formats: Sequence[str],
     activations: Sequence[str],
     directions: Sequence[Direction],
+    quantizers: Sequence[str] = ("rtn",),
 ) -> list[Trial]:
     """Return the dense model, then every combination; `except` brings `all` to compare with.
 
     Raises:
         SelectorError: a selector cannot be parsed.
-        OptionError: a format or an activation mode that does not exist.
+        OptionError: a format, activation mode or quantizer that does not exist, or a quantizer
+            that a format has no use for.
     """
     canonical = list(dict.fromkeys(str(Selector(text)) for text in selectors))
     plan = [DENSE]
-    for format, mode in itertools.product(formats, activations):
-        scheme = Scheme.of(format, activations=None if mode == "none" else mode)
+    for format, mode, how in itertools.product(formats, activations, quantizers):
+        scheme = Scheme.of(format, how, None if mode == "none" else mode)
         for direction in directions:
             names = ["all", *canonical] if direction == "except" else canonical
             plan += [
-                Trial(name, scheme.format.name, mode, "only" if name == "all" else direction)
+                Trial(name, scheme.format.name, mode, "only" if name == "all" else direction, how)
                 for name in names
                 if name != "none"
             ]

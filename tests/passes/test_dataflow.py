@@ -90,6 +90,7 @@ def test_what_no_rule_knows_is_shown_and_left_alone() -> None:
         rows(BLOCKS[0], "other")
 
 
+@pytest.mark.slow
 def test_tagging_a_deep_graph_takes_no_time() -> None:
     torch.manual_seed(0)
     model = Model(BLOCKS[0]).eval()

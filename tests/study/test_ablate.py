@@ -216,7 +216,7 @@ def test_json_lines_are_whole(tmp_path: Path) -> None:
     rows = run(tmp_path, [DENSE, Trial("q", "nvfp4")])
     write_json_lines(rows, tmp_path / "a.jsonl")
     keys = (
-        "selector format activations direction ppl dnll dnll_se kl kl_se top1 "
+        "selector format activations quantizer direction ppl dnll dnll_se kl kl_se top1 "
         "linears parameters bytes_dense bytes_packed dnll_per_mb"
     )
     read = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]

@@ -90,7 +90,7 @@ def _stop(lowering: GraphLowering) -> Any:
 def pack_nothing() -> None:
     """Fake weights hold no values: make the tensors that packing would."""
 
-    def quantize(w: torch.Tensor, format: BlockFormat) -> PackedWeight:
+    def quantize(w: torch.Tensor, format: BlockFormat, _: str) -> PackedWeight:
         groups = -(-w.shape[1] // format.block_size)
         return PackedWeight(
             w.new_empty((w.shape[0], groups * format.block_size // 2), dtype=torch.uint8),

@@ -101,7 +101,8 @@ def _refuses(problem: Problem) -> str | None:
 
 
 def _plan(problem: Problem) -> Plan:
-    return Plan("panels of 16 rows", "panels, which many rows share once decoded")
+    padded = (-(-problem.out_features // 16) * 16, problem.in_features)
+    return Plan("panels of 16 rows", "panels, which many rows share once decoded", padded)
 
 
 CPU = register(

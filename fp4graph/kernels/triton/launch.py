@@ -83,11 +83,19 @@ def linear(
         **constants, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if tile.split > 1:
-        run(bodies.reduce_parts)[(M, -(-N // _REDUCE_COLUMNS))](
-            out, row_scale, some_bias, y, M, N,
-            HAS_BIAS=bias is not None, SPLIT=tile.split, BN=_REDUCE_COLUMNS,
-        )  # fmt: skip
+        add_up(out, row_scale, bias, y, run)
     return y
+
+
+def add_up(
+    parts: Tensor, row_scale: Tensor, bias: Tensor | None, y: Tensor, run: Callable[[Any], Any]
+) -> None:
+    """Write to y what the raw sums [split, M, N] come to, always in the same order."""
+    split, M, N = parts.shape
+    run(bodies.reduce_parts)[(M, -(-N // _REDUCE_COLUMNS))](
+        parts, row_scale, row_scale if bias is None else bias, y, M, N,
+        HAS_BIAS=bias is not None, SPLIT=split, BN=_REDUCE_COLUMNS,
+    )  # fmt: skip
 
 
 def dequantize(

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from fp4graph.kernels.triton.bodies import reduce_parts
 from fp4graph.kernels.triton.fragments import bodies, unpacking
 from fp4graph.kernels.triton.fragments.cut import MOST_ROWS, Cut, choose
 from fp4graph.kernels.triton.fragments.layout import COLUMNS, ROWS, Order
+from fp4graph.kernels.triton.launch import add_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from fp4graph.kernels.target import Target
 
     Run = Callable[[Any], Any]
-
-_REDUCE_COLUMNS = 256
 
 
 def linear(
@@ -84,10 +82,7 @@ def linear(
         num_warps=cut.wn * cut.wk, **options,
     )  # fmt: skip
     if cut.split > 1:
-        run(reduce_parts)[(M, -(-N // _REDUCE_COLUMNS))](
-            out, row_scale, some_bias, y, M, N,
-            HAS_BIAS=bias is not None, SPLIT=cut.split, BN=_REDUCE_COLUMNS,
-        )  # fmt: skip
+        add_up(out, row_scale, bias, y, run)
     return y
 
 

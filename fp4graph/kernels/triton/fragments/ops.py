@@ -32,6 +32,9 @@ def body(
     return linear
 
 
+_RECORD = (layout.ROWS, layout.COLUMNS)
+
+
 def _order(problem: Problem) -> layout.Order:
     return layout.order_of(problem.dtype, problem.target)
 
@@ -40,7 +43,8 @@ def _plan(problem: Problem) -> Plan:
     shape = problem.out_features, problem.in_features
     cuts = [f"M={rows}: {choose(rows, *shape, problem.target)}" for rows in (1, 16, 64)]
     tile = "; ".join([*cuts, f"M>{MOST_ROWS}: unpacked at each call, then F.linear"])
-    return Plan(f"MMA fragments, {_order(problem).bits} bits", tile)
+    N, K = (-(-size // by) * by for size, by in zip(shape, _RECORD, strict=True))
+    return Plan(f"MMA fragments, {_order(problem).bits} bits", tile, (N, K))
 
 
 FRAGMENTS = register(

@@ -1,0 +1,60 @@
+"""The best of several scales for each group, by the squared error of its values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fp4graph.formats.minifloat import E2M1
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from fp4graph.formats import BlockFormat
+
+_SLAB_VALUES = 1 << 22  # values at a time, so that scratch stays small beside a large weight
+
+
+def best_scales(
+    w_NGB: Tensor,
+    candidates: Sequence[Tensor],
+    per_tensor_scale: Tensor | None,
+    format: BlockFormat,
+) -> tuple[Tensor, Tensor]:
+    """Choose a scale for each group.
+
+    Args:
+        w_NGB: groups of values, float32.
+        candidates: scale codes, uint8 [N, G] each; of equally good ones the first wins.
+        per_tensor_scale: of the whole weight, or None.
+        format: what codes mean.
+
+    Returns:
+        the chosen codes, uint8 [N, G], and the squared error of each group, float32 [N, G].
+    """
+    chosen = torch.empty_like(candidates[0])
+    errors = torch.empty(w_NGB.shape[:2], dtype=torch.float32, device=w_NGB.device)
+    rows = max(1, _SLAB_VALUES // max(1, w_NGB[:1].numel()))
+    for first in range(0, len(w_NGB), rows):
+        slab = slice(first, first + rows)
+        best = candidates[0][slab]
+        least = _squared_error(w_NGB[slab], best, per_tensor_scale, format)
+        for each in candidates[1:]:
+            error = _squared_error(w_NGB[slab], each[slab], per_tensor_scale, format)
+            better = error < least
+            best, least = torch.where(better, each[slab], best), torch.where(better, error, least)
+        chosen[slab], errors[slab] = best, least
+    return chosen, errors
+
+
+def _squared_error(
+    w_NGB: Tensor, codes_NG: Tensor, per_tensor_scale: Tensor | None, format: BlockFormat
+) -> Tensor:
+    codec = format.scale_codec
+    up = codec.reciprocal(codes_NG, per_tensor_scale)[..., None]
+    down = codec.decode(codes_NG, per_tensor_scale)[..., None]
+    error = E2M1.decode(E2M1.encode(w_NGB * up)) * down - w_NGB
+    return error.square().sum(-1)
