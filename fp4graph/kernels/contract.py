@@ -49,6 +49,14 @@ class Problem:
     activations: str | None = None
     weight_dtype: torch.dtype | None = None
 
+    @property
+    def autocast_refusal(self) -> str | None:
+        """Why a kernel that never rounds weights to another dtype is not what autocast means."""
+        if self.weight_dtype is None:
+            return None
+        cast = f"{self.weight_dtype} weights to {self.dtype}"
+        return f"under autocast the dense linear rounds {cast}, and it never rounds them"
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -32,11 +32,6 @@ class Target:
         """NVIDIA's compute capability, 90 for sm_90; 0 for what is not NVIDIA's."""
         return int(self.arch.removeprefix("sm_")) if self.backend == "cuda" else 0
 
-    @property
-    def device(self) -> torch.device:
-        """The type of device that tensors for it lie on."""
-        return torch.device("cuda" if self.backend == "hip" else self.backend)
-
 
 # The device that each compute capability is best known by, and how many multiprocessors it has.
 _KNOWN = {

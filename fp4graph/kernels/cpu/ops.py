@@ -93,9 +93,8 @@ def _define(name: str) -> Op:
 
 
 def _refuses(problem: Problem) -> str | None:
-    if problem.weight_dtype is not None and problem.activations is None:
-        cast = f"{problem.weight_dtype} weights to {problem.dtype}"
-        return f"under autocast the dense linear rounds {cast}, and it never rounds them"
+    if problem.activations is None and problem.autocast_refusal:
+        return problem.autocast_refusal
     found = load()
     return found.reason if isinstance(found, Missing) else None
 

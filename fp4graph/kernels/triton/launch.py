@@ -53,7 +53,7 @@ def linear(
     Returns:
         [..., N].
     """
-    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_zeros((x[..., :1].numel(), 0))
+    rows = as_matrix(x)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     (M, K), N, Kp = rows.shape, len(row_scale), qdata.shape[1] * 2
     y = torch.empty((*x.shape[:-1], N), dtype=dtype or x.dtype, device=x.device)
@@ -85,6 +85,11 @@ def linear(
     if tile.split > 1:
         add_up(out, row_scale, bias, y, run)
     return y
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """Return x [..., K] as [M, K], a view where that is possible; K may be 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def add_up(

@@ -42,10 +42,14 @@ def define(name: str, packed: str, run: Callable[..., Tensor]) -> Op:
     tensors = "".join(f"Tensor {each}, " for each in packed.split())
     _LIBRARY.define(f"{name}(Tensor x, {tensors}Tensor row_scale, Tensor? bias) -> Tensor")
 
+    def on_its_device(x: Tensor, *rest: Tensor) -> Tensor:
+        with torch.cuda.device_of(x):  # Triton launches on the current device, whatever x is on
+            return run(x, *rest)
+
     def fake(x: Tensor, *rest: Tensor) -> Tensor:
         return x.new_empty((*x.shape[:-1], rest[-2].shape[0]))
 
-    _LIBRARY.impl(name, run, "CUDA")
+    _LIBRARY.impl(name, on_its_device, "CUDA")
     torch.library.register_fake(f"fp4graph::{name}", fake, lib=_LIBRARY)
     op: Op = getattr(torch.ops.fp4graph, name).default
     return op
@@ -57,10 +61,7 @@ def refuses(problem: Problem) -> str | None:
         return "Triton is not installed: pip install 'fp4graph[triton]'"
     if 0 < problem.target.capability < OLDEST:
         return f"it needs sm_{OLDEST} or newer, and this is {problem.target.arch}"
-    if problem.weight_dtype is not None:
-        cast = f"{problem.weight_dtype} weights to {problem.dtype}"
-        return f"under autocast the dense linear rounds {cast}, and it never rounds them"
-    return None
+    return problem.autocast_refusal
 
 
 def _plan(problem: Problem) -> Plan:

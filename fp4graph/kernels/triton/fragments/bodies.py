@@ -87,6 +87,71 @@ def store_sums(sums, row_scale, bias, y, M, N, part, HAS_BIAS: gl.constexpr, TOK
 
 
 @gluon.jit
+def plain_loads(sums, code_at, scale_at, rows, k, first, last, BITS: gl.constexpr,
+                GB: gl.constexpr, ARCH: gl.constexpr, TOKENS: gl.constexpr, TILES: gl.constexpr,
+                WORDS: gl.constexpr, WK: gl.constexpr):  # fmt: skip
+    """Add a warp's records, read straight into registers."""
+    RECORD: gl.constexpr = 1024 + 128 // GB
+    for _ in range(first, last):
+        codes = ()
+        for u in gl.static_range(2):
+            for r in gl.static_range(TILES):
+                codes = codes + (gl.load(code_at + (u * 4 + r) * 128, cache_modifier=".cg"),)
+        scale = gl.load(scale_at, cache_modifier=".cg")
+        code_at += RECORD * WK
+        scale_at += RECORD * WK * 4 // WORDS
+        sums = multiply_record(sums, codes, scale, rows, k, BITS, GB, ARCH, TOKENS, TILES, WORDS)
+        k += 64 * WK
+    return sums
+
+
+@gluon.jit
+def ring_of_copies(sums, stream, scale_at, rows, k, first, last, N, steps, BITS: gl.constexpr,
+                   GB: gl.constexpr, ARCH: gl.constexpr, TOKENS: gl.constexpr,
+                   WORDS: gl.constexpr, WN: gl.constexpr, WK: gl.constexpr, RING: gl.constexpr,
+                   L: gl.constexpr):  # fmt: skip
+    """Add a warp's records, whole ones of 4 row tiles, read ahead through shared memory."""
+    RECORD: gl.constexpr = 1024 + 128 // GB
+    L4: gl.constexpr = gl.BlockedLayout([8, 1, 1, 4], [1, 1, 1, 32], [1, WN, WK, 1],
+                                        [3, 2, 1, 0])  # fmt: skip
+    FLAT4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    FLAT3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    code_ring = gl.allocate_shared_memory(gl.int32, [RING, 8, WN, WK, 128], FLAT4)
+    tile_ring = code_ring._reinterpret(gl.int32, [RING * 8, WN, WK, 128], FLAT3)
+    scale_ring = gl.allocate_shared_memory(scale_at.dtype.element_ty, [RING, WN, WK, 128], FLAT3)
+    q = gl.arange(0, 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L4))))
+    n = gl.arange(0, WN, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L4))))
+    s = gl.arange(0, WK, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L4))))
+    c = gl.arange(0, 128, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L4))))
+    block = gl.program_id(0) * WN + n[None, :][:, :, None][:, :, :, None]
+    block = gl.where(block * 64 < N, block, 0).to(gl.int64) * steps
+    record_at = (stream + (block + first * WK + s[None, :][:, None, :][:, :, :, None]) * RECORD
+                 + q[:, None][:, :, None][:, :, :, None] * 128
+                 + c[None, :][:, None, :][:, :, None, :])  # fmt: skip
+    for p in gl.static_range(RING - 1):
+        copy_record(code_ring.index(p), record_at, scale_ring.index(p), scale_at,
+                    first + p < last)  # fmt: skip
+        record_at += RECORD * WK
+        scale_at += RECORD * WK * 4 // WORDS
+    slot = 0
+    for i in range(first, last):
+        async_copy.wait_group(RING - 2)
+        codes = ()
+        for p in gl.static_range(8):
+            codes = codes + (tile_ring.index(slot * 8 + p).load(L),)
+        scale = scale_ring.index(slot).load(L)
+        freed = gl.where(slot == 0, RING - 1, slot - 1)
+        copy_record(code_ring.index(freed), record_at, scale_ring.index(freed), scale_at,
+                    i + RING - 1 < last)  # fmt: skip
+        record_at += RECORD * WK
+        scale_at += RECORD * WK * 4 // WORDS
+        slot = gl.where(slot == RING - 1, 0, slot + 1)
+        sums = multiply_record(sums, codes, scale, rows, k, BITS, GB, ARCH, TOKENS, 4, WORDS)
+        k += 64 * WK
+    return sums
+
+
+@gluon.jit
 def multiply(x, stream, row_scale, bias, y, M, N, steps, stride_xm,
              BITS: gl.constexpr, G: gl.constexpr, ARCH: gl.constexpr, HAS_BIAS: gl.constexpr,
              TOKENS: gl.constexpr, TILES: gl.constexpr, WN: gl.constexpr, WK: gl.constexpr,
@@ -117,7 +182,6 @@ def multiply(x, stream, row_scale, bias, y, M, N, steps, stride_xm,
     code_at = stream + at + tile % 4 * 128 + col
     scale_word = at + 1024 + col // 4 * (4 // GB) + tile % 4 // 2 * (2 // GB)
     scale_at = (stream + scale_word).to(gl.pointer_type(SCALES), bitcast=True) + col % 4
-    SCALE_STEP: gl.constexpr = RECORD * WK * 4 // WORDS
     rows = ()
     for m in gl.static_range(TOKENS):
         token = (gl.program_id(2) * TOKENS + m) * 8 + col // 16
@@ -127,55 +191,9 @@ def multiply(x, stream, row_scale, bias, y, M, N, steps, stride_xm,
     zero = gl.zeros([WN, WK, 128], gl.float32, L)
     sums = ((zero,) * TOKENS,) * TILES
     if RING == 0:
-        for _ in range(first, last):
-            codes = ()
-            for u in gl.static_range(2):
-                for r in gl.static_range(TILES):
-                    codes = codes + (gl.load(code_at + (u * 4 + r) * 128, cache_modifier=".cg"),)
-            scale = gl.load(scale_at, cache_modifier=".cg")
-            code_at += RECORD * WK
-            scale_at += SCALE_STEP
-            sums = multiply_record(
-                sums, codes, scale, rows, k, BITS, GB, ARCH, TOKENS, TILES, WORDS
-            )
-            k += 64 * WK
+        sums = plain_loads(sums, code_at, scale_at, rows, k, first, last, BITS, GB, ARCH, TOKENS,
+                           TILES, WORDS, WK)  # fmt: skip
     else:
-        L4: gl.constexpr = gl.BlockedLayout([8, 1, 1, 4], [1, 1, 1, 32], [1, WN, WK, 1],
-                                            [3, 2, 1, 0])  # fmt: skip
-        FLAT4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
-        FLAT3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-        code_ring = gl.allocate_shared_memory(gl.int32, [RING, 8, WN, WK, 128], FLAT4)
-        tile_ring = code_ring._reinterpret(gl.int32, [RING * 8, WN, WK, 128], FLAT3)
-        scale_ring = gl.allocate_shared_memory(SCALES, [RING, WN, WK, 128], FLAT3)
-        q = gl.arange(0, 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L4))))
-        n = gl.arange(0, WN, layout=gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L4))))
-        s = gl.arange(0, WK, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L4))))
-        c = gl.arange(0, 128, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L4))))
-        block = gl.program_id(0) * WN + n[None, :][:, :, None][:, :, :, None]
-        block = gl.where(block * 64 < N, block, 0).to(gl.int64) * steps
-        record_at = (stream + (block + first * WK + s[None, :][:, None, :][:, :, :, None]) * RECORD
-                     + q[:, None][:, :, None][:, :, :, None] * 128
-                     + c[None, :][:, None, :][:, :, None, :])  # fmt: skip
-        for p in gl.static_range(RING - 1):
-            copy_record(code_ring.index(p), record_at, scale_ring.index(p), scale_at,
-                        first + p < last)  # fmt: skip
-            record_at += RECORD * WK
-            scale_at += SCALE_STEP
-        slot = 0
-        for i in range(first, last):
-            async_copy.wait_group(RING - 2)
-            codes = ()
-            for p in gl.static_range(8):
-                codes = codes + (tile_ring.index(slot * 8 + p).load(L),)
-            scale = scale_ring.index(slot).load(L)
-            freed = gl.where(slot == 0, RING - 1, slot - 1)
-            copy_record(code_ring.index(freed), record_at, scale_ring.index(freed), scale_at,
-                        i + RING - 1 < last)  # fmt: skip
-            record_at += RECORD * WK
-            scale_at += SCALE_STEP
-            slot = gl.where(slot == RING - 1, 0, slot + 1)
-            sums = multiply_record(
-                sums, codes, scale, rows, k, BITS, GB, ARCH, TOKENS, TILES, WORDS
-            )
-            k += 64 * WK
+        sums = ring_of_copies(sums, stream, scale_at, rows, k, first, last, N, steps, BITS, GB,
+                              ARCH, TOKENS, WORDS, WN, WK, RING, L)  # fmt: skip
     store_sums(sums, row_scale, bias, y, M, N, part, HAS_BIAS, TOKENS, TILES, SPLIT, WN, L)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 MOST_ROWS = 256  # of x that it pays to multiply with the stream itself
 _MOST_TOKENS = 8
 _WARPS_PER_MULTIPROCESSOR = 16  # to have enough loads in flight
+_FAST_MEMORY = range(100, 110)  # B200 and B300, which plain loads do not keep busy
 _LEAST_RECORDS = 2  # that a warp takes, or its start and end outweigh them
 
 
@@ -57,7 +58,7 @@ def choose(M: int, N: int, K: int, target: Target) -> Cut:
     """Choose a cut for M rows of x and a weight [N, K].
 
     Warps divide the columns inside a program before programs do, for sums over programs go through
-    memory. B200 alone has more bandwidth than plain loads keep busy.
+    memory.
     """
     tokens = next((each for each in (1, 2, 4) if 8 * each >= M), _MOST_TOKENS)
     tiles = ROW_TILES if tokens <= 2 else 2
@@ -70,6 +71,6 @@ def choose(M: int, N: int, K: int, target: Target) -> Cut:
     split = 1
     while beside * wk * split < wanted and records >= 2 * split * wk * _LEAST_RECORDS:
         split *= 2
-    ring = 4 if target.capability == 100 and tokens <= 2 else 0
+    ring = 4 if target.capability in _FAST_MEMORY and tokens <= 2 else 0
     registers = {1: 96, 2: 160}[tokens] if ring else None
     return Cut(tokens, tiles, 4 // wk, wk, split, ring, registers)

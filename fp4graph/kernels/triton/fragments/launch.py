@@ -10,7 +10,7 @@ from torch.nn import functional
 from fp4graph.kernels.triton.fragments import bodies, unpacking
 from fp4graph.kernels.triton.fragments.cut import MOST_ROWS, Cut, choose
 from fp4graph.kernels.triton.fragments.layout import COLUMNS, ROWS, Order
-from fp4graph.kernels.triton.launch import add_up
+from fp4graph.kernels.triton.launch import add_up, as_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,7 +55,7 @@ def linear(
     Returns:
         [..., N].
     """
-    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_zeros((x[..., :1].numel(), 0))
+    rows = as_matrix(x)
     (M, K), N = rows.shape, len(row_scale)
     y = torch.empty((*x.shape[:-1], N), dtype=dtype or x.dtype, device=x.device)
     if y.numel() == 0:
