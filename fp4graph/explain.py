@@ -36,8 +36,8 @@ def explain(
         format: as in `backend`.
         activations: as in `backend`.
         kernel: as in `backend`.
-        device: a device to choose kernels for that need not be here: `cpu`, `cuda:sm_80`, `sm_90`,
-            `sm_100`, `sm_120`, `hip:gfx942`, `gfx950`; None for where the weights are.
+        device: a device to choose kernels for that need not be here, `cpu` or one such as
+            `cuda:sm_90` (see `fp4graph inspect --help`); None for where the weights are.
         kwargs: further inputs of the model.
 
     Returns:

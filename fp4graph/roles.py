@@ -19,7 +19,7 @@ import re
 from fnmatch import fnmatchcase
 from functools import cache
 
-from fp4graph.tags import Role
+from fp4graph.tags import LinearTag, Role
 
 FAMILIES: dict[str, dict[str, Role]] = {
     # LoRA adapters of peft: never part of a group, reached by `path:` alone
@@ -141,3 +141,10 @@ def role_of(fqn: str) -> Role:
             if any(fnmatchcase(name, pattern) for name in names):
                 return role
     return Role.OTHER
+
+
+def tag_by_name(fqn: str, shape: tuple[int, ...]) -> LinearTag:
+    """Build the tag that a module path alone tells, of a model whose number of blocks is open."""
+    role = role_of(fqn)
+    why = "" if role is Role.OTHER else "its name"
+    return LinearTag(fqn, role, block_of(fqn), None, shape, why)

@@ -12,18 +12,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from fp4graph.tags import LinearTag, Role
+from fp4graph.tags import ROLE_GROUPS, LinearTag, Role
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-ATTENTION = frozenset(
-    {Role.Q, Role.K, Role.V, Role.O, Role.Q_A, Role.Q_B, Role.KV_A, Role.KV_B}
-    | {Role.ATTN_GATE, Role.INDEXER}
-)
-MLP = frozenset({Role.GATE, Role.UP, Role.DOWN})
-SSM = frozenset({Role.IN_PROJ, Role.X_PROJ, Role.DT_PROJ, Role.OUT_PROJ})
-GROUPS = ("attn", "mlp", "ssm", "all", "none")
+GROUPS = (*ROLE_GROUPS, "all", "none")
 NAMES = (*(str(r) for r in Role if r is not Role.ADAPTER), *GROUPS)
 
 _COMPARE: dict[str, Callable[[int, int], bool]] = {
@@ -81,19 +75,11 @@ class Name(Term):
 
     def accepts(self, tag: LinearTag, part: Role) -> bool:
         """Compare roles; a group holds its roles."""
-        match self.name:
-            case "none":
-                return False
-            case "all":
-                return tag.is_block_linear
-            case "attn":
-                return part in ATTENTION
-            case "mlp":
-                return part in MLP
-            case "ssm":
-                return part in SSM
-            case name:
-                return name in (part, tag.role)
+        if self.name in ROLE_GROUPS:
+            return part in ROLE_GROUPS[self.name]
+        if self.name == "all":
+            return tag.is_block_linear
+        return self.name in (part, tag.role)
 
     def __str__(self) -> str:
         return self.name

@@ -48,6 +48,16 @@ _FUSED: dict[Role, tuple[Role, ...]] = {
     Role.GATE_UP: (Role.GATE, Role.UP),
 }
 
+ROLE_GROUPS: dict[str, frozenset[Role]] = {
+    "attn": frozenset(
+        {Role.Q, Role.K, Role.V, Role.O, Role.Q_A, Role.Q_B, Role.KV_A, Role.KV_B}
+        | {Role.ATTN_GATE, Role.INDEXER}
+    ),
+    "mlp": frozenset({Role.GATE, Role.UP, Role.DOWN}),
+    "ssm": frozenset({Role.IN_PROJ, Role.X_PROJ, Role.DT_PROJ, Role.OUT_PROJ}),
+}
+"""What selectors call several roles by; a fused role is in a group by its parts."""
+
 _NOT_BLOCK_LINEARS = frozenset({Role.LM_HEAD, Role.ROUTER, Role.EXPERT, Role.ADAPTER, Role.OTHER})
 
 

@@ -17,7 +17,7 @@ from fp4graph.kernels.target import Target, parse_target, target_of
 from fp4graph.kernels import dequantized  # isort: skip
 from fp4graph.kernels import triton  # isort: skip
 from fp4graph.kernels import cpu  # isort: skip
-from fp4graph.kernels.quantize import QUANTIZERS, check_quantizer, quantize
+from fp4graph.kernels.quantize import QUANTIZERS, check_quantizer, is_plain, quantize
 
 __all__ = [
     "FAKE_QUANTIZE",
@@ -31,6 +31,7 @@ __all__ = [
     "choose",
     "cpu",
     "dequantized",
+    "is_plain",
     "kernels",
     "parse_target",
     "quantize",

@@ -41,11 +41,15 @@ def quantize(
     check_quantizer(quantizer, block_format)
     if quantizer != "rtn":
         return DATA_FREE[quantizer](weight, block_format)
-    plain = type(weight).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
-    served = plain and weight.device.type == "cpu" and weight.dtype in _NATIVE
+    served = is_plain(weight) and weight.device.type == "cpu" and weight.dtype in _NATIVE
     if served and weight.ndim == 2 and weight.numel() and library.find() and library.native():
         return ops.quantize(weight, block_format)
     return block_format.quantize(weight)
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is a tensor and no subclass that computes in its own way."""
+    return type(weight).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def check_quantizer(name: str, format: BlockFormat) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from fp4graph.errors import RefusalError
-from fp4graph.kernels import Problem, Target, choose, kernels, refusals, target_of
+from fp4graph.kernels import Problem, Target, choose, is_plain, kernels, refusals, target_of
 from fp4graph.passes.site import LinearSite, mark, sites
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _problem(site: LinearSite, example_inputs: Sequence[Any], target: Target | N
     if site.unsupported or site.weight is None:
         raise RefusalError(site.unsupported or "it has no weight")
     weight = example_inputs[site.weight]
-    if not _is_plain(weight):
+    if not is_plain(weight):
         raise RefusalError(f"its weight is a {type(weight).__name__}, not a plain tensor")
     if weight.layout != torch.strided or not weight.dtype.is_floating_point:
         raise RefusalError(f"its weight is {weight.dtype} with layout {weight.layout}")
@@ -98,7 +98,3 @@ def _problem(site: LinearSite, example_inputs: Sequence[Any], target: Target | N
         activations="int8" if site.scheme.activations == "int8" else None,
         weight_dtype=weight.dtype if weight.dtype != site.dtype else None,
     )
-
-
-def _is_plain(weight: torch.Tensor) -> bool:
-    return type(weight).__torch_dispatch__ is torch.Tensor.__torch_dispatch__

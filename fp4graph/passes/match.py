@@ -64,6 +64,14 @@ def match_linear(node: Node) -> LinearForm | None:
     return None
 
 
+def called(node: Node) -> str:
+    """Return the plain name of what a node calls."""
+    if isinstance(node.target, str):
+        return node.target
+    name = getattr(node.target, "__name__", None) or str(node.target).rpartition(".")[2]
+    return str(name).partition(".")[0]  # of an overload, `add.Tensor`, the op alone
+
+
 def is_linear(node: Node) -> bool:
     """Whether the node is a linear by its own name, whatever its weight is."""
     return node.target in _LINEAR

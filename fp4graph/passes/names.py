@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fp4graph.roles import block_of, role_of
+from fp4graph.roles import tag_by_name
 from fp4graph.tags import LinearTag, Role
 
 if TYPE_CHECKING:
@@ -54,16 +54,14 @@ def named_linears(model: nn.Module) -> tuple[NamedLinear, ...]:
         stored_KN = type(module).__name__ == "Conv1D"
         for name, weight in module.named_parameters(recurse=False):
             tag_path = _short(f"{path}.{name}".lstrip("."))
-            role = role_of(tag_path)
             shape = tuple(weight.T.shape if stored_KN and weight.ndim == 2 else weight.shape)
-            if weight.ndim == 3 and role is Role.EXPERT:
+            tag = tag_by_name(tag_path, shape)
+            if weight.ndim == 3 and tag.role is Role.EXPERT:
                 certain = False
             elif weight.ndim == 2 and not isinstance(module, nn.Embedding):
                 certain = name == "weight" and (stored_KN or isinstance(module, nn.Linear))
             else:
                 continue
-            why = "" if role is Role.OTHER else "its name"
-            tag = LinearTag(tag_path, role, block_of(tag_path), None, shape, why)
             found.append(NamedLinear(tag, weight, certain))
     total = count_blocks([each.tag for each in found])
     return tuple(replace(each, tag=replace(each.tag, num_blocks=total)) for each in found)

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from fp4graph.passes.dataflow import roles_by_dataflow
-from fp4graph.passes.match import LinearForm, is_linear, match_linear, source_of
+from fp4graph.passes.match import LinearForm, called, is_linear, match_linear, source_of
 from fp4graph.passes.names import count_blocks, named_linears, parameter_names, path_of
 from fp4graph.passes.regions import regions, unshare
 from fp4graph.passes.site import LinearSite, mark, site_of, sites
 from fp4graph.passes.writes import written
-from fp4graph.roles import block_of, role_of
-from fp4graph.tags import LinearTag, Role
+from fp4graph.roles import tag_by_name
+from fp4graph.tags import Role
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from fp4graph.passes.names import Names
     from fp4graph.passes.regions import Region
+    from fp4graph.tags import LinearTag
 
 _EXPERTS = "stacked expert weights are not supported yet"
 _NO_PARAMETER = "its weight is no nn.Parameter"
@@ -140,8 +141,8 @@ class TagLinears:
             tag = self._tag(user, source, weight, tuple(weight.shape), region)
             if tag.role is Role.EXPERT and weight.ndim == 3:
                 reason = _EXPERTS
-            elif weight.ndim == 2 and _called(user) in _PRODUCTS:
-                reason = f"its weight is read by {_called(user)}, which is not rewritten"
+            elif weight.ndim == 2 and called(user) in _PRODUCTS:
+                reason = f"its weight is read by {called(user)}, which is not rewritten"
             else:
                 continue
             site = LinearSite(tag, index, False, weight.dtype, weight.nbytes, reason, reason=reason)
@@ -158,9 +159,7 @@ class TagLinears:
     ) -> LinearTag:
         known = self.names.get(weight, ()) if isinstance(weight, nn.Parameter) else ()
         path = path_of(node, source, known, shared=region.shared)
-        role = role_of(path)
-        why = "" if role is Role.OTHER else "its name"
-        return LinearTag(path, role, block_of(path), None, shape, why)
+        return tag_by_name(path, shape)
 
 
 _UNSURE = {  # (what a name says, what it stands for as well)
@@ -203,7 +202,3 @@ def _readers(placeholder: Node, alias: Node | None = None) -> list[Node]:
         plain = source_of(user)[0] is placeholder
         found += _readers(placeholder, user) if plain else [user]
     return found
-
-
-def _called(node: Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
-from fp4graph.passes.match import is_copy, is_transpose
+from fp4graph.passes.match import called, is_copy, is_transpose
 
 if TYPE_CHECKING:
     from torch.fx import Graph
@@ -68,5 +68,5 @@ def written(graph: Graph) -> set[Node]:
 def _is_view(node: Node) -> bool:
     if not node.args:
         return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = called(node)
     return is_transpose(node) or is_copy(node) or name in _VIEWS or _named_in_place(name)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from kernels.offline import compile_launch
+from kernels.offline import Launch, Launcher
 from kernels.ptx import Kernel
 
 if TYPE_CHECKING:
@@ -29,49 +29,37 @@ class Emulator:
         self._target, self._edit = target, edit
         self._compiled: dict[object, Kernel] = {}
 
-    def __call__(self, kernel: Any) -> _Launcher:
-        return _Launcher(self, kernel)
+    def __call__(self, kernel: Any) -> Launcher:
+        return Launcher(kernel, self._run)
 
-    def run(self, kernel: Any, grid: tuple[int, ...], args: Any, keywords: dict[str, Any]) -> None:
+    def _run(self, launch: Launch) -> None:
         """Compile, run, and copy what was written back into the tensors.
 
         Raises:
             AssertionError: something outside of the tensors was written.
         """
-        program = self._program(kernel, args, keywords)
-        tensors = list({id(a): a for a in args if isinstance(a, torch.Tensor)}.values())
+        tensors = list({id(a): a for a in launch.args if isinstance(a, torch.Tensor)}.values())
         places, memory = _lay_out(tensors)
         before = memory.copy()
-        numbers = [places[id(a)] if isinstance(a, torch.Tensor) else a for a in args]
-        program.run(grid, 32 * keywords["num_warps"], numbers, memory)
+        numbers = [places[id(a)] if isinstance(a, torch.Tensor) else a for a in launch.args]
+        threads = 32 * launch.keywords.get("num_warps", 4)
+        self._program(launch).run(launch.grid, threads, numbers, memory)
         for tensor in tensors:
             at = places[id(tensor)]
             tensor.view(torch.uint8).copy_(_bytes(memory[at : at + tensor.nbytes], tensor))
             before[at : at + tensor.nbytes] = memory[at : at + tensor.nbytes]
         assert np.array_equal(before, memory), "memory outside of the tensors was written"
 
-    def _program(self, kernel: Any, args: Any, keywords: dict[str, Any]) -> Kernel:
+    def _program(self, launch: Launch) -> Kernel:
         kinds = [
             (a.dtype, a.data_ptr() % 16) if isinstance(a, torch.Tensor) else a % 16 == 0
-            for a in args
+            for a in launch.args
         ]
-        key = (kernel, *kinds, *keywords.items())
+        key = (launch.kernel, *kinds, *launch.keywords.items())
         if key not in self._compiled:
-            compiled = compile_launch(kernel, args, keywords, self._target)
-            self._compiled[key] = Kernel(self._edit(compiled.asm["ptx"]))
+            ptx = launch.compile(self._target).asm["ptx"]
+            self._compiled[key] = Kernel(self._edit(ptx))
         return self._compiled[key]
-
-
-class _Launcher:
-    def __init__(self, emulator: Emulator, kernel: Any) -> None:
-        self._emulator, self._kernel = emulator, kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, **keywords: Any) -> None:
-            options = {"num_warps": 4} | keywords
-            self._emulator.run(self._kernel, grid, args, options)
-
-        return launch
 
 
 def _lay_out(tensors: list[torch.Tensor]) -> tuple[dict[int, int], np.ndarray[Any, Any]]:

@@ -87,19 +87,18 @@ class Catch:
     def __init__(self) -> None:
         self.launches: list[Launch] = []
 
-    def __call__(self, kernel: Any) -> dict[tuple[int, ...], Callable[..., None]]:
-        return _Grid(lambda grid, args, keywords: self.launches.append(
-            Launch(kernel, grid, args, keywords)
-        ))  # fmt: skip
+    def __call__(self, kernel: Any) -> Launcher:
+        return Launcher(kernel, self.launches.append)
 
 
-class _Grid(dict[tuple[int, ...], Any]):
-    def __init__(self, keep: Callable[..., None]) -> None:
-        super().__init__()
-        self._keep = keep
+class Launcher:
+    """What `run=` returns: indexed by a grid and called, it hands on the launch."""
 
-    def __missing__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **keywords: self._keep(grid, args, keywords)
+    def __init__(self, kernel: Any, use: Callable[[Launch], None]) -> None:
+        self._kernel, self._use = kernel, use
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **keywords: self._use(Launch(self._kernel, grid, args, keywords))
 
 
 @dataclass(frozen=True)

@@ -214,12 +214,16 @@ HANDLERS |= {
 }
 
 
+def _integers(p: Program, i: Instruction) -> list[Array]:
+    """Return two operands, signed where the instruction's type is."""
+    read = p.signed if i.name[-1][0] == "s" else p.read
+    return [read(each, i.bits) for each in i.operands[1:3]]
+
+
 @_handles("setp")
 def _compare(p: Program, i: Instruction) -> None:
-    kind = i.name[-1]
-    read = p.signed if kind[0] == "s" else p.read
-    a, b = (read(each, i.bits) for each in i.operands[1:3])
-    if kind[0] == "f":
+    a, b = _integers(p, i)
+    if i.name[-1][0] == "f":
         a, b = a.view(_FLOATS[i.bits]), b.view(_FLOATS[i.bits])
     p.write(i.operands[0], _COMPARE[i.name[1]](a, b))
 
@@ -260,17 +264,10 @@ def _fused(p: Program, i: Instruction) -> None:
 
 @_handles("mul.wide", "mad.wide")
 def _wide_product(p: Program, i: Instruction) -> None:
-    read, kind = (p.signed, np.int64) if i.name[-1][0] == "s" else (p.read, np.uint64)
-    a, b = (read(each, i.bits).astype(kind) for each in i.operands[1:3])
+    wide = np.int64 if i.name[-1][0] == "s" else np.uint64
+    a, b = (each.astype(wide) for each in _integers(p, i))
     added = p.read(i.operands[3], 64) if i.name[0] == "mad" else np.uint64(0)
     p.write(i.operands[0], (a * b).view(np.uint64) + added)
-
-
-@_handles("mul.hi")
-def _high_product(p: Program, i: Instruction) -> None:
-    read, kind = (p.signed, np.int64) if i.name[-1][0] == "s" else (p.read, np.uint64)
-    a, b = (read(each, 32).astype(kind) for each in i.operands[1:3])
-    p.write(i.operands[0], ((a * b) >> kind(32)).astype(UNSIGNED[32]))
 
 
 @_handles("mul.lo", "mad.lo")

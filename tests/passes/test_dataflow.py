@@ -30,7 +30,11 @@ def test_finds_roles_without_a_telling_name(block: type[Letters]) -> None:
         assert row.why not in ("", "its name")
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.__name__)
+@pytest.mark.parametrize(
+    "block",
+    [BLOCKS[0], *(pytest.param(block, marks=pytest.mark.slow) for block in BLOCKS[1:])],
+    ids=lambda block: block.__name__,
+)
 def test_selects_by_such_roles(block: type[Letters]) -> None:
     picked = {row.path[-1] for row in rows(block, "all") if row.selected}
     assert picked == {letter for letter, role in block.roles.items() if role != "router"}
@@ -51,7 +55,7 @@ def test_selects_by_such_roles(block: type[Letters]) -> None:
 def test_agrees_with_the_tables(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(family)
     by_name = fp4graph.explain(model, tokens(), select="none", use_cache=False)
-    monkeypatch.setattr(tag, "role_of", lambda path: Role.OTHER)
+    monkeypatch.setattr("fp4graph.roles.role_of", lambda path: Role.OTHER)
     torch._dynamo.reset()
     by_flow = fp4graph.explain(model, tokens(), select="none", use_cache=False)
     known = [row for row in by_name if row.block is not None and row.role != "expert"]

@@ -100,7 +100,7 @@ def pack_nothing() -> None:
             format,
         )
 
-    choose._is_plain = lambda _: True
+    choose.is_plain = lambda _: True
     pack_cache.quantize = quantize
     pack_cache.fingerprint = lambda _: 0
 
