@@ -33,6 +33,7 @@ from fp4graph.passes.stale import bind
 from fp4graph.passes.tag import TagLinears
 from fp4graph.policy import Policy, Scheme, Select
 from fp4graph.report import LinearRow, Report
+from fp4graph.stacks import Stacks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping, Sequence
@@ -44,6 +45,11 @@ if TYPE_CHECKING:
     from fp4graph.inner import CompilerFn
     from fp4graph.passes.pack_cache import PackEntry
     from fp4graph.tags import LinearTag
+
+_FRAGMENT = (
+    "if torch.compile split the model (graph breaks, layers compiled alone), "
+    "pass model= to backend() so that paths are whole"
+)
 
 
 class Backend:
@@ -70,12 +76,12 @@ class Backend:
         self._model = model
         self._paths: set[str] = set()
         self._tags: dict[str, LinearTag] = {}
-        self._num_blocks: int | None = None
+        self._stacks = Stacks()
         self._graphs = GraphCount()
         self._entries: WeakSet[PackEntry] = WeakSet()
         self._reached: MutableMapping[Tensor, None] = WeakIdKeyDictionary()
-        self._unreached: RefusalError | None = None
-        self.watch = CallWatch(self._check_reached, self._check_call)
+        self._failed: Fp4GraphError | None = None
+        self.watch = CallWatch(self._raise_again, self._check_call)
         make_room_for_graphs()
 
     def __call__(
@@ -121,7 +127,7 @@ class Backend:
         plan = plan_passes(self.policy, self._on_refusal, universe)
         run_passes(gm, example_inputs, (TagLinears.of(self._model), *plan))
         self._tags.update({site.tag.fqn: site.tag for _, site in sites(gm)})
-        self._check_num_blocks(gm)
+        self._check_stacks(gm)
         found = rows(gm)
         if found:
             pin_to_owners(gm)
@@ -147,39 +153,52 @@ class Backend:
         tags = (each.tag for each in named_linears(self._model))
         return tuple(self._tags.get(tag.fqn, tag) for tag in tags)
 
-    def _check_reached(self) -> None:
-        if self._unreached is not None:
-            raise self._unreached.with_traceback(None)
+    def _raise_again(self) -> None:
+        if self._failed is not None:
+            raise self._failed.with_traceback(None)
 
     def _check_call(self, modules: tuple[nn.Module, ...]) -> None:
         """See to it that what is selected was in some graph, when a call ends.
 
         Raises:
+            SelectorError: without a model, a term matched nothing in all graphs so far.
             RefusalError: it was not, and `on_refusal` is "raise".
         """
         if self.policy.is_none:
             return
         if self._model is None:
-            if not len(self.report):
-                self._unreached = RefusalError(
-                    f"selector {str(self.policy)!r} picked nothing: Dynamo's {self.report.graphs} "
-                    "graphs hold no linear that fp4graph knows; pass model= to backend() to learn "
-                    "where the model's linears went"
-                )
-            self._check_reached()
-            return
+            self._failed = self._check_fragments()
+        else:
+            self._check_reached(self._model, modules)
+        self._raise_again()
+
+    def _check_fragments(self) -> Fp4GraphError | None:
+        tags = tuple(self._tags.values())
+        if not tags:
+            return RefusalError(
+                f"selector {str(self.policy)!r} picked nothing: Dynamo's {self.report.graphs} "
+                "graphs hold no linear that fp4graph knows; pass model= to backend() to learn "
+                "where the model's linears went"
+            )
+        try:
+            self.policy.check(tags)
+        except SelectorError as error:
+            return error if any(tag.block == 0 for tag in tags) else error.with_hint(_FRAGMENT)
+        return None
+
+    def _check_reached(self, model: nn.Module, modules: tuple[nn.Module, ...]) -> None:
         inside = {id(p) for module in modules for p in module.parameters()}
         unreached = {
-            each: why_unreached(self._model, each)
-            for each in named_linears(self._model)
+            each: why_unreached(model, each)
+            for each in named_linears(model)
             if each.certain
             and each.weight not in self._reached
             and (not inside or id(each.weight) in inside)
         }
         missing = [each for each in unreached if self.policy.decide(each.tag).scheme]
         if missing and self._on_refusal == "raise":
-            self._unreached = refusal([(each.tag.fqn, unreached[each]) for each in missing])
-        self._check_reached()
+            self._failed = refusal([(each.tag.fqn, unreached[each]) for each in missing])
+            return
         self.report.add(
             LinearRow.of(
                 each.tag,
@@ -189,18 +208,25 @@ class Backend:
             for each, reason in unreached.items()
         )
 
-    def _check_num_blocks(self, gm: GraphModule) -> None:
-        """Refuse to count blocks from the end of what turns out to be a fragment of the model."""
-        total = max((site.tag.num_blocks or 0 for _, site in sites(gm)), default=0)
-        if self._model is not None or not total:
+    def _check_stacks(self, gm: GraphModule) -> None:
+        """Refuse to guess from a fragment: how many blocks there are, which stack is the main one.
+
+        Raises:
+            SelectorError: graphs differ in what the selection hangs on, and there is no model.
+        """
+        before, now = self._stacks, Stacks.of(site.tag for _, site in sites(gm))
+        if self._model is not None or not now.blocks:
             return
-        if self._num_blocks not in (None, total) and self.policy.counts_from_end:
+        self._stacks = now
+        moved = before.main not in (None, now.main)
+        recounted = self.policy.counts_from_end and dict(before.blocks) != dict(now.blocks)
+        if before.blocks and (moved or recounted):
+            doubt = "which stack is the main one is" if moved else "negative block indexes are"
             raise SelectorError(
                 str(self.policy),
-                f"graphs with {self._num_blocks} and {total} blocks were seen, so negative block "
-                "indexes are in doubt: pass model= to backend(), one backend for each model",
+                f"graphs with blocks {before} and {now} were seen, so {doubt} in doubt: "
+                "pass model= to backend(), one backend for each model",
             )
-        self._num_blocks = total
 
 
 def backend(

@@ -24,7 +24,7 @@ class LinearRow:
     Attributes:
         path: module path.
         role: role by its selector name.
-        block: block index, None outside the blocks.
+        block: block index in its stack, None outside the blocks.
         shape: (N, K), experts in front where they are stacked.
         selected: whether it runs in FP4.
         kernel: who computes it; None where it stays dense.
@@ -34,6 +34,8 @@ class LinearRow:
         layout: how the packed weight lies in memory; None where it stays dense.
         tile: how the kernel cuts the work, by the number of rows M of the input; None likewise.
         why: what told the role: the linear's name, or where its result flows; empty for `other`.
+        stack: the stack of blocks that it belongs to: text, vision, audio, encoder, decoder.
+        expert: of an expert, which of its linears it is; None elsewhere.
     """
 
     path: str
@@ -48,6 +50,8 @@ class LinearRow:
     layout: str | None = None
     tile: str | None = None
     why: str = ""
+    stack: str = "text"
+    expert: str | None = None
 
     @classmethod
     def of(cls, tag: LinearTag, bytes_dense: int, reason: str) -> LinearRow:
@@ -63,6 +67,8 @@ class LinearRow:
             bytes_dense=bytes_dense,
             bytes_packed=None,
             why=tag.why,
+            stack=tag.stack,
+            expert=tag.expert and str(tag.expert),
         )
 
 
@@ -143,10 +149,11 @@ class Report:
         for name in names:
             numeric = name in ("block", "dense MB", "FP4 MB")
             table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        several = len({row.stack for row in self if row.block is not None}) > 1
         for row in self:
             table.add_row(
                 row.path,
-                row.role,
+                ":".join(filter(None, (row.stack if several else "", row.role, row.expert))),
                 "" if row.block is None else str(row.block),
                 "x".join(map(str, row.shape)),
                 row.kernel or "dense",

@@ -5,12 +5,10 @@ A row is `pattern: role`; the pattern is an `fnmatch` pattern on the path below 
 on the last name alone. Families are tried in order and the first row that matches wins. Only names
 that say enough have a row: for all others `passes/dataflow.py` finds the role.
 
->>> role_of("model.layers.3.self_attn.q_proj"), block_of("model.layers.3.self_attn.q_proj")
-(<Role.Q: 'q'>, 3)
->>> role_of("transformer.h.11.mlp.c_proj"), block_of("transformer.h.11.mlp.c_proj")
-(<Role.DOWN: 'down'>, 11)
->>> role_of("model.layers.0.mlp.gate"), role_of("lm_head"), block_of("lm_head")
-(<Role.ROUTER: 'router'>, <Role.LM_HEAD: 'lm_head'>, None)
+>>> role_of("model.layers.3.self_attn.q_proj"), role_of("transformer.h.11.mlp.c_proj")
+(<Role.Q: 'q'>, <Role.DOWN: 'down'>)
+>>> role_of("model.layers.0.mlp.gate"), role_of("lm_head")
+(<Role.ROUTER: 'router'>, <Role.LM_HEAD: 'lm_head'>)
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ import re
 from fnmatch import fnmatchcase
 from functools import cache
 
+from fp4graph.stacks import below_block, block_of, stack_of
 from fp4graph.tags import LinearTag, Role
 
 FAMILIES: dict[str, dict[str, Role]] = {
@@ -48,6 +47,7 @@ FAMILIES: dict[str, dict[str, Role]] = {
         "v_proj": Role.V,
         "o_proj": Role.O,
         "qkv_proj": Role.QKV,
+        "kv_proj": Role.KV,
         "query_key_value": Role.QKV,
         "gate_proj": Role.GATE,
         "up_proj": Role.UP,
@@ -119,14 +119,16 @@ FAMILIES: dict[str, dict[str, Role]] = {
 }
 
 _SHARED = re.compile(r"(?:^|\.)shared_(?:experts?|mlp|moe)(?=\.)")
-# a list of blocks; a bare number elsewhere (`lm_heads.0`, `merger.mlp.0`) is no block
-_BLOCK = re.compile(r"(?:^|\.)(?:h|attentions|ffns|\w*layers?|\w*blocks?)\.(\d+)(?:\.|$)")
-
-
-def block_of(fqn: str) -> int | None:
-    """Return the block index in a module path, or None outside the blocks."""
-    found = _BLOCK.search(fqn)
-    return int(found.group(1)) if found else None
+_EXPERT_LINEARS = {  # which linear of an expert a last name means
+    "gate_proj": Role.GATE,
+    "w1": Role.GATE,
+    "up_proj": Role.UP,
+    "v1": Role.UP,
+    "w3": Role.UP,
+    "gate_up_proj": Role.GATE_UP,
+    "down_proj": Role.DOWN,
+    "w2": Role.DOWN,
+}
 
 
 @cache
@@ -134,8 +136,7 @@ def role_of(fqn: str) -> Role:
     """Return the role that the tables give to a module path, `Role.OTHER` if none knows it."""
     fqn = fqn.removesuffix(".base_layer")  # peft keeps the dense linear under its own name
     fqn = _SHARED.sub("", fqn)  # a shared expert is a dense MLP
-    found = _BLOCK.search(fqn)
-    names = (fqn[found.end() :] if found else fqn, fqn.rpartition(".")[2])
+    names = (below_block(fqn), fqn.rpartition(".")[2])
     for table in FAMILIES.values():
         for pattern, role in table.items():
             if any(fnmatchcase(name, pattern) for name in names):
@@ -147,4 +148,5 @@ def tag_by_name(fqn: str, shape: tuple[int, ...]) -> LinearTag:
     """Build the tag that a module path alone tells, of a model whose number of blocks is open."""
     role = role_of(fqn)
     why = "" if role is Role.OTHER else "its name"
-    return LinearTag(fqn, role, block_of(fqn), None, shape, why)
+    expert = _EXPERT_LINEARS.get(fqn.rpartition(".")[2]) if role is Role.EXPERT else None
+    return LinearTag(fqn, role, block_of(fqn), None, shape, why, expert, stack_of(fqn))

@@ -27,7 +27,9 @@ from lark.exceptions import VisitError
 
 from fp4graph.errors import SelectorError
 from fp4graph.selector_ast import (
+    EXPERT_LINEARS,
     NAMES,
+    SCOPES,
     Blocks,
     Name,
     Node,
@@ -39,6 +41,8 @@ from fp4graph.selector_ast import (
     meet,
     union,
 )
+from fp4graph.stacks import STACKS
+from fp4graph.tags import Role
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -59,6 +63,7 @@ _EXPECTED = {  # terminals of the grammar, in the reader's words
     "EQUAL": "`=`",
     "PERCENT": "`%`",
     "RPAR": "`)`",
+    "COLON": "`:`",
     "COMMA": "`,`",
     "VBAR": "`|`",
     "AMPERSAND": "`&`",
@@ -103,21 +108,25 @@ class Selector:
         if tag.num_blocks is None and self.counts_from_end:
             problem = "a negative block index needs the number of blocks: pass model= to backend()"
             raise SelectorError(self.text, problem)
-        picked = [part for part in tag.role.parts if self.root.accepts(tag, part)]
-        if picked and len(picked) < len(tag.role.parts):
-            parts = ",".join(tag.role.parts)
+        picked = self._picks(tag)
+        if picked and len(picked) < len(tag.parts):
+            scope = "expert:" if tag.role is Role.EXPERT else ""
+            parts = ",".join(scope + part for part in tag.parts)
             raise SelectorError(
                 self.text,
                 f"{','.join(picked)} is only a part of the fused {tag.fqn}: "
-                f"use {tag.role} or {parts}",
+                f"use {scope}{tag.expert or tag.role} or {parts}",
                 self._column_of(tag),
             )
         return bool(picked)
 
+    def _picks(self, tag: LinearTag) -> list[Role]:
+        return [part for part in tag.parts if self.root.accepts(tag, part)]
+
     def _column_of(self, tag: LinearTag) -> int | None:
         """Return where a part of the tag's role is named."""
         named = (term for term in self.root.terms() if isinstance(term, Name))
-        return next((term.column for term in named if term.name in tag.role.parts), None)
+        return next((term.column for term in named if term.name in tag.parts), None)
 
     def check(self, tags: Iterable[LinearTag]) -> None:
         """Check that the selector fits a model.
@@ -131,7 +140,7 @@ class Selector:
         tags = list(tags)
         for term in self.root.terms():
             if not term.may_be_empty and not any(
-                term.accepts(tag, part) for tag in tags for part in tag.role.parts
+                term.accepts(tag, part) for tag in tags for part in tag.parts
             ):
                 raise SelectorError(
                     self.text, f"`{term}` matches nothing: {describe(tags)}", term.column
@@ -145,11 +154,18 @@ def describe(tags: Sequence[LinearTag]) -> str:
     """Say in one line which roles and blocks a model has."""
     if not tags:
         return "the graph has no linears"
+    hint = "; `other` is what no rule knows" if any(t.role is Role.OTHER for t in tags) else ""
+    stacks = sorted({tag.stack for tag in tags if tag.block is not None}, key=STACKS.index)
+    if len(stacks) < 2:
+        return f"the model has {_describe(tags)}{hint}"
+    each = (f"{name}: ({_describe([t for t in tags if t.stack == name])})" for name in stacks)
+    return f"this model has stacks {', '.join(each)}{hint}"
+
+
+def _describe(tags: Sequence[LinearTag]) -> str:
     roles = ", ".join(sorted({str(tag.role) for tag in tags}))
     blocks = sorted({tag.block for tag in tags if tag.block is not None})
-    span = f"blocks {blocks[0]}..{blocks[-1]}" if blocks else "no blocks"
-    hint = "; `other` is what no rule knows" if "other" in roles.split(", ") else ""
-    return f"the model has {roles}; {span}{hint}"
+    return f"{roles}; " + (f"blocks {blocks[0]}..{blocks[-1]}" if blocks else "no blocks")
 
 
 @cache
@@ -199,13 +215,21 @@ class _Build(Transformer[Token, Node]):
         self.text = text
 
     def name(self, meta: Meta, children: list[Token]) -> Term:
-        name = str(children[0])
-        if name not in NAMES:
-            close = difflib.get_close_matches(name.lower(), NAMES, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            problem = f"unknown name {name!r}{hint}; names are {', '.join(NAMES)}"
-            raise SelectorError(self.text, problem, meta.column)
-        return Name(name, column=meta.column)
+        return Name(self._known(children[0], "names", NAMES), column=meta.column)
+
+    def scoped(self, meta: Meta, children: list[Token]) -> Term:
+        scope = self._known(children[0], "prefixes", SCOPES)
+        names = EXPERT_LINEARS if scope == "expert" else NAMES
+        return Name(self._known(children[1], "names", names), scope, column=meta.column)
+
+    def _known(self, token: Token, kind: str, known: Sequence[str]) -> str:
+        if token in known:
+            return str(token)
+        close = difflib.get_close_matches(token.lower(), known, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        one = {"names": "name", "prefixes": "prefix"}[kind]
+        problem = f"unknown {one} {str(token)!r}{hint}; {kind} are {', '.join(known)}"
+        raise SelectorError(self.text, problem, token.column)
 
     def path(self, meta: Meta, children: list[Token]) -> Term:
         pattern = children[0].removeprefix("path:")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from fp4graph.stacks import STACKS
 from fp4graph.tags import ROLE_GROUPS, LinearTag, Role
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 GROUPS = (*ROLE_GROUPS, "all", "none")
 NAMES = (*(str(r) for r in Role if r is not Role.ADAPTER), *GROUPS)
+SCOPES = (*STACKS, "all", "expert")
+EXPERT_LINEARS = ("gate", "up", "gate_up", "down")
 
 _COMPARE: dict[str, Callable[[int, int], bool]] = {
     ">": operator.gt,
@@ -64,9 +67,13 @@ class Term(Node):
 
 @dataclass(frozen=True)
 class Name(Term):
-    """A role or a group, by one of `NAMES`."""
+    """A role or a group, by one of `NAMES`, in the main stack of blocks.
+
+    `scope` is one of `SCOPES`: another stack, `all` for any, `expert` for experts' linears in any.
+    """
 
     name: str
+    scope: str = ""
 
     @property
     def may_be_empty(self) -> bool:
@@ -75,14 +82,20 @@ class Name(Term):
 
     def accepts(self, tag: LinearTag, part: Role) -> bool:
         """Compare roles; a group holds its roles."""
-        if self.name in ROLE_GROUPS:
-            return part in ROLE_GROUPS[self.name]
+        if self.scope == "expert":
+            return tag.expert is not None and self.name in (part, tag.expert)
+        if not (self.scope in ("all", tag.stack) or (not self.scope and tag.main)):
+            return False
         if self.name == "all":
             return tag.is_block_linear
+        if tag.role is Role.EXPERT:
+            return self.name == tag.role
+        if self.name in ROLE_GROUPS:
+            return part in ROLE_GROUPS[self.name]
         return self.name in (part, tag.role)
 
     def __str__(self) -> str:
-        return self.name
+        return f"{self.scope}:{self.name}" if self.scope else self.name
 
 
 @dataclass(frozen=True)
@@ -183,7 +196,7 @@ class Clause(Node):
         if self.picks:
             base = any(pick.accepts(tag, part) for pick in self.picks)
         else:
-            base = tag.is_block_linear
+            base = tag.is_block_linear and tag.main
         return (
             base
             and all(bound.accepts(tag, part) for bound in self.bounds)
@@ -289,5 +302,5 @@ def _sorted(nodes: Iterable[Node]) -> tuple[Node, ...]:
 
 def _order(node: Node) -> tuple[int, int, str]:
     if isinstance(node, Name):
-        return 0, NAMES.index(node.name), ""
+        return 0, NAMES.index(node.name), node.scope
     return 1, 0, str(node)

@@ -72,10 +72,15 @@ class LinearTag:
     Attributes:
         fqn: module path, `model.layers.3.self_attn.q_proj`.
         role: what the linear does.
-        block: index of its transformer block; None outside the blocks.
-        num_blocks: blocks of the whole model, which negative indexes count from; None if unknown.
+        block: index of its transformer block in its stack; None outside the blocks.
+        num_blocks: blocks of its stack, which negative indexes count from; None if unknown.
         shape: shape of the weight.
         why: what told the role: a name, or where the result flows; empty where nothing did.
+        expert: of an expert, which of its linears: gate, up, gate_up or down; None elsewhere, and
+            where nothing tells.
+        stack: name of its stack of blocks, see `stacks.py`.
+        main: whether that is the language model's or the only one, which selectors mean that name
+            none.
     """
 
     fqn: str
@@ -84,6 +89,14 @@ class LinearTag:
     num_blocks: int | None
     shape: tuple[int, ...]
     why: str = field(default="", compare=False)
+    expert: Role | None = None
+    stack: str = "text"
+    main: bool = True
+
+    @property
+    def parts(self) -> tuple[Role, ...]:
+        """What it is asked for as: the parts of its role, of an expert's own linear where known."""
+        return (self.expert or self.role).parts
 
     @property
     def parameters(self) -> int:

@@ -31,7 +31,8 @@ LATENCY_KEYS = (
     "compile_s weight_bytes peak_rss gb_per_s recompiles graph_breaks"
 )
 INSPECT_KEYS = (
-    "path role block shape selected kernel reason bytes_dense bytes_packed layout tile why"
+    "path role block shape selected kernel reason bytes_dense bytes_packed layout tile why "
+    "stack expert"
 )
 
 

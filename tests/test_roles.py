@@ -9,7 +9,8 @@ from support.models import BLOCK_LINEARS, BLOCKS, DENSE, FAMILIES, tiny, tokens
 
 import fp4graph
 from fp4graph.passes.names import named_linears
-from fp4graph.roles import block_of, role_of
+from fp4graph.roles import role_of
+from fp4graph.stacks import block_of
 from fp4graph.tags import Role
 
 ROUTERS = {"mixtral": 1, "qwen2_moe": 2, "qwen3_moe": 1}
@@ -29,8 +30,9 @@ def test_tags_every_linear_of_the_family(family: str) -> None:
         assert sorted(row.role for row in rows if row.selected) == sorted(expected.elements())
         for row in rows:
             if row.role == "expert":
-                assert row.reason == "stacked expert weights are not supported yet"
+                assert row.reason == "not selected"
                 assert len(row.shape) == 3
+                assert row.expert == row.path.rpartition(".")[2].removesuffix("_proj")
     assert [row.role for row in report if row.block is None] == ["lm_head"]
 
 

@@ -150,7 +150,7 @@ def test_canonical(text: str, canonical: str) -> None:
         ("size=3", 5, "unexpected '='"),
         ("size>1T", 7, "unexpected 'T'"),
         ("path:", 1, "needs a pattern"),
-        ("foo:bar", 4, "unexpected ':'"),
+        ("foo:bar", 1, "unknown prefix 'foo'"),
         ("q # no", 3, "unexpected '#'"),
     ],
 )

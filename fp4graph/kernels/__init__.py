@@ -10,6 +10,7 @@ from fp4graph.kernels.contract import (
     refusals,
     register,
 )
+from fp4graph.kernels.grouped import grouped
 from fp4graph.kernels.reference import FAKE_QUANTIZE
 from fp4graph.kernels.target import Target, parse_target, target_of
 
@@ -31,6 +32,7 @@ __all__ = [
     "choose",
     "cpu",
     "dequantized",
+    "grouped",
     "is_plain",
     "kernels",
     "parse_target",

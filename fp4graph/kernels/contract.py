@@ -39,6 +39,7 @@ class Problem:
         target: what all of it lies on.
         activations: `int8` if they may be rounded to 8 bits in groups, None if not.
         weight_dtype: of the dense weight, where autocast makes it another; else None.
+        experts: how many such weights there are, packed alike, of which rows choose one.
     """
 
     out_features: int
@@ -48,6 +49,7 @@ class Problem:
     target: Target
     activations: str | None = None
     weight_dtype: torch.dtype | None = None
+    experts: int = 1
 
     @property
     def autocast_refusal(self) -> str | None:

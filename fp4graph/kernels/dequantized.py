@@ -48,6 +48,7 @@ DEQUANTIZED = register(
         },
         prepack=REFERENCE.prepack,
         backends=("cpu",),  # elsewhere it would fill the device with dense weights
+        refuses=lambda problem: "it keeps no experts" if problem.experts > 1 else None,
         saves_memory=False,
         note="dequantised once, which saves no memory and no time",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -88,7 +89,7 @@ def _problem(site: LinearSite, example_inputs: Sequence[Any], target: Target | N
             "its weight was made under torch.inference_mode(), so changes to it cannot be seen: "
             "load the model outside"
         )
-    out_features, in_features = site.tag.shape
+    out_features, in_features = site.tag.shape[-2:]
     return Problem(
         out_features,
         in_features,
@@ -97,4 +98,5 @@ def _problem(site: LinearSite, example_inputs: Sequence[Any], target: Target | N
         target or target_of(weight.device),
         activations="int8" if site.scheme.activations == "int8" else None,
         weight_dtype=weight.dtype if weight.dtype != site.dtype else None,
+        experts=math.prod(site.tag.shape[:-2]),
     )

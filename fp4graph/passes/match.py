@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
 
+from fp4graph.passes.sources import entry_of, follow, source_of
+
 _LINEAR = {torch.nn.functional.linear, torch.ops.aten.linear.default}
 _MATMUL = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm"}
 _ADDMM = {torch.addmm, "addmm"}
+_BMM = {torch.bmm, "bmm"}
+_GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}  # of torch and of transformers
 
 # the arguments of each by all their names, in order
 _LINEAR_ARGUMENTS = (("input",), ("weight",), ("bias",))
 _MATMUL_ARGUMENTS = (("input", "self"), ("other", "mat2", "tensor2"))
 _ADDMM_ARGUMENTS = (("input", "self"), ("mat1",), ("mat2",))
+_GROUPED_ARGUMENTS = (("input", "mat_a", "self"), ("weight", "mat_b", "mat2"))
 
-_GET_DATA = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # what Dynamo makes of `weight.data`
-_COPIES = {
-    *("detach", "contiguous", "clone", "alias", "to", "type", "type_as"),
-    *("float", "half", "bfloat16", "double"),
-}
 _COMPUTED = "its weight is computed in the graph"
 _FROZEN = (
     "its weight is a constant of the graph, as torch._inductor.config.freezing makes it: "
@@ -39,6 +39,9 @@ class LinearForm:
         placeholder: the graph input whose values the weight has, plain or transposed; else None.
         transposed: whether that input is stored [K, N].
         bias: the bias, or None.
+        offs: of experts, the node that says where each one's rows of x end, one after the other.
+        index: of experts, which one computes all of x: a number or the node that says so.
+        batched: of experts, whether x holds as many rows for each, [E, M, K].
         unsupported: why the node cannot be rewritten, or None.
     """
 
@@ -47,11 +50,23 @@ class LinearForm:
     placeholder: Node | None
     transposed: bool
     bias: Node | None
+    offs: Node | None = None
+    index: object = None
+    batched: bool = False
     unsupported: str | None = None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the weight is a stack of experts, and not a matrix."""
+        return self.offs is not None or self.index is not None or self.batched
 
 
 def match_linear(node: Node) -> LinearForm | None:
-    """Recognise `F.linear`, GPT-2's `addmm(bias, x, W)` and Falcon's `matmul(x, W.T)`."""
+    """Recognise a linear.
+
+    `F.linear`, GPT-2's `addmm(bias, x, W)`, Falcon's `matmul(x, W.T)`; of experts
+    `grouped_mm(x, W, offs)`, `bmm(x, W)`, and any of the first three on `W[expert]`.
+    """
     if node.op not in ("call_function", "call_method"):
         return None
     if node.target in _LINEAR:
@@ -61,7 +76,24 @@ def match_linear(node: Node) -> LinearForm | None:
     if node.target in _ADDMM:
         bias, x, weight = _bind(node, _ADDMM_ARGUMENTS)
         return _form(node, (x, weight, bias), stored_NK=False)
+    if node.target in _BMM:
+        form = _form(node, (*_bind(node, _MATMUL_ARGUMENTS), None), stored_NK=False)
+        return form and replace(form, batched=True)
+    if called(node) in _GROUPED:
+        return _grouped(node)
     return None
+
+
+def _grouped(node: Node) -> LinearForm | None:
+    offs = node.kwargs.get("offs", next(iter(node.args[2:]), None))
+    if not isinstance(offs, Node):
+        return None
+    matrices = _bind(node, _GROUPED_ARGUMENTS, rest=len(node.args[2:]))
+    form = _form(node, (*matrices, None), stored_NK=False)
+    extra = any(node.kwargs.get(name) is not None for name in ("bias", "out_dtype"))
+    if form is None or not extra:
+        return form and replace(form, offs=offs)
+    return replace(form, offs=offs, unsupported="it is a grouped_mm with a bias or a dtype")
 
 
 def called(node: Node) -> str:
@@ -74,31 +106,41 @@ def called(node: Node) -> str:
 
 def is_linear(node: Node) -> bool:
     """Whether the node is a linear by its own name, whatever its weight is."""
-    return node.target in _LINEAR
+    return node.target in _LINEAR or called(node) in _GROUPED
 
 
-def _bind(node: Node, names: tuple[tuple[str, ...], ...]) -> tuple[object, ...]:
-    """Return the arguments in order, however they were passed; None for what is not there."""
-    if len(node.args) > len(names):
+def _bind(node: Node, names: tuple[tuple[str, ...], ...], rest: int = 0) -> tuple[object, ...]:
+    """Return the arguments in order, however they were passed; None for what is not there.
+
+    Args:
+        node: the call.
+        names: of each argument all names that it goes by.
+        rest: how many more positional arguments there are.
+    """
+    if len(node.args) > len(names) + rest:
         return (None,) * len(names)
     by_name = (
         next((node.kwargs[name] for name in spellings if name in node.kwargs), None)
         for spellings in names[len(node.args) :]
     )
-    return (*node.args, *by_name)
+    return (*node.args[: len(names)], *by_name)
 
 
 def _form(node: Node, arguments: tuple[object, ...], *, stored_NK: bool) -> LinearForm | None:
     x, weight, bias = arguments
     if not isinstance(x, Node) or not isinstance(weight, Node):
         return None
-    placeholder, flipped = source_of(weight)
+    source, flipped = follow(weight)
+    entry, index = entry_of(source) or (source, None)
+    placeholder, flipped_before = source_of(entry)
+    flipped ^= flipped_before
     return LinearForm(
         x=x,
         weight=weight,
         placeholder=placeholder,
         transposed=flipped == stored_NK,
         bias=bias if isinstance(bias, Node) else None,
+        index=index,
         unsupported=_unsupported(node, weight, placeholder),
     )
 
@@ -109,50 +151,5 @@ def _unsupported(node: Node, weight: Node, placeholder: Node | None) -> str | No
     if node.kwargs.get("out") is not None:
         return "it writes its result to an existing tensor (out=)"
     if placeholder is None:
-        return _FROZEN if _follow(weight)[0].op == "get_attr" else _COMPUTED
+        return _FROZEN if follow(weight)[0].op == "get_attr" else _COMPUTED
     return None
-
-
-def source_of(node: Node) -> tuple[Node | None, bool]:
-    """Follow transposes and plain copies up to a graph input: (that or None, was it transposed)."""
-    source, flipped = _follow(node)
-    return (source if source.op == "placeholder" else None), flipped
-
-
-def _follow(node: Node) -> tuple[Node, bool]:
-    flipped = False
-    while is_transpose(node) or is_copy(node):
-        flipped ^= is_transpose(node)
-        node = node.args[0]  # type: ignore[assignment]
-    return node, flipped
-
-
-def is_transpose(node: Node) -> bool:
-    """Whether the node swaps the two dimensions of a matrix."""
-    if not node.args or not isinstance(node.args[0], Node):
-        return False
-    if node.target is getattr:
-        return node.args[1] in ("T", "mT")
-    if node.target in ("t", torch.t):
-        return True
-    return node.target in ("transpose", torch.transpose, "swapaxes", "permute") and set(
-        node.args[1:]
-    ) in ({0, 1}, {-1, -2})
-
-
-def is_copy(node: Node) -> bool:
-    """Whether the node's value is its first argument's: `.data`, `.detach()`, `.to(same dtype)`."""
-    if not node.args or not isinstance(node.args[0], Node):
-        return False
-    if node.target is getattr:
-        return node.args[1] == "data"
-    if node.target in (_GET_DATA, torch.detach, torch.clone):
-        return True
-    if node.op != "call_method" or node.target not in _COPIES:
-        return False
-    before, after = (each.meta.get("example_value") for each in (node.args[0], node))
-    return (
-        isinstance(before, torch.Tensor)
-        and isinstance(after, torch.Tensor)
-        and (before.dtype, before.device) == (after.dtype, after.device)
-    )

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fp4graph.roles import tag_by_name
+from fp4graph.stacks import Stacks
 from fp4graph.tags import LinearTag, Role
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class NamedLinear:
     Attributes:
         tag: who it is.
         weight: its parameter.
-        certain: whether its module is one that computes a linear; a bare matrix may be anything.
+        certain: whether it is a linear: its module computes one, or it is an expert's; any other
+            bare matrix may be anything.
     """
 
     tag: LinearTag
@@ -56,36 +58,31 @@ def named_linears(model: nn.Module) -> tuple[NamedLinear, ...]:
             tag_path = _short(f"{path}.{name}".lstrip("."))
             shape = tuple(weight.T.shape if stored_KN and weight.ndim == 2 else weight.shape)
             tag = tag_by_name(tag_path, shape)
-            if weight.ndim == 3 and tag.role is Role.EXPERT:
-                certain = False
+            if tag.role is Role.EXPERT and weight.ndim in (2, 3):
+                certain = "bias" not in name
             elif weight.ndim == 2 and not isinstance(module, nn.Embedding):
                 certain = name == "weight" and (stored_KN or isinstance(module, nn.Linear))
             else:
                 continue
             found.append(NamedLinear(tag, weight, certain))
-    total = count_blocks([each.tag for each in found])
-    return tuple(replace(each, tag=replace(each.tag, num_blocks=total)) for each in found)
+    stacks = Stacks.of(each.tag for each in found)
+    return tuple(replace(each, tag=stacks.place(each.tag)) for each in found)
 
 
 def why_unreached(model: nn.Module, linear: NamedLinear) -> str:
     """Say why a linear is in no graph, as far as the modules above it show."""
     if linear.weight.device.type == "meta":
         return "its weight is on the meta device between calls (offloaded), so no graph holds it"
-    path = linear.tag.fqn
+    path, modules = linear.tag.fqn, dict(model.named_modules())
     while True:
-        module = model.get_submodule(path)
-        if getattr(module.forward, "_torchdynamo_disable", False):
+        module = modules.get(path)  # None for a parameter of its own
+        if getattr(getattr(module, "forward", None), "_torchdynamo_disable", False):
             return f"{path or 'the model'} is kept from compilation by torch._dynamo.disable"
         if hasattr(module, "_hf_hook"):
             return f"a hook of accelerate on {path or 'the model'} keeps it out of all graphs"
         if not path:
             return "it is in no graph: this call did not reach it, or a fused op computes it"
         path = path.rpartition(".")[0]
-
-
-def count_blocks(tags: list[LinearTag]) -> int | None:
-    """Return the number of blocks, from the highest index; None where nothing has one."""
-    return max((tag.block + 1 for tag in tags if tag.block is not None), default=None)
 
 
 def path_of(node: Node, placeholder: Node | None, known: tuple[str, ...], *, shared: bool) -> str:

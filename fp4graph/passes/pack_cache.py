@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class PackEntry:
     """The packed form of one weight; every graph that uses the weight holds the same tensors.
 
+    Of a stack of experts, each is packed for itself, and the tensors are stacked.
     A changed weight is packed again into them, so compiled graphs stay valid.
     """
 
@@ -65,12 +66,12 @@ class PackEntry:
     def _pack(self, weight: Tensor) -> None:
         # Outside inference mode, or the tensors could not be written again later.
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            w_NK = weight.detach().T if self.transposed else weight.detach()
-            try:
-                packed = quantize(w_NK, self.scheme.format, self.scheme.quantizer)
-            except WeightError as error:
-                raise WeightError(f"{self.fqn}: {error}") from None
-            fresh = self.kernel.prepack(packed, self.problem)
+            w_NK = weight.detach().mT if self.transposed else weight.detach()
+            if w_NK.ndim == 3:
+                experts = (self._prepack(each, f", expert {i}") for i, each in enumerate(w_NK))
+                fresh = tuple(map(torch.stack, zip(*experts, strict=True)))
+            else:
+                fresh = self._prepack(w_NK)
             if self.tensors:
                 for old, new in zip(self.tensors, fresh, strict=True):
                     old.copy_(new)
@@ -80,6 +81,13 @@ class PackEntry:
             self._version = weight._version
             self._data_ptr = weight.data_ptr()
             self._fingerprint = fingerprint(weight)
+
+    def _prepack(self, w_NK: Tensor, which: str = "") -> tuple[Tensor, ...]:
+        try:
+            packed = quantize(w_NK, self.scheme.format, self.scheme.quantizer)
+        except WeightError as error:
+            raise WeightError(f"{self.fqn}{which}: {error}") from None
+        return self.kernel.prepack(packed, self.problem)
 
 
 class PackCache:

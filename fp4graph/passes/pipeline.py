@@ -74,7 +74,8 @@ def _row(site: LinearSite) -> LinearRow:
 def _bytes_packed(site: LinearSite, padded: tuple[int, int] | None) -> int | None:
     if site.kernel is None or site.scheme is None:
         return None
-    packed = site.scheme.format.packed_bytes(*(padded or site.tag.shape))
+    each = site.scheme.format.packed_bytes(*(padded or site.tag.shape[-2:]))
+    packed = math.prod(site.tag.shape[:-2]) * each
     dense = math.prod(site.tag.shape) * site.dtype.itemsize
     return packed if site.kernel.saves_memory else packed + dense
 

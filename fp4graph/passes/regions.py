@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 
-from fp4graph.passes.match import match_linear, source_of
+from fp4graph.passes.match import match_linear
+from fp4graph.passes.sources import source_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

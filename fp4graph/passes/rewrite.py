@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch._dynamo.source import ConstantSource
 
-from fp4graph.kernels import FAKE_QUANTIZE
+from fp4graph.kernels import FAKE_QUANTIZE, grouped
 from fp4graph.passes.match import match_linear
 from fp4graph.passes.regions import lift, regions
 from fp4graph.passes.site import LinearSite, site_of
@@ -34,7 +35,8 @@ class RewriteLinears:
     Result:
         y = fp4graph.cpu_nvfp4(x, tiles, row_scale, bias)          # or another kernel's op
         # with activations="same" x is fp4graph.fake_quantize(x, "nvfp4"), one node a distinct x;
-        # under autocast x and bias are first cast to the dtype that the linear would have used
+        # under autocast x and bias are first cast to the dtype that the linear would have used;
+        # experts that share x by rows are fp4graph.grouped_cpu_nvfp4(x, [tiles, row_scale], offs)
 
     The weight's graph input stays, unused: Dynamo passes arguments by position.
     """
@@ -85,11 +87,24 @@ def _replace(
                 quantized[key] = graph.call_function(FAKE_QUANTIZE, (x, key[2]))
                 quantized[key].meta = dict(x.meta)
             x = quantized[key]
+        op = ops[site.scheme.format.base]
         bias = None if form.bias is None else _cast(form.bias, site.dtype)
-        new = graph.call_function(ops[site.scheme.format.base], (x, *packed, bias))
+        if form.index is not None:
+            packed = [_entry(each, form.index) for each in packed]
+        if form.offs is not None or form.batched:
+            new = graph.call_function(grouped(op), (x, packed, form.offs))
+        else:
+            new = graph.call_function(op, (x, *packed, bias))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+
+
+def _entry(stack: Node, index: Any) -> Node:
+    """Take one expert's tensor out of the stack of all."""
+    entry = stack.graph.call_function(operator.getitem, (stack, index))
+    entry.meta = {**stack.meta, "example_value": stack.meta["example_value"][0]}
+    return entry
 
 
 def _cast(node: Node, dtype: torch.dtype) -> Node:

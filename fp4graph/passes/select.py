@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fp4graph.errors import SelectorError
 from fp4graph.passes.site import mark, sites
 from fp4graph.tags import Role
 
@@ -16,11 +15,6 @@ if TYPE_CHECKING:
 
     from fp4graph.policy import Policy
     from fp4graph.tags import LinearTag
-
-_FRAGMENT = (
-    "if torch.compile split the model (graph breaks, layers compiled alone), "
-    "pass model= to backend() so that paths are whole"
-)
 
 
 @dataclass(frozen=True)
@@ -37,8 +31,8 @@ class SelectLinears:
 
     Attributes:
         policy: what runs how.
-        universe: the linears that terms are checked against; None takes the graph's own. A graph
-            without linears is left alone.
+        universe: the linears of the whole model, which terms are checked against if the graph has
+            any; None checks nothing, for the graph may be a fragment.
     """
 
     name: ClassVar[str] = "select"
@@ -48,16 +42,9 @@ class SelectLinears:
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         """See the class."""
         found = list(sites(gm))
-        if not found:
-            return
-        seen = {site.tag.fqn: site.tag for _, site in found}  # which know more than names tell
-        tags = tuple(seen.get(tag.fqn, tag) for tag in self.universe or seen.values())
-        try:
-            self.policy.check(tags)
-        except SelectorError as error:
-            if self.universe is None and not any(tag.block == 0 for tag in tags):
-                raise error.with_hint(_FRAGMENT) from None
-            raise
+        if found and self.universe is not None:
+            seen = {site.tag.fqn: site.tag for _, site in found}  # which know more than names tell
+            self.policy.check([seen.get(tag.fqn, tag) for tag in self.universe])
         beside: dict[str, str] = {}
         for _, site in found:
             if self.policy.decide(site.tag).scheme:

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from fp4graph.passes.dataflow import roles_by_dataflow
-from fp4graph.passes.match import LinearForm, called, is_linear, match_linear, source_of
-from fp4graph.passes.names import count_blocks, named_linears, parameter_names, path_of
+from fp4graph.passes.match import LinearForm, called, is_linear, match_linear
+from fp4graph.passes.names import named_linears, parameter_names, path_of
 from fp4graph.passes.regions import regions, unshare
 from fp4graph.passes.site import LinearSite, mark, site_of, sites
+from fp4graph.passes.sources import source_of
 from fp4graph.passes.writes import written
 from fp4graph.roles import tag_by_name
+from fp4graph.stacks import Stacks
 from fp4graph.tags import Role
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from fp4graph.passes.regions import Region
     from fp4graph.tags import LinearTag
 
-_EXPERTS = "stacked expert weights are not supported yet"
 _NO_PARAMETER = "its weight is no nn.Parameter"
 _WRITTEN = "the graph changes its weight in place"
 _ADDEND = "what it adds is not a bias of one value a row of the weight"
@@ -53,20 +54,20 @@ class TagLinears:
     Attributes:
         names: module paths by parameter, from `parameter_names(model)`; where given, paths are
             whole even if a submodule is compiled alone.
-        num_blocks: blocks of the model; None counts those in the graph.
+        stacks: the model's stacks of blocks; None takes those in the graph.
     """
 
     name: ClassVar[str] = "tag"
     names: Names = field(default_factory=dict)
-    num_blocks: int | None = None
+    stacks: Stacks | None = None
 
     @classmethod
     def of(cls, model: nn.Module | None) -> TagLinears:
         """Build the pass, with whole module paths where the model is known."""
         if model is None:
             return cls()
-        tags = [each.tag for each in named_linears(model)]
-        return cls(parameter_names(model), count_blocks(tags))
+        stacks = Stacks.of(each.tag for each in named_linears(model))
+        return cls(parameter_names(model), stacks)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         """See the class."""
@@ -86,9 +87,9 @@ class TagLinears:
                         placeholder, example_inputs[index], region, outer[index], index
                     )
         found = list(sites(gm))
-        total = self.num_blocks or count_blocks([site.tag for _, site in found])
+        stacks = self.stacks or Stacks.of(site.tag for _, site in found)
         for node, site in found:
-            mark(node, replace(site, tag=replace(site.tag, num_blocks=total)))
+            mark(node, replace(site, tag=stacks.place(site.tag)))
 
     def _mark_linear(
         self,
@@ -106,27 +107,31 @@ class TagLinears:
         if not is_parameter and not is_linear(node):
             return  # a product of two activations
         value = weight if isinstance(weight, torch.Tensor) else form.weight.meta["example_value"]
-        if value.ndim != 2:
+        if value.ndim != (3 if form.stacked and is_parameter else 2):
             return
-        rows, columns = value.shape
+        *experts, rows, columns = value.shape
         transposed = form.transposed != flipped
-        shape = (columns, rows) if transposed else (rows, columns)
+        shape = (*experts, columns, rows) if transposed else (*experts, rows, columns)
         unsupported = region.unsupported or form.unsupported
         if not is_parameter:
             unsupported = unsupported or _NO_PARAMETER
         elif index in overwritten:
             unsupported = unsupported or _WRITTEN
-        elif form.bias is not None and form.bias.meta["example_value"].shape != shape[:1]:
+        elif form.bias is not None and form.bias.meta["example_value"].shape != shape[-2:-1]:
             unsupported = unsupported or _ADDEND
-        source = None if index is None else outer[index]
+        tag = self._tag(node, None if index is None else outer[index], weight, shape, region)
+        if form.batched and tag.role is not Role.EXPERT:
+            return  # each head's own matrix, or the like
+        if len(shape) == 3:
+            tag = replace(tag, role=Role.EXPERT, why=tag.why or "one of a stack, chosen by tokens")
         mark(
             node,
             LinearSite(
-                tag=self._tag(node, source, weight, shape, region),
+                tag=tag,
                 weight=index if is_parameter else None,
                 transposed=transposed,
                 dtype=node.meta["example_value"].dtype,
-                bytes_dense=rows * columns * value.element_size(),
+                bytes_dense=value.nbytes,
                 unsupported=unsupported,
             ),
         )
@@ -139,12 +144,10 @@ class TagLinears:
             if site_of(user) is not None or user.op == "output":
                 continue
             tag = self._tag(user, source, weight, tuple(weight.shape), region)
-            if tag.role is Role.EXPERT and weight.ndim == 3:
-                reason = _EXPERTS
-            elif weight.ndim == 2 and called(user) in _PRODUCTS:
-                reason = f"its weight is read by {called(user)}, which is not rewritten"
-            else:
+            is_stack = tag.role is Role.EXPERT and weight.ndim == 3
+            if not is_stack and (weight.ndim != 2 or called(user) not in _PRODUCTS):
                 continue
+            reason = f"its weight is read by {called(user)}, which is not rewritten"
             site = LinearSite(tag, index, False, weight.dtype, weight.nbytes, reason, reason=reason)
             mark(user, site)
             return
@@ -186,6 +189,8 @@ def _mark_roles(region: Region, outer: Sequence[Node], inputs: Sequence[Any]) ->
         site = site_of(node)
         assert site is not None
         named = site.tag.role
+        if named is Role.EXPERT and role in (Role.GATE, Role.UP, Role.GATE_UP, Role.DOWN):
+            mark(node, replace(site, tag=replace(site.tag, expert=role)))
         if (named is Role.OTHER and site.tag.block is not None) or (named, role) in _UNSURE:
             mark(node, replace(site, tag=replace(site.tag, role=role, why=why)))
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
-from fp4graph.passes.match import called, is_copy, is_transpose
+from fp4graph.passes.match import called
+from fp4graph.passes.sources import is_copy, is_transpose
 
 if TYPE_CHECKING:
     from torch.fx import Graph

@@ -97,27 +97,23 @@ def test_rows_say_who_chose_and_how() -> None:
     assert found["model.layers.0.mlp.down_proj"].bytes_packed == 64 * 3 * 17
 
 
-def test_a_selected_expert_raises_by_default_and_can_be_kept() -> None:
-    with pytest.raises(Exception, match="stacked expert weights are not supported yet"):
-        record("mixtral", "expert")
-    kept = marks(record("mixtral", "attn | expert", on_refusal="keep"))
-    expert = kept["model.layers.0.mlp.experts.gate_up_proj"]
-    assert not expert.selected
-    assert expert.reason == "refused: stacked expert weights are not supported yet"
-    assert kept["model.layers.0.self_attn.q_proj"].selected
+def test_a_refused_linear_raises_by_default_and_can_be_kept() -> None:
+    where = "kernel triton: it runs on cuda and hip, and the weight is on cpu"
+    with pytest.raises(Exception, match=where):
+        record("llama", {"q": {"kernel": "triton"}})
+    kept = marks(record("llama", {"q,v": {"kernel": "triton"}, "v": "nvfp4"}, on_refusal="keep"))
+    q = kept["model.layers.0.self_attn.q_proj"]
+    assert not q.selected
+    assert q.reason == f"refused: {where}"
+    assert kept["model.layers.0.self_attn.v_proj"].selected
 
 
 def test_the_error_names_the_linears_and_the_way_out() -> None:
-    with pytest.raises(Exception, match=r"experts\.gate_up_proj") as caught:
-        record("mixtral", "expert")
+    with pytest.raises(Exception, match=r"self_attn\.q_proj") as caught:
+        record("llama", {"attn": {"kernel": "triton"}})
     text = str(caught.value)
     assert 'on_refusal="keep"' in text
-    assert "(and 1 more)" in text
-
-
-def test_a_mapping_entry_that_matches_nothing_raises() -> None:
-    with pytest.raises(Exception, match="`blocks>99` matches nothing"):
-        record("llama", {"all": "nvfp4", "q,blocks>99": None})
+    assert "(and 5 more)" in text
 
 
 @pytest.mark.parametrize(
