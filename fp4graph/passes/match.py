@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+import re
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from torch.fx import Node
 
 from fp4graph.passes.sources import entry_of, follow, source_of
@@ -42,6 +44,8 @@ class LinearForm:
         offs: of experts, the node that says where each one's rows of x end, one after the other.
         index: of experts, which one computes all of x: a number or the node that says so.
         batched: of experts, whether x holds as many rows for each, [E, M, K].
+        x_dim: which dimension of x is K; it is the last but for `W @ x` and einsum.
+        y_dim: which dimension of the result is N.
         unsupported: why the node cannot be rewritten, or None.
     """
 
@@ -53,6 +57,8 @@ class LinearForm:
     offs: Node | None = None
     index: object = None
     batched: bool = False
+    x_dim: int = -1
+    y_dim: int = -1
     unsupported: str | None = None
 
     @property
@@ -64,15 +70,23 @@ class LinearForm:
 def match_linear(node: Node) -> LinearForm | None:
     """Recognise a linear.
 
-    `F.linear`, GPT-2's `addmm(bias, x, W)`, Falcon's `matmul(x, W.T)`; of experts
-    `grouped_mm(x, W, offs)`, `bmm(x, W)`, and any of the first three on `W[expert]`.
+    `F.linear`, GPT-2's `addmm(bias, x, W)`, Falcon's `matmul(x, W.T)`, Mamba's `W @ x`, an einsum
+    of x and a matrix; of experts `grouped_mm(x, W, offs)`, `bmm(x, W)`, and any of the first three
+    on `W[expert]`.
     """
     if node.op not in ("call_function", "call_method"):
         return None
     if node.target in _LINEAR:
         return _form(node, _bind(node, _LINEAR_ARGUMENTS), stored_NK=True)
     if node.target in _MATMUL:
-        return _form(node, (*_bind(node, _MATMUL_ARGUMENTS), None), stored_NK=False)
+        first, second = _bind(node, _MATMUL_ARGUMENTS)
+        if _is_matrix(first) and not _is_matrix(second):
+            form = _form(node, (second, first, None), stored_NK=True)
+            is_vector = form is not None and form.x.meta["example_value"].ndim == 1
+            return form if form is None or is_vector else replace(form, x_dim=-2, y_dim=-2)
+        return _form(node, (first, second, None), stored_NK=False)
+    if called(node) == "einsum":
+        return _einsum(node)
     if node.target in _ADDMM:
         bias, x, weight = _bind(node, _ADDMM_ARGUMENTS)
         return _form(node, (x, weight, bias), stored_NK=False)
@@ -82,6 +96,36 @@ def match_linear(node: Node) -> LinearForm | None:
     if called(node) in _GROUPED:
         return _grouped(node)
     return None
+
+
+def _einsum(node: Node) -> LinearForm | None:
+    """Recognise what sums over one dimension of x and of a matrix, and keeps all others."""
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = list(operands[0])
+    found = re.fullmatch(r"(\w+),(\w+)->(\w+)", str(equation).replace(" ", ""))
+    if found is None or len(operands) != 2:
+        return None
+    first, second, out = found.groups()
+    x, weight = operands
+    if _is_matrix(x):
+        x, weight, first, second = weight, x, second, first
+    summed, kept = set(first) & set(second), set(second) - set(first)
+    repeats = any(len(set(each)) < len(each) for each in (first, second, out))
+    if not _is_matrix(weight) or len(summed) != 1 or len(kept) != 1 or repeats:
+        return None
+    k, n = summed.pop(), kept.pop()
+    if n not in out or out.replace(n, "") != first.replace(k, ""):
+        return None
+    form = _form(node, (x, weight, None), stored_NK=second == n + k)
+    return form and replace(form, x_dim=first.index(k), y_dim=out.index(n))
+
+
+def _is_matrix(node: object) -> bool:
+    """Whether a node is a parameter of two dimensions, plain or transposed."""
+    source = source_of(node)[0] if isinstance(node, Node) else None
+    value = None if source is None else source.meta.get("example_value")
+    return isinstance(value, nn.Parameter) and value.ndim == 2
 
 
 def _grouped(node: Node) -> LinearForm | None:

@@ -100,13 +100,24 @@ def path_of(node: Node, placeholder: Node | None, known: tuple[str, ...], *, sha
     stack = {} if shared else node.meta.get("nn_module_stack") or {}
     caller = _clean(next(reversed(stack.values()))[0]) if stack else ""
     lifted = "" if placeholder is None else _source_path(placeholder)
-    if known:
+    if len(known) > 1:
         ends = (path for end in (caller, lifted) for path in known if _ends_like(path, end))
-        return known[0] if len(known) == 1 else next(ends, known[0])
-    inside = f"{lifted}.".startswith(f"{caller}.") or not caller
-    if lifted and inside:
+        inside = (path for path in known if caller and f".{caller}." in f".{path}.")
+        return next(ends, None) or next(inside, known[0])
+    if known:
+        return known[0]
+    if lifted and (not caller or f"{lifted}.".startswith(f"{caller}.")):
         return lifted
+    depth = caller.count(".") + 1  # a tied weight may have been lifted from another layer
+    *above, below = lifted.split(".", depth) if lifted.count(".") >= depth else ("",)
+    if below and _kind(".".join(above)) == _kind(caller):
+        return f"{caller}.{below}"
     return caller or lifted or node.name
+
+
+def _kind(path: str) -> str:
+    """Return a path without its numbers."""
+    return re.sub(r"\d+", "", path)
 
 
 def _ends_like(path: str, end: str) -> bool:

@@ -6,24 +6,24 @@ import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch._dynamo.source import ConstantSource
 
 from fp4graph.kernels import FAKE_QUANTIZE, grouped
 from fp4graph.passes.match import match_linear
 from fp4graph.passes.regions import lift, regions
-from fp4graph.passes.site import LinearSite, site_of
+from fp4graph.passes.site import LinearSite, site_of, unmarked
 from fp4graph.passes.writes import writes_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
     from torch import Tensor
     from torch.fx import GraphModule, Node
 
     from fp4graph.passes.pack_cache import PackEntry
 
-    _Input = tuple[Node, torch.dtype, str, int]
+    _Input = tuple[Node, int, torch.dtype, str, int]
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ def _replace(
     assert site.scheme is not None
     graph = node.graph
     with graph.inserting_before(node):
-        x = _cast(form.x, site.dtype)
+        x = _move(_cast(form.x, site.dtype), form.x_dim, -1)
         ops = site.kernel.ops
         if site.scheme.activations == "int8":
             ops = site.kernel.int8_ops
         elif site.scheme.activations is not None:
             # an input that is written to in between is not the same input
-            key = (form.x, site.dtype, site.scheme.activations.name, writes)
+            key = (form.x, form.x_dim, site.dtype, site.scheme.activations.name, writes)
             if key not in quantized:
-                quantized[key] = graph.call_function(FAKE_QUANTIZE, (x, key[2]))
+                quantized[key] = graph.call_function(FAKE_QUANTIZE, (x, key[3]))
                 quantized[key].meta = dict(x.meta)
             x = quantized[key]
         op = ops[site.scheme.format.base]
@@ -95,15 +95,28 @@ def _replace(
             new = graph.call_function(grouped(op), (x, packed, form.offs))
         else:
             new = graph.call_function(op, (x, *packed, bias))
-    new.meta = dict(node.meta)
+        new.meta = {
+            **node.meta,
+            "example_value": node.meta["example_value"].movedim(form.y_dim, -1),
+        }
+        new = _move(new, -1, form.y_dim)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+
+
+def _move(node: Node, source: int, destination: int) -> Node:
+    """Move a dimension to where a linear has it, or back."""
+    if source == destination:
+        return node
+    moved = node.graph.call_function(torch.movedim, (node, source, destination))
+    moved.meta = _meta_like(node, node.meta["example_value"].movedim(source, destination))
+    return moved
 
 
 def _entry(stack: Node, index: Any) -> Node:
     """Take one expert's tensor out of the stack of all."""
     entry = stack.graph.call_function(operator.getitem, (stack, index))
-    entry.meta = {**stack.meta, "example_value": stack.meta["example_value"][0]}
+    entry.meta = _meta_like(stack, stack.meta["example_value"][0])
     return entry
 
 
@@ -112,8 +125,12 @@ def _cast(node: Node, dtype: torch.dtype) -> Node:
     if value.dtype == dtype:
         return node
     cast = node.graph.call_method("to", (node, dtype))
-    cast.meta = {**node.meta, "example_value": value.to(dtype)}
+    cast.meta = _meta_like(node, value.to(dtype))
     return cast
+
+
+def _meta_like(node: Node, value: Tensor) -> dict[str, Any]:
+    return {**unmarked(node), "example_value": value}
 
 
 def _register(gm: GraphModule, name: str, entry: PackEntry) -> list[tuple[str, Tensor, Node]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp4graph.passes.regions import regions
 
@@ -60,6 +60,11 @@ def mark(node: Node, site: LinearSite) -> None:
 def site_of(node: Node) -> LinearSite | None:
     """Return the site on a node, or None."""
     return node.meta.get(_KEY)
+
+
+def unmarked(node: Node) -> dict[str, Any]:
+    """Return a node's metadata without its site."""
+    return {key: value for key, value in node.meta.items() if key != _KEY}
 
 
 def sites(gm: GraphModule) -> Iterator[tuple[Node, LinearSite]]:

@@ -13,7 +13,7 @@ from fp4graph.passes.match import LinearForm, called, is_linear, match_linear
 from fp4graph.passes.names import named_linears, parameter_names, path_of
 from fp4graph.passes.regions import regions, unshare
 from fp4graph.passes.site import LinearSite, mark, site_of, sites
-from fp4graph.passes.sources import source_of
+from fp4graph.passes.sources import entry_of, source_of
 from fp4graph.passes.writes import written
 from fp4graph.roles import tag_by_name
 from fp4graph.stacks import Stacks
@@ -201,9 +201,10 @@ def _written_inputs(region: Region) -> set[int]:
 
 
 def _readers(placeholder: Node, alias: Node | None = None) -> list[Node]:
-    """Return what reads an input, directly or through transposes and plain copies."""
+    """Return what reads an input, directly or through transposes, plain copies and one index."""
     found = []
     for user in (alias or placeholder).users:
-        plain = source_of(user)[0] is placeholder
+        entry, _ = entry_of(user) or (user, None)
+        plain = source_of(entry)[0] is placeholder
         found += _readers(placeholder, user) if plain else [user]
     return found
