@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
-from fp4graph.errors import OptionError
+from fp4graph.errors import OptionError, SelectorError
 from fp4graph.formats import BlockFormat, get_format
 from fp4graph.kernels import check_name, check_quantizer
 from fp4graph.selector import Selector, parse
@@ -14,7 +14,7 @@ from fp4graph.selector import Selector, parse
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fp4graph.tags import LinearTag
+    from fp4graph.tags import LinearTag, Role
 
 Select = str | Selector | Mapping[str, "str | BlockFormat | Mapping[str, object] | None"]
 """A selector, or a mapping from selector to a format, to options of `Scheme`, or to None."""
@@ -94,10 +94,18 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a policy says of one linear: a scheme, or None for dense, and the entry that said it."""
+    """What a policy says of one linear.
+
+    Attributes:
+        scheme: how it runs; None for dense.
+        reason: the entry that said so.
+        parts: which parts of a fused weight are meant, the others staying dense; all of them, or
+            the role itself, elsewhere.
+    """
 
     scheme: Scheme | None
     reason: str
+    parts: tuple[Role, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,14 +157,39 @@ class Policy:
         """Say how a linear runs, and by which entry.
 
         Raises:
-            SelectorError: see `Selector.matches`.
+            SelectorError: see `Selector.picks`, or parts of a fused weight are to run in different
+                ways.
         """
         decision = Decision(None, "not selected")
+        schemes: dict[Role, Scheme] = {}
         for selector, scheme in self.entries:
-            if selector.matches(tag):
+            picked = selector.picks(tag)
+            for part in picked:
+                if scheme is None:
+                    schemes.pop(part, None)
+                else:
+                    schemes[part] = scheme
+            if picked:
                 said = f"`{selector}`"
                 decision = Decision(scheme, said if scheme else f"kept dense by {said}")
-        return decision
+        ways = set(schemes.values())
+        if len(ways) > 1:
+            raise SelectorError(
+                str(self),
+                f"parts of the fused {tag.fqn} are to run in different ways "
+                f"({' and '.join(sorted(map(str, ways)))}): give them one, or None",
+            )
+        parts = tuple(part for part in tag.parts if part in schemes)
+        return replace(decision, scheme=next(iter(ways), None), parts=parts)
+
+    def refuse_part(self, tag: LinearTag) -> None:
+        """Raise what a part of a fused weight alone is, where its rows are not known.
+
+        Raises:
+            SelectorError: see `Selector.matches`.
+        """
+        for selector, _ in self.entries:
+            selector.matches(tag)
 
     def __str__(self) -> str:
         if len(self.entries) == 1 and self.entries[0][1] is not None:

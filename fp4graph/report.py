@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ class LinearRow:
         why: what told the role: the linear's name, or where its result flows; empty for `other`.
         stack: the stack of blocks that it belongs to: text, vision, audio, encoder, decoder.
         expert: of an expert, which of its linears it is; None elsewhere.
+        rows: of a fused weight of which a part alone runs in FP4, that part's rows; else None.
     """
 
     path: str
@@ -52,6 +54,13 @@ class LinearRow:
     why: str = ""
     stack: str = "text"
     expert: str | None = None
+    rows: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of values that run in FP4, if it is selected."""
+        *experts, N, K = self.shape
+        return math.prod(experts) * (N if self.rows is None else self.rows) * K
 
     @classmethod
     def of(cls, tag: LinearTag, bytes_dense: int, reason: str) -> LinearRow:

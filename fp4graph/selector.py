@@ -99,16 +99,12 @@ class Selector:
         return any(term.counts_from_end for term in self.root.terms())
 
     def matches(self, tag: LinearTag) -> bool:
-        """Tell whether `tag` is selected.
+        """Tell whether `tag` is selected, whole.
 
         Raises:
-            SelectorError: only some parts of a fused weight are selected, or a negative block
-                index meets a tag that does not know the number of blocks.
+            SelectorError: see `picks`, or only some parts of a fused weight are selected.
         """
-        if tag.num_blocks is None and self.counts_from_end:
-            problem = "a negative block index needs the number of blocks: pass model= to backend()"
-            raise SelectorError(self.text, problem)
-        picked = self._picks(tag)
+        picked = self.picks(tag)
         if picked and len(picked) < len(tag.parts):
             scope = "expert:" if tag.role is Role.EXPERT else ""
             parts = ",".join(scope + part for part in tag.parts)
@@ -120,8 +116,17 @@ class Selector:
             )
         return bool(picked)
 
-    def _picks(self, tag: LinearTag) -> list[Role]:
-        return [part for part in tag.parts if self.root.accepts(tag, part)]
+    def picks(self, tag: LinearTag) -> tuple[Role, ...]:
+        """Return what of `tag` is selected: parts of a fused weight, all, or none.
+
+        Raises:
+            SelectorError: a negative block index meets a tag that does not know the number of
+                blocks.
+        """
+        if tag.num_blocks is None and self.counts_from_end:
+            problem = "a negative block index needs the number of blocks: pass model= to backend()"
+            raise SelectorError(self.text, problem)
+        return tuple(part for part in tag.parts if self.root.accepts(tag, part))
 
     def _column_of(self, tag: LinearTag) -> int | None:
         """Return where a part of the tag's role is named."""
@@ -145,7 +150,7 @@ class Selector:
                 raise SelectorError(
                     self.text, f"`{term}` matches nothing: {describe(tags)}", term.column
                 )
-        if str(self) != "none" and not any(self.matches(tag) for tag in tags):
+        if str(self) != "none" and not any(self.picks(tag) for tag in tags):
             problem = f"every term matches, but together they select nothing: {describe(tags)}"
             raise SelectorError(self.text, problem)
 

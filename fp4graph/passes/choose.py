@@ -91,7 +91,7 @@ def _problem(site: LinearSite, example_inputs: Sequence[Any], target: Target | N
         )
     out_features, in_features = site.tag.shape[-2:]
     return Problem(
-        out_features,
+        out_features if site.rows is None else len(site.rows),
         in_features,
         site.scheme.format,
         site.dtype,

@@ -21,25 +21,17 @@ from fp4graph.passes.origins import SOFTMAX, TOP, Flow, tensors
 from fp4graph.tags import Role
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection
 
-    from torch.fx import Graph
 
 _Found = Iterator[tuple[Node, Role, str]]
 _MOST_PROJECTIONS = 5
 
 
 def roles_by_dataflow(
-    graph: Graph, linears: Mapping[Node, Node], parameters: Collection[Node]
+    flow: Flow,
 ) -> dict[Node, tuple[Role, str]]:
-    """Return the role of each linear that a rule knows, and the rule.
-
-    Args:
-        graph: a graph as Dynamo makes it.
-        linears: the nodes that are linears, each with its input.
-        parameters: the graph's inputs that are parameters or buffers, not activations.
-    """
-    flow = Flow(graph, linears, parameters)
+    """Return the role of each linear that a rule knows, and the rule."""
     found: dict[Node, tuple[Role, str]] = {}
     for rule in (_attention, _mlp, _router):
         for node, role, why in rule(flow):

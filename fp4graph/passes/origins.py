@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
     from torch.fx import Graph
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     *("silu", "gelu", "relu", "relu6", "sigmoid", "tanh", "elu", "celu", "selu", "softplus"),
     *("hardswish", "hardsigmoid", "mish", "leaky_relu", "logsigmoid", "erf", "relu_", "silu_"),
 }
 _CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "causal_conv1d_fn"}
 _CUTS = {"chunk", "split", "tensor_split", "split_with_sizes", "narrow", "unbind", "getitem"}
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "mm"}
-_ATTENTION = {"scaled_dot_product_attention", "flex_attention"}
+ATTENTION = {"scaled_dot_product_attention", "flex_attention"}
 _QKV = ("query", "key", "value")
 SOFTMAX = {"softmax", "_softmax"}
 _SUMS = {"add", "iadd", "add_", "sub", "addcmul"}
@@ -95,7 +95,7 @@ class Flow:
         if node.op not in ("call_function", "call_method"):
             return _NOTHING
         name, inputs = called(node), tensors(node)
-        if name in _ATTENTION:
+        if name in ATTENTION:
             q, k, v = (*node.args, *(node.kwargs[each] for each in _QKV if each in node.kwargs))[:3]
             return self._attend(node, (q, k, v))  # type: ignore[arg-type]
         if self._is_product(node):
@@ -183,7 +183,7 @@ def _passed(node: Node, origins: Origins) -> Origins:
     if name == "glu":
         halves = [replace(origin, cut=True) for origin in origins]
         return frozenset([*halves, *(replace(half, activated=True) for half in halves)])
-    if name in _ACTIVATIONS:
+    if name in ACTIVATIONS:
         return frozenset(replace(origin, activated=True) for origin in origins)
     if name in _CUTS and _cuts(node):
         return frozenset(replace(origin, cut=True) for origin in origins)

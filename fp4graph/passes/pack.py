@@ -44,6 +44,7 @@ class PackWeights:
                 site.kernel,
                 site.problem,
                 transposed=site.transposed,
+                rows=site.rows,
                 fqn=site.tag.fqn,
             )
             mark(node, replace(site, entry=entry))

@@ -34,8 +34,10 @@ class PackEntry:
     kernel: Kernel
     problem: Problem
     transposed: bool
+    rows: tuple[int, ...] | None
     fqn: str
     tensors: tuple[Tensor, ...] = ()
+    index: tuple[Tensor, ...] = ()  # the rows as a tensor, where they are not all
     _weight: ref[Tensor] | None = None
     _version: int = -1
     _data_ptr: int = -1
@@ -67,6 +69,9 @@ class PackEntry:
         # Outside inference mode, or the tensors could not be written again later.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             w_NK = weight.detach().mT if self.transposed else weight.detach()
+            if self.rows is not None:
+                self.index = self.index or (torch.tensor(self.rows, device=w_NK.device),)
+                w_NK = w_NK[self.index[0]]
             if w_NK.ndim == 3:
                 experts = (self._prepack(each, f", expert {i}") for i, each in enumerate(w_NK))
                 fresh = tuple(map(torch.stack, zip(*experts, strict=True)))
@@ -109,21 +114,22 @@ class PackCache:
         *,
         transposed: bool,
         fqn: str,
+        rows: tuple[int, ...] | None = None,
     ) -> PackEntry:
-        """Return the entry of a weight, packed now if it is new or its content changed.
+        """Return the entry of a weight, or of some of its rows, packed now if new or changed.
 
         Raises:
             WeightError: the weight holds NaN or Inf; names the linear.
         """
         layout = kernel.plan(problem).layout
-        key = (scheme.format, scheme.quantizer, kernel.name, layout, transposed)
+        key = (scheme.format, scheme.quantizer, kernel.name, layout, transposed, rows)
         with self._lock:
             by_scheme = self._entries.get(weight)
             if by_scheme is None:
                 by_scheme = self._entries[weight] = {}
             entry = by_scheme.get(key)
             if entry is None:
-                entry = PackEntry(scheme, kernel, problem, transposed, fqn)
+                entry = PackEntry(scheme, kernel, problem, transposed, rows, fqn)
                 by_scheme[key] = entry
             entry.verify(weight)
         return entry

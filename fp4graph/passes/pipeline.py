@@ -68,16 +68,18 @@ def _row(site: LinearSite) -> LinearRow:
         layout=plan.layout,
         tile=plan.tile,
         bytes_packed=_bytes_packed(site, plan.padded),
+        rows=None if site.rows is None else len(site.rows),
     )
 
 
 def _bytes_packed(site: LinearSite, padded: tuple[int, int] | None) -> int | None:
     if site.kernel is None or site.scheme is None:
         return None
-    each = site.scheme.format.packed_bytes(*(padded or site.tag.shape[-2:]))
-    packed = math.prod(site.tag.shape[:-2]) * each
-    dense = math.prod(site.tag.shape) * site.dtype.itemsize
-    return packed if site.kernel.saves_memory else packed + dense
+    *experts, N, K = site.tag.shape
+    rows = N if site.rows is None else len(site.rows)
+    packed = math.prod(experts) * site.scheme.format.packed_bytes(*(padded or (rows, K)))
+    kept = N - rows if site.kernel.saves_memory else N
+    return packed + math.prod(experts) * kept * K * site.dtype.itemsize
 
 
 def bindings(gm: GraphModule) -> tuple[Binding, ...]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch._dynamo.source import ConstantSource
 
 from fp4graph.kernels import FAKE_QUANTIZE, grouped
+from fp4graph.passes.emit import cast, move, put_among_dense, take
 from fp4graph.passes.match import match_linear
 from fp4graph.passes.regions import lift, regions
-from fp4graph.passes.site import LinearSite, site_of, unmarked
+from fp4graph.passes.site import LinearSite, mark, site_of, unmarked
 from fp4graph.passes.writes import writes_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
     from torch import Tensor
     from torch.fx import GraphModule, Node
 
@@ -74,9 +74,11 @@ def _replace(
     assert form is not None
     assert site.kernel is not None
     assert site.scheme is not None
+    assert site.entry is not None
     graph = node.graph
+    packed, index = packed[: len(site.entry.tensors)], packed[len(site.entry.tensors) :]
     with graph.inserting_before(node):
-        x = _move(_cast(form.x, site.dtype), form.x_dim, -1)
+        x = move(cast(form.x, site.dtype), form.x_dim, -1)
         ops = site.kernel.ops
         if site.scheme.activations == "int8":
             ops = site.kernel.int8_ops
@@ -88,49 +90,24 @@ def _replace(
                 quantized[key].meta = dict(x.meta)
             x = quantized[key]
         op = ops[site.scheme.format.base]
-        bias = None if form.bias is None else _cast(form.bias, site.dtype)
+        value = node.meta["example_value"].movedim(form.y_dim, -1)
+        bias = None if form.bias is None else cast(form.bias, site.dtype)
+        if site.rows is not None:
+            value = value.narrow(-1, 0, len(site.rows))
+            bias = bias and graph.call_method("index_select", (bias, 0, *index))
         if form.index is not None:
-            packed = [_entry(each, form.index) for each in packed]
+            packed = [take(each, form.index) for each in packed]
         if form.offs is not None or form.batched:
             new = graph.call_function(grouped(op), (x, packed, form.offs))
         else:
             new = graph.call_function(op, (x, *packed, bias))
-        new.meta = {
-            **node.meta,
-            "example_value": node.meta["example_value"].movedim(form.y_dim, -1),
-        }
-        new = _move(new, -1, form.y_dim)
+        new.meta = {**unmarked(node), "example_value": value}
+        if site.rows is not None:
+            new = put_among_dense(new, site.rows, index[0], node, form)
+        new = move(new, -1, form.y_dim)
+        mark(new, site)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
-
-
-def _move(node: Node, source: int, destination: int) -> Node:
-    """Move a dimension to where a linear has it, or back."""
-    if source == destination:
-        return node
-    moved = node.graph.call_function(torch.movedim, (node, source, destination))
-    moved.meta = _meta_like(node, node.meta["example_value"].movedim(source, destination))
-    return moved
-
-
-def _entry(stack: Node, index: Any) -> Node:
-    """Take one expert's tensor out of the stack of all."""
-    entry = stack.graph.call_function(operator.getitem, (stack, index))
-    entry.meta = _meta_like(stack, stack.meta["example_value"][0])
-    return entry
-
-
-def _cast(node: Node, dtype: torch.dtype) -> Node:
-    value = node.meta["example_value"]
-    if value.dtype == dtype:
-        return node
-    cast = node.graph.call_method("to", (node, dtype))
-    cast.meta = _meta_like(node, value.to(dtype))
-    return cast
-
-
-def _meta_like(node: Node, value: Tensor) -> dict[str, Any]:
-    return {**unmarked(node), "example_value": value}
 
 
 def _register(gm: GraphModule, name: str, entry: PackEntry) -> list[tuple[str, Tensor, Node]]:
@@ -143,7 +120,7 @@ def _register(gm: GraphModule, name: str, entry: PackEntry) -> list[tuple[str, T
     sources = getattr(gm, "_param_name_to_source", None)
     first = next(node for node in gm.graph.nodes if node.op != "placeholder")
     with gm.graph.inserting_before(first):
-        for index, tensor in enumerate(entry.tensors):
+        for index, tensor in enumerate((*entry.tensors, *entry.index)):
             each = f"{name}_{index}"
             gm.register_buffer(each, tensor)
             if sources is not None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fp4graph.passes.site import mark, sites
+from fp4graph.passes.flow import flow_of
+from fp4graph.passes.parts import parts_of
+from fp4graph.passes.regions import regions
+from fp4graph.passes.site import mark, site_of, sites
 from fp4graph.tags import Role
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from torch.fx import GraphModule
+    from torch.fx import GraphModule, Node
 
-    from fp4graph.policy import Policy
+    from fp4graph.policy import Decision, Policy
     from fp4graph.tags import LinearTag
 
 
@@ -24,10 +27,11 @@ class SelectLinears:
     Given:
         a node marked LinearTag(..., Role.Q, block=7, ...), and the policy `attn,blocks>4`
     Result:
-        the same node, marked scheme=nvfp4 W4A16, reason="`attn,blocks>4`"
+        the same node, marked scheme=nvfp4 W4A16, reason="`attn,blocks>4`"; of a fused weight of
+        which only a part is picked, with the rows of that part
 
     Raises:
-        SelectorError: a term matches nothing, or only a part of a fused weight.
+        SelectorError: a term matches nothing, or a part of a fused weight whose rows are not known.
 
     Attributes:
         policy: what runs how.
@@ -45,12 +49,14 @@ class SelectLinears:
         if found and self.universe is not None:
             seen = {site.tag.fqn: site.tag for _, site in found}  # which know more than names tell
             self.policy.check([seen.get(tag.fqn, tag) for tag in self.universe])
+        decisions = {node: self.policy.decide(site.tag) for node, site in found}
         beside: dict[str, str] = {}
-        for _, site in found:
-            if self.policy.decide(site.tag).scheme:
-                beside.setdefault(site.tag.fqn.rpartition(".")[0], site.tag.fqn)
         for node, site in found:
-            decision = self.policy.decide(site.tag)
+            if decisions[node].scheme:
+                beside.setdefault(site.tag.fqn.rpartition(".")[0], site.tag.fqn)
+        rows = self._rows_of_parts(gm, example_inputs, decisions)
+        for node, site in found:
+            decision = decisions[node]
             reason = decision.reason if decision.scheme else site.unsupported or decision.reason
             sibling = beside.get(site.tag.fqn.rpartition(".")[0])
             if decision.scheme is None and site.tag.role is Role.OTHER and sibling:
@@ -58,4 +64,25 @@ class SelectLinears:
                     f"not selected: no rule knows its role, though {sibling} beside it is "
                     "selected; `other` and path: select it"
                 )
-            mark(node, replace(site, scheme=decision.scheme, reason=reason))
+            if node in rows:
+                reason += f" for the rows of {','.join(decision.parts)}, the others stay dense,"
+            mark(node, replace(site, scheme=decision.scheme, rows=rows.get(node), reason=reason))
+
+    def _rows_of_parts(
+        self, gm: GraphModule, example_inputs: Sequence[Any], decisions: Mapping[Node, Decision]
+    ) -> dict[Node, tuple[int, ...]]:
+        """Return the rows of fused weights of which only a part is picked."""
+        rows: dict[Node, tuple[int, ...]] = {}
+        outer = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        for region in regions(gm):
+            flow = None
+            for node in region.gm.graph.nodes:
+                site = site_of(node)
+                if site is None or decisions[node].parts in ((), site.tag.parts):
+                    continue
+                flow = flow or flow_of(region, outer, example_inputs)
+                known = parts_of(node, site.tag.role, flow)
+                if not known:
+                    self.policy.refuse_part(site.tag)
+                rows[node] = tuple(sorted(r for part in decisions[node].parts for r in known[part]))
+        return rows

@@ -33,6 +33,7 @@ class LinearSite:
         bytes_dense: size of the weight.
         unsupported: why it cannot be rewritten, or None.
         scheme: how to run it; None leaves it dense.
+        rows: the rows of the weight that run so, ascending; None for all.
         reason: which selector decided, or why it stays dense.
         problem: what a kernel has to solve.
         kernel: who will compute it.
@@ -46,6 +47,7 @@ class LinearSite:
     bytes_dense: int
     unsupported: str | None = None
     scheme: Scheme | None = None
+    rows: tuple[int, ...] | None = None
     reason: str = "not selected"
     problem: Problem | None = None
     kernel: Kernel | None = None

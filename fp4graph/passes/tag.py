@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fp4graph.passes.dataflow import roles_by_dataflow
+from fp4graph.passes.flow import flow_of
 from fp4graph.passes.match import LinearForm, called, is_linear, match_linear
 from fp4graph.passes.names import named_linears, parameter_names, path_of
 from fp4graph.passes.regions import regions, unshare
@@ -175,17 +176,7 @@ _UNSURE = {  # (what a name says, what it stands for as well)
 
 def _mark_roles(region: Region, outer: Sequence[Node], inputs: Sequence[Any]) -> None:
     """Let the flow of data say what names do not, and which kind of gate a gate is."""
-    linears = {}
-    for node in region.gm.graph.nodes:
-        form = match_linear(node)
-        if form is not None and site_of(node) is not None:
-            linears[node] = form.x
-    parameters = {
-        node
-        for node, (index, _) in region.inputs.items()
-        if isinstance(inputs[index], nn.Parameter) or "_buffers_" in str(outer[index].target)
-    }
-    for node, (role, why) in roles_by_dataflow(region.gm.graph, linears, parameters).items():
+    for node, (role, why) in roles_by_dataflow(flow_of(region, outer, inputs)).items():
         site = site_of(node)
         assert site is not None
         named = site.tag.role

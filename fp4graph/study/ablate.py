@@ -182,7 +182,7 @@ def _row(trial: Trial, scores: Scores, dense: Scores, report: Report) -> Row:
         kl_se=kl_se,
         top1=float(scores.top1.sum()) / (len(scores.top1) * scores.tokens),
         linears=len(rows),
-        parameters=sum(row.shape[0] * row.shape[1] for row in rows),
+        parameters=sum(row.parameters for row in rows),
         bytes_dense=bytes_dense,
         bytes_packed=bytes_packed,
         dnll_per_mb=dnll / saved if saved > 0 else None,
