@@ -52,7 +52,7 @@ class Products(TorchFunctionMode):
         self.seen: set[tuple[str, ...]] = set()
         self._names: dict[int, tuple[str, ...]] = defaultdict(tuple)
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and "bias" not in name:
                 self._names[parameter.untyped_storage().data_ptr()] += (name,)
 
     def __torch_function__(

@@ -24,6 +24,7 @@ from fp4graph.formats import (
 )
 from fp4graph.kernels import quantize
 from fp4graph.policy import Policy, Scheme
+from fp4graph.replay import Replay
 from fp4graph.report import LinearRow, Report
 from fp4graph.selector import Selector
 from fp4graph.trace import TracedModel
@@ -44,6 +45,7 @@ __all__ = [
     "Policy",
     "RecompileError",
     "RefusalError",
+    "Replay",
     "Report",
     "Scheme",
     "Selector",

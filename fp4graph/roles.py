@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict[str, Role]] = {
     "peft": {
         "*.lora_[AB].*": Role.ADAPTER,
         "*.lora_embedding_[AB].*": Role.ADAPTER,
+        "*adapter_list.*": Role.ADAPTER,  # Zamba2's own
     },
     # before all others, for a router's `gate` is no gate, and experts have linears of every name
     "mixture of experts": {
@@ -65,6 +66,26 @@ FAMILIES: dict[str, dict[str, Role]] = {
         "q_b_proj": Role.Q_B,
         "kv_a_proj_with_mqa": Role.KV_A,
         "kv_b_proj": Role.KV_B,
+        "o_a_proj": Role.O,
+        "o_b_proj": Role.O,
+    },
+    # hyper-connections, AltUp, LAuReL: they mix residual streams
+    "residual": {
+        "*_hc.*": Role.RESIDUAL,
+        "*hyper_connection.*": Role.RESIDUAL,
+        "altup.*": Role.RESIDUAL,
+        "laurel.*": Role.RESIDUAL,
+        "linear": Role.RESIDUAL,  # Zamba2's, from the shared block back into the stream
+    },
+    "gemma 3n and 4": {
+        "per_layer_input_gate": Role.PER_LAYER,
+        "per_layer_projection": Role.PER_LAYER,
+    },
+    "relative positions and sinks": {
+        "*attn.r_proj": Role.POSITION,
+        "*rel_logits_proj.*": Role.POSITION,
+        "*attn.relative_pos_embeddings": Role.POSITION,
+        "*attn.sink_proj": Role.ATTN_GATE,
     },
     "gpt2": {
         "attn.c_attn": Role.QKV,
@@ -88,6 +109,8 @@ FAMILIES: dict[str, dict[str, Role]] = {
         "self_attn.forget_gate.*": Role.IN_PROJ,
         "temporal_block.linear_[xy]": Role.IN_PROJ,
         "temporal_block.linear_out": Role.OUT_PROJ,
+        "mlstm_layer.out_proj": Role.OUT_PROJ,
+        "mlstm_layer.*": Role.IN_PROJ,
         "*attn.g_proj": Role.ATTN_GATE,
         "*attn.g_[ab]_proj": Role.ATTN_GATE,
         "*attn.output_gate": Role.ATTN_GATE,
@@ -104,9 +127,17 @@ FAMILIES: dict[str, dict[str, Role]] = {
     },
     "opt, bart, torch's own": {
         "*attn.in_proj_weight": Role.QKV,
+        "*attn.query_proj": Role.Q,
+        "*attn.key_proj": Role.K,
+        "*attn.value_proj": Role.V,
+        "*attn.qkv": Role.QKV,
+        "*attention.query_key": Role.QK,
+        "*attn.proj": Role.O,
         "*attn.out_proj": Role.O,
         "fc1": Role.UP,
         "fc2": Role.DOWN,
+        "mlp.lin1": Role.UP,
+        "mlp.lin2": Role.DOWN,
         "linear1": Role.UP,
         "linear2": Role.DOWN,
     },

@@ -77,7 +77,7 @@ class Stacks:
     @property
     def main(self) -> str | None:
         """The stack that selectors mean which name none: the language model's, or the only one."""
-        ranked = ("text", "decoder", *self.blocks)
+        ranked = ("text", "decoder", "encoder", *self.blocks)
         return next((name for name in ranked if name in self.blocks), None)
 
     def place(self, tag: LinearTag) -> LinearTag:

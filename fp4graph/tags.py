@@ -14,6 +14,7 @@ class Role(StrEnum):
     K = "k"
     V = "v"
     QKV = "qkv"
+    QK = "qk"
     KV = "kv"
     O = "o"  # noqa: E741 - the field's own name
     Q_A = "q_a"
@@ -22,6 +23,7 @@ class Role(StrEnum):
     KV_B = "kv_b"
     ATTN_GATE = "attn_gate"
     INDEXER = "indexer"
+    POSITION = "position"
     GATE = "gate"
     UP = "up"
     GATE_UP = "gate_up"
@@ -30,6 +32,8 @@ class Role(StrEnum):
     X_PROJ = "x_proj"
     DT_PROJ = "dt_proj"
     OUT_PROJ = "out_proj"
+    PER_LAYER = "per_layer"
+    RESIDUAL = "residual"
     LM_HEAD = "lm_head"
     ROUTER = "router"
     EXPERT = "expert"
@@ -44,6 +48,7 @@ class Role(StrEnum):
 
 _FUSED: dict[Role, tuple[Role, ...]] = {
     Role.QKV: (Role.Q, Role.K, Role.V),
+    Role.QK: (Role.Q, Role.K),
     Role.KV: (Role.K, Role.V),
     Role.GATE_UP: (Role.GATE, Role.UP),
 }
@@ -51,14 +56,16 @@ _FUSED: dict[Role, tuple[Role, ...]] = {
 ROLE_GROUPS: dict[str, frozenset[Role]] = {
     "attn": frozenset(
         {Role.Q, Role.K, Role.V, Role.O, Role.Q_A, Role.Q_B, Role.KV_A, Role.KV_B}
-        | {Role.ATTN_GATE, Role.INDEXER}
+        | {Role.ATTN_GATE, Role.INDEXER, Role.POSITION}
     ),
     "mlp": frozenset({Role.GATE, Role.UP, Role.DOWN}),
     "ssm": frozenset({Role.IN_PROJ, Role.X_PROJ, Role.DT_PROJ, Role.OUT_PROJ}),
 }
 """What selectors call several roles by; a fused role is in a group by its parts."""
 
-_NOT_BLOCK_LINEARS = frozenset({Role.LM_HEAD, Role.ROUTER, Role.EXPERT, Role.ADAPTER, Role.OTHER})
+_NOT_BLOCK_LINEARS = frozenset(
+    {Role.LM_HEAD, Role.ROUTER, Role.EXPERT, Role.RESIDUAL, Role.ADAPTER, Role.OTHER}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,6 @@ class LinearTag:
     def is_block_linear(self) -> bool:
         """Whether the selector `all` means it: inside a block, with a role that is known.
 
-        Routers, experts and adapters are left out too.
+        Routers, experts, adapters and what mixes residual streams are left out too.
         """
         return self.block is not None and self.role not in _NOT_BLOCK_LINEARS

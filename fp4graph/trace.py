@@ -42,11 +42,14 @@ class TracedModel:
 
     Args:
         model: any module that torch.compile takes.
+
+    Attributes:
+        graphs: what Dynamo made of it so far.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._tag = TagLinears.of(model)
-        self._graphs: list[_TracedGraph] = []
+        self.graphs: list[TracedGraph] = []
         self._policy: Policy | None = None
         self._on_refusal: OnRefusal = "raise"
         self._runs = 0
@@ -76,14 +79,14 @@ class TracedModel:
         """
         self._policy, self._on_refusal = policy, on_refusal
         report = Report()
-        for graph in self._graphs:
+        for graph in self.graphs:
             report.add(graph.rewrite(policy, on_refusal, self.tags))
         return report
 
     @property
     def tags(self) -> Tags:
         """The linears of all traced graphs."""
-        found = (site.tag for graph in self._graphs for _, site in sites(graph.tagged))
+        found = (site.tag for graph in self.graphs for _, site in sites(graph.tagged))
         return tuple(dict.fromkeys(found))
 
     def plan(self, policy: Policy, target: Target | None = None) -> Report:
@@ -94,15 +97,15 @@ class TracedModel:
             target: where the model is to be taken to lie; None: where it does.
         """
         report = Report()
-        for graph in self._graphs:
+        for graph in self.graphs:
             report.add(graph.plan(policy, self.tags, target))
         return report
 
     def _capture(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         run_passes(gm, example_inputs, (self._tag,))
         pin_to_owners(gm)
-        graph = _TracedGraph(gm, example_inputs)
-        self._graphs.append(graph)
+        graph = TracedGraph(gm, example_inputs)
+        self.graphs.append(graph)
         try:
             graph.rewrite(self._policy, self._on_refusal, self.tags)
         except Fp4GraphError as error:
@@ -115,8 +118,17 @@ class TracedModel:
         return run
 
 
-class _TracedGraph:
-    """One tagged graph, kept as traced, and its latest rewritten copy."""
+class TracedGraph:
+    """One tagged graph, kept as traced, and its latest rewritten copy.
+
+    Args:
+        gm: the graph, tagged.
+        example_inputs: real values for its inputs.
+
+    Attributes:
+        tagged: the graph.
+        run: what computes it now.
+    """
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         self.tagged = gm
@@ -124,6 +136,7 @@ class _TracedGraph:
         self.run: Callable[..., Any] = gm.forward
 
     def plan(self, policy: Policy, universe: Tags, target: Target | None) -> list[LinearRow]:
+        """Say what `rewrite` would do; refusals become rows."""
         copy = copy_graph(self.tagged)
         run_passes(copy, self._example_inputs, plan_passes(policy, "keep", universe, target))
         return rows(copy)
@@ -131,6 +144,7 @@ class _TracedGraph:
     def rewrite(
         self, policy: Policy | None, on_refusal: OnRefusal, universe: Tags
     ) -> list[LinearRow]:
+        """Rewrite a copy for a policy, None for the graph as it is, and run that from now on."""
         if policy is None:
             self.run = self.tagged.forward
             return rows(self.tagged)

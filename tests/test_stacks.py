@@ -124,6 +124,20 @@ def test_the_decoder_of_a_sequence_to_sequence_model_is_its_language_model() -> 
     assert {tag.num_blocks for tag in found if tag.main} == {3}
 
 
+@pytest.mark.parametrize(
+    "blocks, main",
+    [
+        ({"vision": 4, "text": 2}, "text"),
+        ({"encoder": 4, "decoder": 2}, "decoder"),
+        ({"vision": 4, "encoder": 2}, "encoder"),
+        ({"vision": 4}, "vision"),
+        ({}, None),
+    ],
+)
+def test_which_stack_is_the_main_one(blocks: dict[str, int], main: str | None) -> None:
+    assert Stacks(blocks).main == main
+
+
 def test_a_fragment_that_holds_another_stack_is_refused_without_the_model() -> None:
     model = TwoTowers()
     model.language_model.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())

@@ -130,6 +130,8 @@ def ablate_command(
     windows = cut(text, loaded.tokenizer, tokens, seq_len)
     with stderr.status(f"tracing {model}"):
         ablation = Ablation(loaded, windows, store, out)
+    if ablation.whole_because:
+        stderr.print(f"every trial runs the whole model: {ablation.whole_because}")
     if by:
         selects = tuple(selectors_by(ablation.report(), by))
     directions: Any = _DIRECTIONS[direction]
@@ -157,7 +159,7 @@ def _table(rows: list[Row], title: str) -> Table:
     table.add_column("selector", no_wrap=True)
     for name in ("format", "mode", "quantizer"):
         table.add_column(name, no_wrap=True)
-    for name in ("ppl", "dNLL", "+-", "KL", "top-1", "Mparam", "dNLL/MB"):
+    for name in ("ppl", "dNLL", "+-", "KL", "p99", "top-1", "Mparam", "dNLL/MB"):
         table.add_column(name, justify="right", no_wrap=True)
     dense, *rest = rows
     worst = sorted(rest, key=lambda row: row.dnll, reverse=True)
@@ -172,6 +174,7 @@ def _table(rows: list[Row], title: str) -> Table:
             f"{row.dnll:+.4f}",
             "" if row.dnll_se is None else f"{row.dnll_se:.4f}",
             f"{row.kl:.4f}",
+            f"{row.kl_p99:.3f}",
             f"{row.top1:.1%}",
             f"{row.parameters / 1e6:.1f}",
             "" if row.dnll_per_mb is None else f"{row.dnll_per_mb:.5f}",
@@ -182,8 +185,13 @@ def _table(rows: list[Row], title: str) -> Table:
 def _caption(rows: list[Row]) -> str:
     lines = [
         "dNLL, KL: nats a token above the dense model on the same tokens; +-: standard error, "
-        "windows being independent; MB: saved by FP4"
+        "windows being independent; p99: of KL over tokens; MB: saved by FP4"
     ]
+    if rows[0].noise is not None:
+        lines.append(
+            f"from one half of the text to the other the dense model's NLL moves by "
+            f"{rows[0].noise:.4f} +- {rows[0].noise_se:.4f}"
+        )
     if len(rows) > _SHOWN + 1:
         lines.append(f"the {_SHOWN} most damaging of {len(rows) - 1}; all are in the JSON lines")
     if rows[0].dnll_se is None:

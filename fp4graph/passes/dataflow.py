@@ -86,6 +86,7 @@ _PARTS = {
     ("k", False): Role.K,
     ("v", False): Role.V,
     ("kqv", False): Role.QKV,
+    ("kq", False): Role.QK,
     ("kv", False): Role.KV,
     ("q", True): Role.Q_B,
     ("k", True): Role.K,

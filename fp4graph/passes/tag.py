@@ -15,7 +15,7 @@ from fp4graph.passes.names import named_linears, parameter_names, path_of
 from fp4graph.passes.regions import regions, unshare
 from fp4graph.passes.site import LinearSite, mark, site_of, sites
 from fp4graph.passes.sources import entry_of, source_of
-from fp4graph.passes.writes import written
+from fp4graph.passes.writes import is_view, written
 from fp4graph.roles import tag_by_name
 from fp4graph.stacks import Stacks
 from fp4graph.tags import Role
@@ -121,9 +121,9 @@ class TagLinears:
         elif form.bias is not None and form.bias.meta["example_value"].shape != shape[-2:-1]:
             unsupported = unsupported or _ADDEND
         tag = self._tag(node, None if index is None else outer[index], weight, shape, region)
-        if form.batched and tag.role is not Role.EXPERT:
-            return  # each head's own matrix, or the like
-        if len(shape) == 3:
+        if form.batched and tag.role is Role.OTHER:
+            return  # each head's own matrix, or the like: see _mark_product
+        if len(shape) == 3 and tag.role is Role.OTHER:
             tag = replace(tag, role=Role.EXPERT, why=tag.why or "one of a stack, chosen by tokens")
         mark(
             node,
@@ -141,12 +141,13 @@ class TagLinears:
         self, placeholder: Node, weight: nn.Parameter, region: Region, source: Node, index: int
     ) -> None:
         """Mark the first reader of stacked experts, or of a matrix the first product."""
-        for user in _readers(placeholder):
-            if site_of(user) is not None or user.op == "output":
+        for user, alias in _readers(placeholder):
+            is_addend = called(user) in ("addmm", "baddbmm", "addmv") and user.args[0] is alias
+            if site_of(user) is not None or user.op == "output" or is_addend:
                 continue
             tag = self._tag(user, source, weight, tuple(weight.shape), region)
             is_stack = tag.role is Role.EXPERT and weight.ndim == 3
-            if not is_stack and (weight.ndim != 2 or called(user) not in _PRODUCTS):
+            if not is_stack and (weight.ndim not in (2, 3) or called(user) not in _PRODUCTS):
                 continue
             reason = f"its weight is read by {called(user)}, which is not rewritten"
             site = LinearSite(tag, index, False, weight.dtype, weight.nbytes, reason, reason=reason)
@@ -191,11 +192,11 @@ def _written_inputs(region: Region) -> set[int]:
     return {index for node, (index, _) in region.inputs.items() if node in nodes}
 
 
-def _readers(placeholder: Node, alias: Node | None = None) -> list[Node]:
-    """Return what reads an input, directly or through transposes, plain copies and one index."""
-    found = []
+def _readers(placeholder: Node, alias: Node | None = None) -> list[tuple[Node, Node]]:
+    """Return what reads an input, and as which node: itself, a view, a plain copy, one entry."""
+    found: list[tuple[Node, Node]] = []
     for user in (alias or placeholder).users:
         entry, _ = entry_of(user) or (user, None)
-        plain = source_of(entry)[0] is placeholder
-        found += _readers(placeholder, user) if plain else [user]
+        follow = source_of(entry)[0] is placeholder or is_view(user)
+        found += _readers(placeholder, user) if follow else [(user, alias or placeholder)]
     return found

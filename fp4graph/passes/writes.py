@@ -62,11 +62,12 @@ def written(graph: Graph) -> set[Node]:
         for target in targets:
             while isinstance(target, Node) and target not in found:
                 found.add(target)
-                target = target.args[0] if _is_view(target) else None
+                target = target.args[0] if is_view(target) else None
     return found
 
 
-def _is_view(node: Node) -> bool:
+def is_view(node: Node) -> bool:
+    """Whether a node's result shares the memory of its first input."""
     if not node.args:
         return False
     name = called(node)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
-from fp4graph import Policy, Report, Scheme, SelectorError, StudyError, TracedModel
+from fp4graph import Policy, Replay, Report, Scheme, SelectorError, StudyError, TracedModel
 from fp4graph.models import check_length
-from fp4graph.study.evaluate import DenseReference, Scores, Windows, mean_and_error
+from fp4graph.study.evaluate import DenseReference, Scores, Windows
+from fp4graph.study.statistics import halves, interval, mean_and_error
 from fp4graph.study.trial import DENSE, Row, Trial
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from fp4graph.models import LoadedModel
     from fp4graph.study.store import Store
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised when the meaning of a stored number changes, so that old ones are not mixed with new."""
 
 
@@ -75,7 +77,8 @@ class Ablation:
             "transformers": version("transformers"),
         }
         with torch.no_grad():
-            self._logits(windows.ids[:1])
+            self._logits(0)
+        self._replay = Replay(self._traced, lambda out: out.logits, len(windows.ids))
 
     def report(self, selector: str = "all") -> Report:
         """Say which linears a selector picks in this model."""
@@ -124,9 +127,16 @@ class Ablation:
             progress.trial(trial, row, cached=known[trial] is not None)
             yield row
 
+    @property
+    def whole_because(self) -> str | None:
+        """Why every trial runs the whole model, and not only what comes after its first change."""
+        return self._replay.refusal
+
     def _reference(self, progress: Progress) -> DenseReference:
-        self._traced.select(None)
-        return DenseReference(self._logits, self._windows, self._scratch, progress.advance)
+        def run(index: int) -> Tensor:
+            return self._replay.dense(**self._inputs(index))
+
+        return DenseReference(run, self._windows, self._scratch, progress.advance)
 
     def provenance(self) -> dict[str, Any]:
         """Return everything that the numbers hang on, and where they were measured."""
@@ -144,49 +154,67 @@ class Ablation:
     def _key(self, trial: Trial) -> dict[str, Any]:
         return {**self._identity, **asdict(trial)}
 
+    def _inputs(self, index: int) -> dict[str, Any]:
+        return {"input_ids": self._windows.ids[index : index + 1], "use_cache": False}
+
     @torch.no_grad()
-    def _logits(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self._traced(input_ids=ids, use_cache=False).logits
+    def _logits(self, index: int) -> Tensor:
+        logits: Tensor = self._traced(**self._inputs(index)).logits
         return logits
 
     def _measure(
         self, trial: Trial, reference: DenseReference, progress: Progress
     ) -> dict[str, Any]:
-        if trial == DENSE:
-            return asdict(_row(trial, reference.scores, reference.scores, Report()))
+        policy = trial.policy()
+        if policy is None:
+            row = _row(trial, reference.scores, reference.scores, Report())
+            noise, noise_se = halves(reference.scores.nll)
+            return asdict(replace(row, noise=noise, noise_se=noise_se))
+        in_part = self._replay.refusal is None
         with torch.no_grad():
-            report = self._traced.select(trial.policy())
+            report = self._replay.select(policy) if in_part else self._traced.select(policy)
         if not report.selected:
             raise StudyError("no linear was rewritten")
-        scores = reference.score(self._logits, progress.advance)
-        return asdict(_row(trial, scores, reference.scores, report))
+        run = self._replay.run if in_part else self._logits
+        return asdict(_row(trial, reference.score(run, progress.advance), reference.scores, report))
 
 
 def _row(trial: Trial, scores: Scores, dense: Scores, report: Report) -> Row:
-    dnll, dnll_se = mean_and_error(scores.nll - dense.nll, scores.tokens)
-    kl, kl_se = mean_and_error(scores.kl, scores.tokens)
+    dnll, dnll_se = mean_and_error(scores.nll - dense.nll)
+    dnll_low, dnll_high = interval(scores.nll - dense.nll)
+    kl, kl_se = mean_and_error(scores.kl)
+    kl_p50, kl_p90, kl_p99 = map(float, np.percentile(scores.kl, (50, 90, 99)))
     rows = report.selected
     bytes_dense = sum(row.bytes_dense for row in rows)
     bytes_packed = sum(row.bytes_packed or 0 for row in rows)
-    saved = (bytes_dense - bytes_packed) / 1e6
+    parameters = sum(row.parameters for row in rows)
+    saved = max(bytes_dense - bytes_packed, 0)
     return Row(
-        selector=trial.selector,
-        format=trial.format,
-        activations=trial.activations,
-        quantizer=trial.quantizer,
-        direction=trial.direction,
+        **asdict(trial),
         ppl=scores.perplexity,
         dnll=dnll,
         dnll_se=dnll_se,
+        dnll_low=dnll_low,
+        dnll_high=dnll_high,
         kl=kl,
         kl_se=kl_se,
-        top1=float(scores.top1.sum()) / (len(scores.top1) * scores.tokens),
+        kl_p50=kl_p50,
+        kl_p90=kl_p90,
+        kl_p99=kl_p99,
+        top1=float(scores.same.mean()),
         linears=len(rows),
-        parameters=sum(row.parameters for row in rows),
+        parameters=parameters,
         bytes_dense=bytes_dense,
         bytes_packed=bytes_packed,
-        dnll_per_mb=dnll / saved if saved > 0 else None,
+        dnll_per_mb=_per_million(dnll, saved),
+        kl_per_mb=_per_million(kl, saved),
+        dnll_per_mparam=_per_million(dnll, parameters),
+        kl_per_mparam=_per_million(kl, parameters),
     )
+
+
+def _per_million(value: float, count: int) -> float | None:
+    return value / (count / 1e6) if count else None
 
 
 def write_json_lines(rows: Sequence[Row], path: Path) -> None:

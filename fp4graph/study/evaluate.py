@@ -17,10 +17,11 @@ from torch import Tensor
 from fp4graph.errors import CorpusError, StudyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
+    Booleans = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -96,40 +97,26 @@ _MARGIN = 64
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over the scored tokens of each window, float64 [windows].
+    """What every scored token of every window came to, [windows, tokens].
 
     Attributes:
-        nll: negative log likelihood, nats.
-        kl: KL divergence of the model from the dense model, nats.
-        top1: tokens where both models' likeliest token is the same.
-        tokens: scored tokens a window.
+        nll: negative log likelihood, nats, float64.
+        kl: KL divergence of the model from the dense model, nats, float64.
+        same: whether both models' likeliest token is the same.
     """
 
     nll: Floats
     kl: Floats
-    top1: Floats
-    tokens: int
+    same: Booleans
 
     @property
     def perplexity(self) -> float | None:
         """Exp of the mean NLL; None where that is beyond float64."""
-        nll = float(self.nll.mean()) / self.tokens
+        nll = float(self.nll.mean())
         return math.exp(nll) if nll < _LARGEST_EXPONENT else None
 
 
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
-
-
-def mean_and_error(sums: Floats, tokens: int) -> tuple[float, float | None]:
-    """Return a mean per token and its standard error, windows being the independent units.
-
-    Tokens within a window are correlated, so the spread is taken between windows. One window has
-    no spread: its error is None.
-    """
-    means = sums / tokens
-    if len(means) < 2:
-        return float(means.mean()), None
-    return float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means)))
 
 
 class DenseReference:
@@ -139,7 +126,7 @@ class DenseReference:
     soon as it is mapped, so that not even kill -9 leaves it behind.
 
     Args:
-        run: the dense model, token ids [1, length] to logits [1, length, vocab].
+        run: the dense model, number of a window to logits [1, length, vocab].
         windows: the text.
         folder: whose disk the file takes up.
         progress: called once after each window.
@@ -150,61 +137,77 @@ class DenseReference:
 
     def __init__(
         self,
-        run: Callable[[Tensor], Tensor],
+        run: Callable[[int], Tensor],
         windows: Windows,
         folder: Path,
         progress: Callable[[], None],
     ) -> None:
         self.windows = windows
         self._file: np.memmap[Any, np.dtype[np.float32]] | None = None
-        sums = []
-        for index, row in enumerate(windows.ids):
-            logp_TV = _log_probabilities(run, row, windows)
+        nll = []
+        for index in range(len(windows.ids)):
+            logits_TV = self._logits(run, index)
             if self._file is None:
-                self._file = _allocate(folder, (len(windows.ids), *logp_TV.shape))
-            self._file[index] = logp_TV.numpy()
-            sums.append(_nll(logp_TV, row[windows.first :]))
+                self._file = _allocate(folder, (len(windows.ids), *logits_TV.shape))
+            nll_T = np.empty(windows.scored)
+            for rows, logp_RV in _log_probabilities(logits_TV):
+                self._file[index, rows] = logp_RV.numpy()
+                nll_T[rows] = _nll(logp_RV, self._targets(index)[rows])
+            nll.append(nll_T)
             progress()
-        zeros = np.zeros(len(sums))
-        self.scores = Scores(np.array(sums), zeros, zeros + windows.scored, windows.scored)
+        nll_WT = np.array(nll)
+        self.scores = Scores(nll_WT, np.zeros_like(nll_WT), np.ones(nll_WT.shape, bool))
 
-    def score(self, run: Callable[[Tensor], Tensor], progress: Callable[[], None]) -> Scores:
+    def score(self, run: Callable[[int], Tensor], progress: Callable[[], None]) -> Scores:
         """Score another model on the same windows."""
         assert self._file is not None
-        sums = []
-        for index, row in enumerate(self.windows.ids):
-            logp_TV = _log_probabilities(run, row, self.windows)
-            dense_TV = torch.from_numpy(self._file[index])
-            same = logp_TV.argmax(-1) == dense_TV.argmax(-1)
-            nll = _nll(logp_TV, row[self.windows.first :])
-            sums.append((nll, _kl(dense_TV, logp_TV), float(same.sum())))
+        shape = self.scores.nll.shape
+        nll_WT, kl_WT, same_WT = np.empty(shape), np.empty(shape), np.empty(shape, bool)
+        for index in range(len(self.windows.ids)):
+            for rows, logp_RV in _log_probabilities(self._logits(run, index)):
+                dense_RV = torch.from_numpy(self._file[index, rows])
+                nll_WT[index, rows] = _nll(logp_RV, self._targets(index)[rows])
+                kl_WT[index, rows] = _kl(dense_RV, logp_RV)
+                same_WT[index, rows] = logp_RV.argmax(-1) == dense_RV.argmax(-1)
             progress()
-        nll_W, kl_W, top1_W = np.array(sums).T
-        return Scores(nll_W, kl_W, top1_W, self.windows.scored)
+        return Scores(nll_WT, kl_WT, same_WT)
+
+    def _logits(self, run: Callable[[int], Tensor], index: int) -> Tensor:
+        return run(index)[0, self.windows.first - 1 : -1]
+
+    def _targets(self, index: int) -> Tensor:
+        return self.windows.ids[index, self.windows.first :]
 
 
-def _log_probabilities(run: Callable[[Tensor], Tensor], row: Tensor, windows: Windows) -> Tensor:
-    logits_TV = run(row[None])[0, windows.first - 1 : -1].to(torch.float32).cpu()
-    logp_TV = logits_TV.log_softmax(-1)
-    if bool(logp_TV.isnan().any()):
-        raise StudyError("its logits hold NaN or +Inf, so there is nothing to measure")
-    return logp_TV
+_ROWS = 4  # few enough that what is computed of them stays in the cache
 
 
-def _nll(logp_TV: Tensor, targets_T: Tensor) -> float:
-    nll = -float(logp_TV.gather(1, targets_T[:, None]).sum(dtype=torch.float64))
-    if not math.isfinite(nll):
+def _log_probabilities(logits_TV: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some rows of the text at a time, and their log probabilities, float32."""
+    for start in range(0, len(logits_TV), _ROWS):
+        rows = slice(start, start + _ROWS)
+        logp_RV = logits_TV[rows].to(torch.float32).cpu().log_softmax(-1)
+        if bool(logp_RV.sum(-1).isnan().any()) and bool(logp_RV.isnan().any()):
+            raise StudyError("its logits hold NaN or +Inf, so there is nothing to measure")
+        yield rows, logp_RV
+
+
+def _nll(logp_RV: Tensor, targets_R: Tensor) -> Floats:
+    nll_R = -logp_RV.gather(1, targets_R[:, None])[:, 0].double()
+    if not bool(nll_R.isfinite().all()):
         raise StudyError("it gives a token of the text probability 0 (a logit of -Inf)")
-    return nll
+    return nll_R.numpy()
 
 
-def _kl(dense_TV: Tensor, logp_TV: Tensor) -> float:
-    p_TV = dense_TV.exp()
-    # a token that the dense model rules out (a logit of -Inf) adds nothing
-    kl = float((p_TV * (dense_TV - logp_TV)).where(p_TV > 0, 0).sum(dtype=torch.float64))
-    if not math.isfinite(kl):
+def _kl(dense_RV: Tensor, logp_RV: Tensor) -> Floats:
+    p_RV = dense_RV.exp()
+    kl_R = (p_RV * (dense_RV - logp_RV)).sum(-1)
+    if not bool(kl_R.isfinite().all()):
+        # a token that the dense model rules out (a logit of -Inf) adds nothing
+        kl_R = (p_RV * (dense_RV - logp_RV)).where(p_RV > 0, 0).sum(-1)
+    if not bool(kl_R.isfinite().all()):
         raise StudyError("it rules out a token that the dense model does not (a logit of -Inf)")
-    return kl
+    return kl_R.double().numpy()
 
 
 def _allocate(folder: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float32]]:

@@ -70,6 +70,17 @@ class Row:
         bytes_dense: their size in the model's dtype.
         bytes_packed: their size in FP4.
         dnll_per_mb: dnll for each MB (10^6 bytes) that FP4 saves; None where it saves nothing.
+        dnll_low: lower end of dnll's 95 % bootstrap interval, whole windows drawn; None with one.
+        dnll_high: its upper end.
+        kl_p50: median of KL over tokens.
+        kl_p90: the value that 90 % of tokens stay below.
+        kl_p99: likewise 99 %.
+        kl_per_mb: kl for each MB saved.
+        dnll_per_mparam: dnll for each 10^6 values in FP4; None for the dense model.
+        kl_per_mparam: kl likewise.
+        noise: of the dense model, how far its NLL on the two halves of the text is apart, nats;
+            None elsewhere, and with fewer than four windows.
+        noise_se: that difference's standard error.
     """
 
     selector: str
@@ -88,6 +99,16 @@ class Row:
     bytes_dense: int
     bytes_packed: int
     dnll_per_mb: float | None
+    dnll_low: float | None
+    dnll_high: float | None
+    kl_p50: float
+    kl_p90: float
+    kl_p99: float
+    kl_per_mb: float | None
+    dnll_per_mparam: float | None
+    kl_per_mparam: float | None
+    noise: float | None = None
+    noise_se: float | None = None
 
 
 def trials(

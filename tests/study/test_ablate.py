@@ -217,7 +217,8 @@ def test_json_lines_are_whole(tmp_path: Path) -> None:
     write_json_lines(rows, tmp_path / "a.jsonl")
     keys = (
         "selector format activations quantizer direction ppl dnll dnll_se kl kl_se top1 "
-        "linears parameters bytes_dense bytes_packed dnll_per_mb"
+        "linears parameters bytes_dense bytes_packed dnll_per_mb dnll_low dnll_high kl_p50 kl_p90 "
+        "kl_p99 kl_per_mb dnll_per_mparam kl_per_mparam noise noise_se"
     )
     read = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [list(row) for row in read] == [keys.split()] * 2

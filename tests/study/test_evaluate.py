@@ -11,7 +11,7 @@ import torch
 from support.models import VOCAB, tiny, tokens
 
 from fp4graph import CorpusError, StudyError
-from fp4graph.study.evaluate import DenseReference, Scores, Windows, cut, mean_and_error
+from fp4graph.study.evaluate import DenseReference, Scores, Windows, cut
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,17 +71,17 @@ def _dense(tmp_path: Path, run: object) -> DenseReference:
     return DenseReference(run, windows, tmp_path, lambda: None)  # type: ignore[arg-type]
 
 
-def _logits(ids: torch.Tensor, last: float) -> torch.Tensor:
-    torch.manual_seed(int(ids.sum()))
-    logits = torch.randn(1, ids.shape[1], 12)
+def _logits(index: int, last: float) -> torch.Tensor:
+    torch.manual_seed(index)
+    logits = torch.randn(1, 8, 12)
     logits[..., 11] = last
     return logits
 
 
 def test_a_token_that_both_models_rule_out_adds_nothing(tmp_path: Path) -> None:
-    reference = _dense(tmp_path, lambda ids: _logits(ids, -math.inf))
-    scores = reference.score(lambda ids: _logits(ids, -math.inf), lambda: None)
-    assert scores.kl.tolist() == [0, 0]
+    reference = _dense(tmp_path, lambda index: _logits(index, -math.inf))
+    scores = reference.score(lambda index: _logits(index, -math.inf), lambda: None)
+    assert not scores.kl.any()
 
 
 @pytest.mark.parametrize(
@@ -97,17 +97,18 @@ def test_logits_that_cannot_be_scored(
     tmp_path: Path, dense: float, model: float, words: str
 ) -> None:
     def score() -> None:
-        reference = _dense(tmp_path, lambda ids: _logits(ids, dense))
-        reference.score(lambda ids: _logits(ids, model), lambda: None)
+        reference = _dense(tmp_path, lambda index: _logits(index, dense))
+        reference.score(lambda index: _logits(index, model), lambda: None)
 
     with pytest.raises(StudyError, match=words):
         score()
 
 
 def test_a_perplexity_beyond_float64_is_none() -> None:
-    zeros = np.zeros(1)
-    assert Scores(np.array([7200.0]), zeros, zeros, 10).perplexity is None
-    assert Scores(np.array([10.0]), zeros, zeros, 10).perplexity == pytest.approx(math.e)
+    zeros, same = np.zeros((1, 2)), np.ones((1, 2), bool)
+    assert Scores(zeros + 720, zeros, same).perplexity is None
+    assert Scores(zeros + 1, zeros, same).perplexity == pytest.approx(math.e)
+    assert Scores(np.array([[0.0, 2.0]]), zeros, same).perplexity == pytest.approx(math.e)
 
 
 @pytest.mark.parametrize(
@@ -118,30 +119,24 @@ def test_texts_that_do_not_do(count: int, seq_len: int, words: str) -> None:
         cut("abcde", Letters(adds_bos=False), count, seq_len)
 
 
-def test_mean_and_error_is_between_windows() -> None:
-    sums = np.array([10.0, 20.0, 60.0])
-    mean, error = mean_and_error(sums, tokens=10)
-    assert mean == pytest.approx(3.0)
-    assert error == pytest.approx(np.std([1, 2, 6], ddof=1) / math.sqrt(3))
-    assert mean_and_error(sums[:1], 10) == (1.0, None)
-
-
 @torch.no_grad()
 def test_scores_against_direct_computation(tmp_path: Path) -> None:
     dense, other = tiny("llama"), tiny("llama", seed=1)
     windows = Windows(tokens(12, batch=3), first=1)
     ticks: list[int] = []
     reference = DenseReference(
-        lambda ids: dense(ids).logits, windows, tmp_path, lambda: ticks.append(1)
+        lambda i: dense(windows.ids[i : i + 1]).logits, windows, tmp_path, lambda: ticks.append(1)
     )
-    scores = reference.score(lambda ids: other(ids).logits, lambda: ticks.append(1))
+    scores = reference.score(
+        lambda i: other(windows.ids[i : i + 1]).logits, lambda: ticks.append(1)
+    )
     p = dense(windows.ids).logits[:, :-1].double().log_softmax(-1)
     q = other(windows.ids).logits[:, :-1].double().log_softmax(-1)
     targets = windows.ids[:, 1:, None]
-    assert np.allclose(reference.scores.nll, -p.gather(-1, targets).sum((1, 2)), rtol=1e-5)
-    assert np.allclose(scores.nll, -q.gather(-1, targets).sum((1, 2)), rtol=1e-5)
-    assert np.allclose(scores.kl, (p.exp() * (p - q)).sum((1, 2)), rtol=1e-5)
-    assert scores.top1.tolist() == (p.argmax(-1) == q.argmax(-1)).sum(1).tolist()
+    assert np.allclose(reference.scores.nll, -p.gather(-1, targets)[..., 0], rtol=1e-5)
+    assert np.allclose(scores.nll, -q.gather(-1, targets)[..., 0], rtol=1e-5)
+    assert np.allclose(scores.kl, (p.exp() * (p - q)).sum(2), rtol=1e-5)
+    assert scores.same.tolist() == (p.argmax(-1) == q.argmax(-1)).tolist()
     assert scores.perplexity == pytest.approx(math.exp(float(scores.nll.sum()) / 33))
     assert len(ticks) == 6
     assert not list(tmp_path.iterdir()), "the file has no name, so nothing can leave it behind"
@@ -151,21 +146,18 @@ def test_scores_against_direct_computation(tmp_path: Path) -> None:
 def test_the_dense_model_scores_itself_as_undamaged(tmp_path: Path) -> None:
     dense = tiny("llama")
     windows = Windows(tokens(12, batch=2), first=2)
-    reference = DenseReference(lambda ids: dense(ids).logits, windows, tmp_path, lambda: None)
-    again = reference.score(lambda ids: dense(ids).logits, lambda: None)
+    run = lambda i: dense(windows.ids[i : i + 1]).logits  # noqa: E731
+    reference = DenseReference(run, windows, tmp_path, lambda: None)
+    again = reference.score(run, lambda: None)
     assert np.array_equal(again.nll, reference.scores.nll)
     assert not again.kl.any()
-    assert again.top1.tolist() == [10, 10]
+    assert again.same.shape == (2, 10)
+    assert again.same.all()
 
 
 @torch.no_grad()
 def test_a_disk_without_room_is_a_clear_error(tmp_path: Path) -> None:
     windows = Windows(tokens(8, batch=1), first=1)
-    run = lambda ids: torch.zeros(1, ids.shape[1], VOCAB)  # noqa: E731
+    run = lambda index: torch.zeros(1, 8, VOCAB)  # noqa: E731
     with pytest.raises(StudyError, match=r"cannot keep .* use fewer --tokens"):
         DenseReference(run, windows, tmp_path / "missing", lambda: None)
-
-
-def test_perplexity() -> None:
-    sums = np.array([2 * math.log(7), 4 * math.log(7)])
-    assert Scores(sums, sums, sums, tokens=3).perplexity == pytest.approx(7)

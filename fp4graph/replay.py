@@ -1,0 +1,123 @@
+"""Trials that begin where they differ from the dense model: its values before each block are kept.
+
+A trial that quantises linears of block 20 computes the same as the dense model up to there. On
+average over blocks half of the work of a trial is saved, and all numbers stay what they were.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from fp4graph.passes.cuts import Cut, cuts, suffix, tapped
+from fp4graph.passes.site import site_of
+from fp4graph.trace import TracedGraph
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fp4graph.policy import Policy
+    from fp4graph.report import Report
+    from fp4graph.trace import TracedModel
+
+_SHARE_OF_MEMORY = 0.5
+
+
+class Replay:
+    """A traced model that is run from any block on, for inputs that it has seen.
+
+    Args:
+        traced: the model, traced.
+        pick: what to return of the model's output, a tensor.
+        times: how many inputs there will be.
+
+    Attributes:
+        refusal: why the model cannot be cut, or None; then only `dense` may be called.
+    """
+
+    def __init__(self, traced: TracedModel, pick: Callable[[Any], Tensor], times: int) -> None:
+        self._traced = traced
+        self._pick = pick
+        self._cuts: list[Cut] = []
+        self._graphs: dict[Cut, TracedGraph] = {}
+        self._kept: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._output = -1
+        self._chosen: tuple[Cut, TracedGraph] | None = None
+        self.refusal = self._find_cuts(times)
+
+    def _find_cuts(self, times: int) -> str | None:
+        if len(self._traced.graphs) != 1:
+            return f"Dynamo made {len(self._traced.graphs)} graphs of it"
+        found = cuts(self._traced.graphs[0].tagged)
+        if isinstance(found, str):
+            return found
+        live = {node for cut in found for node in cut.live}
+        needed = times * Cut(0, tuple(live)).bytes
+        if needed > _SHARE_OF_MEMORY * psutil.virtual_memory().available:
+            return f"the values before its blocks take {needed / 1e9:.1f} GB"
+        self._cuts = found
+        return None if found else "it has no blocks"
+
+    @torch.no_grad()
+    def dense(self, **inputs: Any) -> Tensor:
+        """Run the dense model, and keep what its blocks begin with."""
+        self._traced.select(None)
+        if self.refusal is not None:
+            return self._pick(self._traced(**inputs))
+        graph = self._traced.graphs[0]
+        live = list({node: None for cut in self._cuts for node in cut.live})
+        taps = tapped(graph.tagged, live)
+        outputs: list[Any] = []
+
+        def run(*args: Any) -> Any:
+            own, values = taps(*args)
+            names = (node.name for node in live)
+            self._kept.append((args, dict(zip(names, values, strict=True))))
+            outputs.extend(own)
+            return own
+
+        graph.run = run
+        try:
+            picked = self._pick(self._traced(**inputs))
+        finally:
+            graph.run = graph.tagged.forward
+        self._output = next((i for i, each in enumerate(outputs) if each is picked), -1)
+        if self._output < 0:
+            self.refusal = "its graph does not return the logits as they are"
+        return picked
+
+    def select(self, policy: Policy) -> Report:
+        """Rewrite what comes after the deepest cut above everything that is selected.
+
+        Raises:
+            SelectorError: a term matches nothing.
+            RefusalError: a selected linear cannot run in FP4.
+        """
+        report = self._traced.plan(policy)
+        selected = {row.path for row in report.selected}
+        whole = self._traced.graphs[0]
+        first = next(
+            index
+            for index, node in enumerate(whole.tagged.graph.nodes)
+            if (site := site_of(node)) and (site.tag.fqn in selected or not selected)
+        )
+        cut = next((cut for cut in reversed(self._cuts) if cut.index <= first), self._cuts[0])
+        if cut not in self._graphs:
+            args, values = self._kept[0]
+            example = (*args, *(values[node.name] for node in cut.live))
+            self._graphs[cut] = TracedGraph(suffix(whole.tagged, cut), example)
+        self._chosen = cut, self._graphs[cut]
+        self._graphs[cut].rewrite(policy, "raise", self._traced.tags)
+        return report
+
+    @torch.no_grad()
+    def run(self, index: int) -> Tensor:
+        """Return what the model as last selected gives for the input of the `index`-th `dense`."""
+        assert self._chosen is not None
+        cut, graph = self._chosen
+        args, values = self._kept[index]
+        picked: Tensor = graph.run(*args, *(values[node.name] for node in cut.live))[self._output]
+        return picked

@@ -1,0 +1,72 @@
+"""Trials that begin at a block give what the whole model gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.models import FAMILIES, tiny, tokens
+
+from fp4graph import Policy, Replay, Scheme, TracedModel
+from fp4graph.passes.cuts import cuts
+from fp4graph.passes.site import sites
+
+
+def replay(model: torch.nn.Module, times: int = 2) -> tuple[TracedModel, Replay]:
+    traced = TracedModel(model.requires_grad_(False))
+    with torch.no_grad():
+        traced(input_ids=tokens(), use_cache=False)
+    return traced, Replay(traced, lambda out: out.logits, times)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_whole_model(family: str) -> None:
+    traced, part = replay(tiny(family))
+    assert part.refusal is None
+    inputs = [{"input_ids": tokens(seed=seed), "use_cache": False} for seed in (0, 1)]
+    dense = [part.dense(**each) for each in inputs]
+    block_0, block_1 = (f"all,blocks={block}" for block in (0, 1))
+    for select in (block_1, block_0, "lm_head", "all", f"all,!({block_0})"):
+        for mode in (None, "same"):
+            policy = Policy.of(select, Scheme.of(activations=mode))
+            report = part.select(policy)
+            found = [part.run(index) for index in (1, 0)][::-1]
+            expected_report = traced.select(policy)
+            assert report.rows == expected_report.rows
+            with torch.no_grad():
+                expected = [traced(**each).logits for each in inputs]
+            assert all(map(torch.equal, found, expected))
+            assert not any(map(torch.equal, found, dense))
+
+
+def test_starts_as_deep_as_it_can() -> None:
+    _, part = replay(tiny("llama"))
+    part.dense(input_ids=tokens(), use_cache=False)
+    linears = []
+    for select in ("q,blocks=0", "down,blocks=0", "q,blocks=1", "lm_head"):
+        part.select(Policy.of(select, Scheme.of()))
+        assert part._chosen is not None
+        linears.append(len(list(sites(part._chosen[1].tagged))))
+    assert linears == [15, 15, 8, 8]
+
+
+def test_keeps_the_least_between_two_blocks() -> None:
+    traced, _ = replay(tiny("llama"))
+    found = cuts(traced.graphs[0].tagged)
+    assert not isinstance(found, str)
+    assert len(found) == 2
+    shapes = [tuple(node.meta["example_value"].shape) for node in found[1].live]
+    assert sorted(shapes).count((1, 8, 64)) == 1, "the residual stream, once"
+    assert found[1].bytes < 2.5 * 8 * 64 * 4
+
+
+def test_says_why_not() -> None:
+    model = tiny("llama")
+    model.model.layers[1].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    _, part = replay(model)
+    assert part.refusal is not None
+    assert "graphs of it" in part.refusal
+    assert part.dense(input_ids=tokens(), use_cache=False).shape == (1, 8, 96)
+    torch._dynamo.reset()
+    _, part = replay(tiny("llama"), times=10**12)
+    assert part.refusal is not None
+    assert "GB" in part.refusal
