@@ -85,8 +85,10 @@ def test_a_bad_selector_exits_2_with_one_line(tiny_folder: Path, select: str) ->
         (["inspect", "no/such-model"], "cannot load"),
         (["inspect", "{model}", "--format", "fp5"], "formats are"),
         (["inspect", "{model}", "--kernel", "warp"], "kernels are"),
-        (["ablate", "{model}"], "give --select"),
-        (["ablate", "{model}", "--select", "q", "--by", "role"], "give --select"),
+        (["ablate", "{model}"], "just one"),
+        (["ablate", "{model}", "--select", "q", "--by", "role"], "just one"),
+        (["ablate", "{model}", "--select", "q", "--plan", "grid"], "just one"),
+        (["ablate", "{model}", "--plan", "rolls"], "expected roles, blocks, grid"),
         (["ablate", "{model}", "--select", "atn"], "did you mean 'attn'"),
         (["ablate", "{model}", "--by", "layer"], "expected role, block"),
         (["ablate", "{model}", "--by", "role", "--format", "nvfp5"], "formats are"),
@@ -116,6 +118,34 @@ def test_errors_are_one_line_and_exit_2(
     assert result.exit_code == 2
     (line,) = [line for line in result.stderr.splitlines() if words in line]
     assert line.startswith(("fp4graph: ", "Error: "))
+
+
+def test_a_plan_and_its_results_for_other_programs(tiny_folder: Path, tmp_path: Path) -> None:
+    arguments = [
+        "ablate", str(tiny_folder), "--plan", "grid", "--format", "mxfp4", "--budget", "5",
+        "--tokens", "64", "--seq-len", "16", "--out", str(tmp_path),
+    ]  # fmt: skip
+    found = rows(run(*arguments, "--json"))
+    assert {row["format"] for row in found} == {None, "mxfp4"}
+    assert len(found) == 1 + 14
+    result = run("export-results", str(tmp_path), str(tmp_path / "all.csv"))
+    assert "15 trials" in result.stdout
+    head, *lines = (tmp_path / "all.csv").read_text().splitlines()
+    assert len(lines) == 15
+    assert {"model", "text", "torch", "selector", "dnll", "kl_p99"} <= set(head.split(","))
+    assert run("export-results", str(tmp_path / "none"), "a.csv").exit_code == 2
+
+
+def test_the_protocol_of_wikitext2_takes_the_whole_text(tiny_folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh" * 20, encoding="utf-8")
+    arguments = ["ablate", str(tiny_folder), "--select", "q", "--protocol", "wikitext2"]
+    arguments += ["--corpus", str(text), "--out", str(tmp_path / "o")]
+    result = run(*arguments)
+    assert result.exit_code == 2, "160 tokens fill no window of 2048"
+    assert "160 tokens in windows of 2048" in result.stderr
+    assert run(*arguments, "--seq-len", "64").exit_code == 0
+    assert json.loads((tmp_path / "o" / "run.json").read_text())["windows"] == 2
 
 
 def test_ablate(tiny_folder: Path, tmp_path: Path) -> None:

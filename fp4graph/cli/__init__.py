@@ -1,4 +1,4 @@
-"""The command line: `fp4graph doctor | inspect | ablate | latency`."""
+"""The command line: `fp4graph doctor | inspect | ablate | export-results | latency`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import fp4graph
 from fp4graph.cli.ablate import ablate_command
 from fp4graph.cli.common import readable_errors
 from fp4graph.cli.doctor import doctor_command
+from fp4graph.cli.export import export_command
 from fp4graph.cli.inspect import inspect_command
 from fp4graph.cli.latency import latency_command
 
@@ -38,4 +39,5 @@ def main(*, verbose: bool) -> None:
 main.add_command(doctor_command)
 main.add_command(inspect_command)
 main.add_command(ablate_command)
+main.add_command(export_command)
 main.add_command(latency_command)

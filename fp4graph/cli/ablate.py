@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,7 @@ import click
 from rich import box
 from rich.table import Table
 
-from fp4graph import OptionError, Selector, models
+from fp4graph import OptionError, models
 from fp4graph.cli.common import (
     DTYPES,
     CommaList,
@@ -23,16 +25,19 @@ from fp4graph.cli.common import (
     stderr,
 )
 from fp4graph.kernels import QUANTIZERS
-from fp4graph.study.ablate import Ablation, write_json_lines
+from fp4graph.study.ablate import Ablation
 from fp4graph.study.evaluate import cut
+from fp4graph.study.export import export
+from fp4graph.study.plan import DIRECTIONS, Group, by_information, read_plan
 from fp4graph.study.plot import draw
 from fp4graph.study.store import Store
-from fp4graph.study.trial import Row, Trial, check_by, selectors_by, trials
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-_DIRECTIONS = {"only": ("only",), "except": ("except",), "both": ("only", "except")}
+    from fp4graph.study.trial import Row, Trial
+
+_WIKITEXT2_WINDOW = 2048
 _SHOWN = 40
 _CHARACTERS_A_TOKEN = 256  # more than any text has; so much of a corpus is read
 
@@ -63,14 +68,15 @@ class _Bar:
 @click.argument("model")
 @click.option("--select", "selects", multiple=True, help="Selector; may be given several times.")
 @click.option("--by", help="One trial for each role, block, or role,block.")
+@click.option("--plan", help="roles, blocks, grid, paper, or a .toml file: docs/studies.md.")
 @click.option(
     "--direction",
-    type=click.Choice(list(_DIRECTIONS)),
+    type=click.Choice(list(DIRECTIONS)),
     default="only",
     show_default=True,
     help="FP4 in the selection only, everywhere except in it, or one trial of each.",
 )
-@click.option("--format", "formats", type=CommaList(), default="nvfp4", show_default=True)
+@click.option("--format", type=CommaList(), default="nvfp4", show_default=True)
 @click.option(
     "--activations",
     type=CommaList("none", "same"),
@@ -80,7 +86,6 @@ class _Bar:
 )
 @click.option(
     "--quantizer",
-    "quantizers",
     type=CommaList(*QUANTIZERS),
     default="rtn",
     show_default=True,
@@ -89,6 +94,17 @@ class _Bar:
 @click.option("--corpus", default="pydoc", show_default=True, help="pydoc, a file, or hf:DATASET.")
 @click.option("--tokens", type=click.IntRange(min=2), default=4096, show_default=True)
 @click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True)
+@click.option(
+    "--protocol",
+    type=click.Choice(["wikitext2"]),
+    help="wikitext2: the whole text in windows of 2048 tokens, the tail dropped.",
+)
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MIN",
+    help="Run those trials first that tell most, and begin none after so many minutes.",
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for results.")
 @dtype_option
 @json_option
@@ -96,16 +112,16 @@ def ablate_command(
     model: str,
     selects: tuple[str, ...],
     by: str | None,
-    direction: str,
-    formats: tuple[str, ...],
-    activations: tuple[str, ...],
-    quantizers: tuple[str, ...],
+    plan: str | None,
     corpus: str,
     tokens: int,
     seq_len: int,
+    protocol: str | None,
+    budget: float | None,
     out: Path | None,
     dtype: str,
     as_json: bool,
+    **combinations: Any,
 ) -> None:
     """Measure what FP4 does to MODEL's predictions on a text, against the dense model.
 
@@ -113,37 +129,38 @@ def ablate_command(
     and run.json. A run that was stopped, by whatever means, goes on where it was when the same
     command is given again.
     """
-    if bool(selects) == bool(by):
-        raise OptionError("give --select (as often as you like) or --by, not both and not neither")
-    for text in selects:  # before minutes of loading
-        Selector(text)
-    if by:
-        check_by(by)
-    trials(["all"], formats, activations, ("only",), quantizers)
+    groups = _groups(selects, by, plan, combinations)
+    for group in groups:  # before minutes of loading
+        group.check()
     if model in models.RANDOM_MODELS:
         raise OptionError(f"{model} has random weights: its accuracy means nothing")
-    text = models.corpus(corpus, tokens * _CHARACTERS_A_TOKEN)
+    whole = protocol == "wikitext2"
+    if whole:
+        seq_len = _WIKITEXT2_WINDOW if _is_default("seq_len") else seq_len
+        whole = _is_default("tokens")
+    text = models.corpus(corpus, None if whole else tokens * _CHARACTERS_A_TOKEN)
     out = out or Path("fp4graph-out") / Path(model).name
     store = Store(out / "trials.sqlite")
     with stderr.status(f"loading {model}"):
         loaded = models.load(model, DTYPES[dtype])
-    windows = cut(text, loaded.tokenizer, tokens, seq_len)
+    windows = cut(text, loaded.tokenizer, None if whole else tokens, seq_len)
     with stderr.status(f"tracing {model}"):
         ablation = Ablation(loaded, windows, store, out)
     if ablation.whole_because:
         stderr.print(f"every trial runs the whole model: {ablation.whole_because}")
-    if by:
-        selects = tuple(selectors_by(ablation.report(), by))
-    directions: Any = _DIRECTIONS[direction]
-    plan = trials(selects, formats, activations, directions, quantizers)
-    ablation.check(plan)
+    report = ablation.report()
+    todo = list(dict.fromkeys(trial for group in groups for trial in group.trials(report)))
+    ablation.check(todo)
+    if budget is not None:
+        todo = by_information(todo, ablation.sizes(todo))
     provenance = {**ablation.provenance(), "corpus": corpus, "seq_len": seq_len}
     (out / "run.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
     rows: list[Row] = []
     with progress_bar() as bar:
-        for row in ablation.run(plan, _Bar(bar, as_json=as_json)):
+        seconds = math.inf if budget is None else budget * 60
+        for row in ablation.run(todo, _Bar(bar, as_json=as_json), seconds):
             rows.append(row)
-            write_json_lines(rows, out / "ablation.jsonl")
+            export([asdict(each) for each in rows], out / "ablation.jsonl")
     store.close()
     title = f"{model}, {corpus}, {provenance['scored_tokens']} tokens, {dtype}"
     console = output(as_json=as_json)
@@ -152,6 +169,26 @@ def ablate_command(
         draw(rows, title, out / "ablation.png")
         console.print(f"picture: {out / 'ablation.png'}")
     console.print(f"rows: {out / 'ablation.jsonl'}   kept in: {out / 'trials.sqlite'}")
+    if len(rows) < len(todo):
+        left = len(todo) - len(rows)
+        console.print(f"{left} of {len(todo)} trials are left: the same command goes on with them")
+
+
+def _groups(
+    selects: tuple[str, ...], by: str | None, plan: str | None, combinations: dict[str, Any]
+) -> tuple[Group, ...]:
+    """Return what the options ask for; a plan's own combinations stand where none are given."""
+    if plan is None:
+        return (Group(selects, (by,) if by else (), **combinations),)
+    if selects or by:
+        Group(("q",), ("role",)).check()
+    given = {name: value for name, value in combinations.items() if not _is_default(name)}
+    return read_plan(plan, given)
+
+
+def _is_default(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not click.core.ParameterSource.COMMANDLINE
 
 
 def _table(rows: list[Row], title: str) -> Table:

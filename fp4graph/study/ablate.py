@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import math
 import platform
 import sys
+import time
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,7 +13,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from fp4graph import Policy, Replay, Report, Scheme, SelectorError, StudyError, TracedModel
+from fp4graph import (
+    Policy,
+    Replay,
+    Report,
+    Scheme,
+    Selector,
+    SelectorError,
+    StudyError,
+    TracedModel,
+)
 from fp4graph.models import check_length
 from fp4graph.study.evaluate import DenseReference, Scores, Windows
 from fp4graph.study.statistics import halves, interval, mean_and_error
@@ -99,8 +109,24 @@ class Ablation:
             if not any(policy.decide(tag).scheme for tag in tags):
                 raise SelectorError(trial.selector, "leaves no linear in FP4 to measure")
 
-    def run(self, plan: Sequence[Trial], progress: Progress) -> Iterator[Row]:
+    def sizes(self, plan: Sequence[Trial]) -> dict[Trial, int]:
+        """Return how many linears each trial's selector picks; of the dense model, most."""
+        tags = self._traced.tags
+        found = {DENSE: len(tags) + 1}
+        for trial in plan:
+            if trial != DENSE:
+                found[trial] = sum(bool(Selector(trial.selector).picks(tag)) for tag in tags)
+        return found
+
+    def run(
+        self, plan: Sequence[Trial], progress: Progress, seconds: float = math.inf
+    ) -> Iterator[Row]:
         """Yield one row a trial, in order, running those that the store does not have.
+
+        Args:
+            plan: the trials.
+            progress: is told how far it is.
+            seconds: after so long no further trial is begun; what the store has is still yielded.
 
         Raises:
             StudyError: the store or the scratch file cannot be written; nothing that was
@@ -111,8 +137,11 @@ class Ablation:
         rest = len([trial for trial in missing if trial != DENSE])
         progress.start((rest + bool(missing)) * len(self._windows.ids))
         reference: DenseReference | None = None
+        start = time.monotonic()
         for trial in plan:
             result = known[trial]
+            if result is None and time.monotonic() - start > seconds:
+                continue
             if result is None:
                 try:
                     reference = reference or self._reference(progress)
@@ -215,10 +244,3 @@ def _row(trial: Trial, scores: Scores, dense: Scores, report: Report) -> Row:
 
 def _per_million(value: float, count: int) -> float | None:
     return value / (count / 1e6) if count else None
-
-
-def write_json_lines(rows: Sequence[Row], path: Path) -> None:
-    """Write rows as JSON lines, the whole file at once, so that a reader never sees half of it."""
-    draft = path.with_suffix(".partial")
-    draft.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
-    draft.replace(path)

@@ -47,7 +47,7 @@ class Windows:
         return hashlib.sha256(content).hexdigest()[:16]
 
 
-def cut(text: str, tokenizer: Any, tokens: int, seq_len: int) -> Windows:
+def cut(text: str, tokenizer: Any, tokens: int | None, seq_len: int) -> Windows:
     """Tokenise a text, take its first tokens, cut them into windows that do not overlap.
 
     A BOS stands in front of each window only where the tokenizer adds one by default. A window's
@@ -56,18 +56,19 @@ def cut(text: str, tokenizer: Any, tokens: int, seq_len: int) -> Windows:
     Args:
         text: the corpus.
         tokenizer: of the model.
-        tokens: how many tokens of the text to use.
+        tokens: how many tokens of the text to use; None for all.
         seq_len: text tokens in a window.
 
     Raises:
         CorpusError: the text has fewer tokens, or they do not fill one window.
     """
-    if seq_len < 2 or tokens < seq_len:
-        problem = "a window needs 2 tokens or more, and the tokens must fill one"
-        raise CorpusError(f"{tokens} tokens in windows of {seq_len}: {problem}")
     ids = _tokenize(text, tokenizer, tokens)
-    if len(ids) < tokens:
-        raise CorpusError(f"the text has {len(ids)} tokens, fewer than the {tokens} asked for")
+    wanted = len(ids) if tokens is None else tokens
+    if seq_len < 2 or wanted < seq_len:
+        problem = "a window needs 2 tokens or more, and the tokens must fill one"
+        raise CorpusError(f"{wanted} tokens in windows of {seq_len}: {problem}")
+    if len(ids) < wanted:
+        raise CorpusError(f"the text has {len(ids)} tokens, fewer than the {wanted} asked for")
     count = len(ids) // seq_len
     rows = torch.tensor(ids[: count * seq_len], dtype=torch.int64).reshape(count, seq_len)
     default = tokenizer("a")["input_ids"]
@@ -77,16 +78,16 @@ def cut(text: str, tokenizer: Any, tokens: int, seq_len: int) -> Windows:
     return Windows(torch.cat((bos, rows), dim=1), first=2)
 
 
-def _tokenize(text: str, tokenizer: Any, tokens: int) -> list[int]:
+def _tokenize(text: str, tokenizer: Any, tokens: int | None) -> list[int]:
     """Return the first tokens of a text, or all if there are fewer, reading no more than it needs.
 
     The tokens at the end of a piece may be others than in the whole text: a margin is left.
     """
-    length = tokens * _CHARACTERS_A_TOKEN
+    length = len(text) if tokens is None else tokens * _CHARACTERS_A_TOKEN
     while True:
         piece = text[:length]
         ids: list[int] = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(piece) == len(text) or len(ids) >= tokens + _MARGIN:
+        if len(piece) == len(text) or len(ids) >= (tokens or 0) + _MARGIN:
             return ids[:tokens]
         length *= 2
 

@@ -54,6 +54,12 @@ class Store:
             (_key(identity), _canonical(identity), json.dumps(result)),
         )
 
+    def all(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """Return every trial, its identity and its result, in the order in which they ended."""
+        query = "SELECT identity, result FROM trials ORDER BY rowid"
+        found = self._execute(query, ()).fetchall()
+        return [(json.loads(identity), json.loads(result)) for identity, result in found]
+
     def close(self) -> None:
         """Close the file."""
         self._db.close()

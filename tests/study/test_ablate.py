@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,7 +19,7 @@ from support.models import tiny, tokens
 import fp4graph
 from fp4graph import OptionError, SelectorError, StudyError
 from fp4graph.models import LoadedModel
-from fp4graph.study.ablate import Ablation, write_json_lines
+from fp4graph.study.ablate import Ablation
 from fp4graph.study.evaluate import Windows
 from fp4graph.study.plot import draw
 from fp4graph.study.store import Store
@@ -212,17 +212,31 @@ def test_draws_bars_and_heat_maps(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_json_lines_are_whole(tmp_path: Path) -> None:
+def test_rows_have_these_keys(tmp_path: Path) -> None:
     rows = run(tmp_path, [DENSE, Trial("q", "nvfp4")])
-    write_json_lines(rows, tmp_path / "a.jsonl")
     keys = (
         "selector format activations quantizer direction ppl dnll dnll_se kl kl_se top1 "
         "linears parameters bytes_dense bytes_packed dnll_per_mb dnll_low dnll_high kl_p50 kl_p90 "
         "kl_p99 kl_per_mb dnll_per_mparam kl_per_mparam noise noise_se"
     )
-    read = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    assert [list(row) for row in read] == [keys.split()] * 2
-    assert read[0]["selector"] == "none"
+    dense, q = map(asdict, rows)
+    assert list(dense) == list(q) == keys.split()
+    assert dense["selector"] == "none"
+    assert dense["noise"] > 0
+    assert q["noise"] is None
+    assert q["dnll_low"] <= q["dnll"] <= q["dnll_high"]
+    assert 0 <= q["kl_p50"] <= q["kl_p90"] <= q["kl_p99"]
+    assert q["kl_per_mparam"] == pytest.approx(q["kl"] / (q["parameters"] / 1e6))
+
+
+def test_after_the_budget_no_trial_begins_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    plan = trials(["q", "v", "down"], ["nvfp4"], ["none"], ("only",))
+    first = list(ablation(tmp_path).run(plan, Silent(), seconds=0))
+    assert len(first) <= 1
+    rest = list(ablation(tmp_path).run(plan, Silent()))
+    assert [row.selector for row in rest] == ["none", "q", "v", "down"]
+    again = list(ablation(tmp_path).run(plan, Silent(), seconds=0))
+    assert again == rest
 
 
 def command(folder: Path, out: Path) -> list[str]:

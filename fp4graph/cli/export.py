@@ -1,0 +1,29 @@
+"""fp4graph export-results: what a store holds, for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fp4graph import StudyError
+from fp4graph.cli.common import output
+from fp4graph.study.export import export
+from fp4graph.study.store import Store
+
+
+@click.command("export-results")
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def export_command(store: Path, file: Path) -> None:
+    """Write every trial in STORE (a results folder, or its trials.sqlite) to FILE.
+
+    The name of FILE says the format: .jsonl, .csv or .parquet. Each row has the trial's result and
+    all that it hangs on: model, text, dtype, versions.
+    """
+    path = store / "trials.sqlite" if store.is_dir() else store
+    if not path.is_file():
+        raise StudyError(f"there are no results in {store}")
+    rows = [{**identity, **result} for identity, result in Store(path).all()]
+    export(rows, file)
+    output(as_json=False).print(f"{len(rows)} trials: {file}")
