@@ -1,7 +1,10 @@
 """FP4 linears for torch.compile, chosen by selector; see README.md."""
 
 from fp4graph.backend import backend
+from fp4graph.calibrate import Calibration
+from fp4graph.calibrator import calibrate
 from fp4graph.errors import (
+    CalibrationError,
     CorpusError,
     Fp4GraphError,
     GradientError,
@@ -35,6 +38,8 @@ __all__ = [
     "MXFP4",
     "NVFP4",
     "BlockFormat",
+    "Calibration",
+    "CalibrationError",
     "CorpusError",
     "Fp4GraphError",
     "GradientError",
@@ -55,6 +60,7 @@ __all__ = [
     "WeightError",
     "__version__",
     "backend",
+    "calibrate",
     "dequantize",
     "explain",
     "get_format",

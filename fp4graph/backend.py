@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fp4graph.calibrate import Calibration
 from fp4graph.errors import Fp4GraphError, OptionError, RefusalError, SelectorError
 from fp4graph.inner import NAMES, compile_inner, read_mode
 from fp4graph.passes.choose import refusal
@@ -238,7 +240,7 @@ def backend(
     kernel: str = "auto",
     inner: str | CompilerFn = "inductor",
     on_refusal: OnRefusal = "raise",
-    calibration: object | None = None,
+    calibration: Calibration | str | Path | None = None,
     model: nn.Module | None = None,
     report: Report | None = None,
 ) -> Backend:
@@ -253,7 +255,8 @@ def backend(
             `quantizer`, `activations`, `kernel`, or to None for dense; later entries win.
         format: `nvfp4`, `mxfp4`, or `mxfp4:RULE` with a scale rule (floor, ceil, rceil, even).
         quantizer: how codes are found: `rtn`, round to nearest; `four-over-six` (NVFP4);
-            `scale-search`, the best scale for each group. None needs data.
+            `scale-search`, the best scale for each group. None of these needs data; with a
+            calibration it is the calibration's own.
         activations: None for W4A16; `same` to quantise and dequantise each linear's input in the
             weight's format, at each call (W4A4); `int8` to let the kernel round it to 8 bits in
             groups, an approximation (W4A8).
@@ -261,7 +264,8 @@ def backend(
         inner: `inductor`, `eager`, or a backend function that compiles the rewritten graph.
         on_refusal: what to do with a selected linear that cannot run in FP4: `raise`, or `keep`
             it dense with a row in the report.
-        calibration: None; `rtn` takes none.
+        calibration: codes found with data, from `fp4graph.calibrate`, or the file that holds them;
+            every selected linear takes them.
         model: the model. Needed where Dynamo sees only fragments of it (graph breaks, single
             layers compiled alone), to know whole module paths and the number of blocks.
         report: filled with one row for each linear; the backend's `report` attribute if None.
@@ -273,14 +277,19 @@ def backend(
         SelectorError: `select` cannot be parsed. A term that matches nothing raises at the first
             call of the compiled model.
         OptionError: an option that does not exist.
+        CalibrationError: a calibration that cannot be read, or is for another format. One that
+            lacks a linear, or was made of other weights, raises at the first call.
     """
     if on_refusal not in ("raise", "keep"):
         raise OptionError(f"on_refusal={on_refusal!r}: expected 'raise' or 'keep'")
     if isinstance(inner, str) and inner not in NAMES:
         raise OptionError(f"inner={inner!r}: expected {', '.join(NAMES)} or a backend function")
-    if calibration is not None:
-        raise OptionError(f"calibration= is given, but quantizer {quantizer!r} takes none")
-    scheme = Scheme.of(format, quantizer, activations, kernel)
+    if isinstance(calibration, str | Path):
+        calibration = Calibration.load(calibration)
+    if calibration is not None and quantizer not in ("rtn", calibration.quantizer):
+        problem = f"the calibration was made with {calibration.quantizer!r}"
+        raise OptionError(f"quantizer {quantizer!r} is asked for, and {problem}")
+    scheme = Scheme.of(format, quantizer, activations, kernel, calibration)
     report = Report() if report is None else report
     return Backend(Policy.of(select, scheme), inner, on_refusal, model, report)
 

@@ -49,6 +49,10 @@ class ModelError(Fp4GraphError):
     """A model that cannot be found, loaded or used for the job at hand."""
 
 
+class CalibrationError(Fp4GraphError):
+    """A calibration that cannot be made, read, or used for this model."""
+
+
 class CorpusError(Fp4GraphError):
     """A text that cannot be found or is too short."""
 

@@ -160,21 +160,28 @@ def _frozen(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+PYDOC = {"pydoc": (0.0, 1.0), "pydoc-first": (0.0, 0.5), "pydoc-second": (0.5, 1.0)}
+"""The text that CPython ships, and its halves: from where to where."""
+
+
 def corpus(name: str, characters: int | None = None) -> str:
     """Return a text, or its beginning.
 
     Args:
         characters: how much of a file to read; None for all.
-        name: `pydoc`, the English that CPython ships; a file, UTF-8; or `hf:DATASET`, with
-            `hf:DATASET:CONFIG:SPLIT` for more than the default configuration's test split.
+        name: `pydoc`, the English that CPython ships, or its halves, `pydoc-first` and
+            `pydoc-second`; a file, UTF-8; or `hf:DATASET`, with `hf:DATASET:CONFIG:SPLIT` for more
+            than the default configuration's test split.
 
     Raises:
         CorpusError: no such text.
     """
-    if name == "pydoc":
+    if name in PYDOC:
         from pydoc_data.topics import topics
 
-        return "\n\n".join(topics[topic] for topic in sorted(topics))
+        text = "\n\n".join(topics[topic] for topic in sorted(topics))
+        first, second = PYDOC[name]
+        return text[int(first * len(text)) : int(second * len(text))]
     if name.startswith("hf:"):
         return _hub_corpus(*name.removeprefix("hf:").split(":"))
     try:

@@ -14,6 +14,7 @@ from fp4graph.selector import Selector, parse
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fp4graph.calibrate import Calibration
     from fp4graph.tags import LinearTag, Role
 
 Select = str | Selector | Mapping[str, "str | BlockFormat | Mapping[str, object] | None"]
@@ -33,12 +34,14 @@ class Scheme:
         activations: format that inputs are quantised and dequantised in at each call (W4A4);
             `int8` for kernels that round them to 8 bits themselves; None to leave them (W4A16).
         kernel: name of the kernel, or `auto`.
+        calibration: where the codes are, if they were found with data.
     """
 
     format: BlockFormat
     quantizer: str = "rtn"
     activations: BlockFormat | Literal["int8"] | None = None
     kernel: str = "auto"
+    calibration: Calibration | None = None
 
     @classmethod
     def of(
@@ -47,6 +50,7 @@ class Scheme:
         quantizer: str = "rtn",
         activations: str | None = None,
         kernel: str = "auto",
+        calibration: Calibration | None = None,
     ) -> Scheme:
         """Build a scheme from options as users give them.
 
@@ -55,18 +59,26 @@ class Scheme:
             quantizer: see `fp4graph.quantize`.
             activations: None, `same` for the weight's format, or `int8`.
             kernel: a kernel's name, or `auto`.
+            calibration: what `quantizer` found with data; it counts for that quantiser alone, and
+                for `rtn`, which then stands for it.
 
         Raises:
             OptionError: a value that does not exist.
+            CalibrationError: a calibration for another format.
         """
         weight_format = get_format(format)
-        check_quantizer(quantizer, weight_format)
+        if calibration is not None and quantizer in ("rtn", calibration.quantizer):
+            calibration.check(str(weight_format))
+            quantizer = calibration.quantizer
+        else:
+            calibration = None
+            check_quantizer(quantizer, weight_format)
         if activations not in (None, "same", "int8"):
             raise OptionError(f"activations={activations!r}: expected None or 'same' or 'int8'")
         check_name(kernel)
         rounded: dict[str | None, BlockFormat | Literal["int8"] | None]
         rounded = {None: None, "same": weight_format, "int8": "int8"}
-        return cls(weight_format, quantizer, rounded[activations], kernel)
+        return cls(weight_format, quantizer, rounded[activations], kernel, calibration)
 
     def merged(self, value: str | BlockFormat | Mapping[str, object]) -> Scheme:
         """Return the scheme that a mapping's value means, with this one for what it leaves open."""
@@ -77,6 +89,7 @@ class Scheme:
             if isinstance(self.activations, BlockFormat)
             else self.activations,
             "kernel": self.kernel,
+            "calibration": self.calibration,
         }
         given = value if isinstance(value, Mapping) else {"format": value}
         unknown = sorted(set(given) - set(options))

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from fp4graph.passes.cuts import Cut, cuts, suffix, tapped
+from fp4graph.passes.cuts import Cut, cuts, segment, tapped
 from fp4graph.passes.site import site_of
 from fp4graph.trace import TracedGraph
 
@@ -108,7 +108,7 @@ class Replay:
         if cut not in self._graphs:
             args, values = self._kept[0]
             example = (*args, *(values[node.name] for node in cut.live))
-            self._graphs[cut] = TracedGraph(suffix(whole.tagged, cut), example)
+            self._graphs[cut] = TracedGraph(segment(whole.tagged, cut), example)
         self._chosen = cut, self._graphs[cut]
         self._graphs[cut].rewrite(policy, "raise", self._traced.tags)
         return report

@@ -136,6 +136,32 @@ def test_a_plan_and_its_results_for_other_programs(tiny_folder: Path, tmp_path: 
     assert run("export-results", str(tmp_path / "none"), "a.csv").exit_code == 2
 
 
+@pytest.mark.slow
+def test_calibrate_then_ablate(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c.safetensors"
+    made = run(
+        "calibrate", str(tiny_folder), "--format", "mxfp4", "--quantizer", "gptq",
+        "--samples", "8", "--seq-len", "16", "--out", str(out),
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert "14 linears, mxfp4, gptq" in made.stdout
+    common = [
+        "ablate", str(tiny_folder), "--select", "all", "--calibration", str(out),
+        "--tokens", "64", "--seq-len", "16", "--out", str(tmp_path / "o"), "--json",
+    ]  # fmt: skip
+    found = rows(run(*common))
+    assert [(row["format"], row["quantizer"]) for row in found] == [
+        (None, "rtn"),
+        ("mxfp4", "gptq"),
+    ]
+    assert json.loads((tmp_path / "o" / "run.json").read_text())["corpus"] == "pydoc-second"
+    both = rows(run(*common, "--quantizer", "rtn,gptq"))
+    assert [row["quantizer"] for row in both] == ["rtn", "rtn", "gptq"]
+    same = run(*common, "--corpus", "pydoc-first")
+    assert same.exit_code == 2
+    assert "the text to measure on is the one that was calibrated with" in same.stderr
+
+
 def test_the_protocol_of_wikitext2_takes_the_whole_text(tiny_folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh" * 20, encoding="utf-8")

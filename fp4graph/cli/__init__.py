@@ -1,4 +1,4 @@
-"""The command line: `fp4graph doctor | inspect | ablate | export-results | latency`."""
+"""The command line: `fp4graph doctor | inspect | ablate | export-results | calibrate | latency`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 
 import fp4graph
 from fp4graph.cli.ablate import ablate_command
+from fp4graph.cli.calibrate import calibrate_command
 from fp4graph.cli.common import readable_errors
 from fp4graph.cli.doctor import doctor_command
 from fp4graph.cli.export import export_command
@@ -40,4 +41,5 @@ main.add_command(doctor_command)
 main.add_command(inspect_command)
 main.add_command(ablate_command)
 main.add_command(export_command)
+main.add_command(calibrate_command)
 main.add_command(latency_command)

@@ -12,7 +12,8 @@ import click
 from rich import box
 from rich.table import Table
 
-from fp4graph import OptionError, models
+from fp4graph import Calibration, OptionError, models
+from fp4graph.calibrate import CALIBRATED
 from fp4graph.cli.common import (
     DTYPES,
     CommaList,
@@ -28,14 +29,16 @@ from fp4graph.kernels import QUANTIZERS
 from fp4graph.study.ablate import Ablation
 from fp4graph.study.evaluate import cut
 from fp4graph.study.export import export
-from fp4graph.study.plan import DIRECTIONS, Group, by_information, read_plan
+from fp4graph.study.plan import DIRECTIONS, JUST_ONE, Group, by_information, read_plan
 from fp4graph.study.plot import draw
 from fp4graph.study.store import Store
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.progress import Progress
 
-    from fp4graph.study.trial import Row, Trial
+    from fp4graph.study.trial import Calibrations, Row, Trial
 
 _WIKITEXT2_WINDOW = 2048
 _SHOWN = 40
@@ -86,12 +89,24 @@ class _Bar:
 )
 @click.option(
     "--quantizer",
-    type=CommaList(*QUANTIZERS),
+    type=CommaList(*QUANTIZERS, *CALIBRATED),
     default="rtn",
     show_default=True,
-    help="How codes are found: " + ", ".join(QUANTIZERS) + ".",
+    help="How codes are found: " + ", ".join(QUANTIZERS) + "; with --calibration what that has.",
 )
-@click.option("--corpus", default="pydoc", show_default=True, help="pydoc, a file, or hf:DATASET.")
+@click.option(
+    "--calibration",
+    "calibration_files",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Codes that `fp4graph calibrate` found; may be given several times.",
+)
+@click.option(
+    "--corpus",
+    default="pydoc",
+    show_default=True,
+    help="pydoc (with a calibration pydoc-second, its second half), a file, or hf:DATASET.",
+)
 @click.option("--tokens", type=click.IntRange(min=2), default=4096, show_default=True)
 @click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True)
 @click.option(
@@ -113,6 +128,7 @@ def ablate_command(
     selects: tuple[str, ...],
     by: str | None,
     plan: str | None,
+    calibration_files: tuple[Path, ...],
     corpus: str,
     tokens: int,
     seq_len: int,
@@ -129,9 +145,9 @@ def ablate_command(
     and run.json. A run that was stopped, by whatever means, goes on where it was when the same
     command is given again.
     """
-    groups = _groups(selects, by, plan, combinations)
-    for group in groups:  # before minutes of loading
-        group.check()
+    calibrations = _calibrations(calibration_files)
+    groups = _groups(selects, by, plan, combinations, calibrations)
+    corpus = _text_beside(corpus, calibrations)
     if model in models.RANDOM_MODELS:
         raise OptionError(f"{model} has random weights: its accuracy means nothing")
     whole = protocol == "wikitext2"
@@ -145,14 +161,8 @@ def ablate_command(
         loaded = models.load(model, DTYPES[dtype])
     windows = cut(text, loaded.tokenizer, None if whole else tokens, seq_len)
     with stderr.status(f"tracing {model}"):
-        ablation = Ablation(loaded, windows, store, out)
-    if ablation.whole_because:
-        stderr.print(f"every trial runs the whole model: {ablation.whole_because}")
-    report = ablation.report()
-    todo = list(dict.fromkeys(trial for group in groups for trial in group.trials(report)))
-    ablation.check(todo)
-    if budget is not None:
-        todo = by_information(todo, ablation.sizes(todo))
+        ablation = Ablation(loaded, windows, store, out, calibrations)
+    todo = _todo(ablation, groups, calibrations, by_budget=budget is not None)
     provenance = {**ablation.provenance(), "corpus": corpus, "seq_len": seq_len}
     (out / "run.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
     rows: list[Row] = []
@@ -174,16 +184,59 @@ def ablate_command(
         console.print(f"{left} of {len(todo)} trials are left: the same command goes on with them")
 
 
+def _calibrations(files: tuple[Path, ...]) -> Calibrations:
+    found = map(Calibration.load, files)
+    return {(each.format, each.quantizer): each for each in found}
+
+
 def _groups(
-    selects: tuple[str, ...], by: str | None, plan: str | None, combinations: dict[str, Any]
+    selects: tuple[str, ...],
+    by: str | None,
+    plan: str | None,
+    combinations: dict[str, Any],
+    calibrations: Calibrations,
 ) -> tuple[Group, ...]:
-    """Return what the options ask for; a plan's own combinations stand where none are given."""
-    if plan is None:
-        return (Group(selects, (by,) if by else (), **combinations),)
-    if selects or by:
-        Group(("q",), ("role",)).check()
+    """Return what the options ask for, checked; a plan's own stands where nothing is given."""
     given = {name: value for name, value in combinations.items() if not _is_default(name)}
-    return read_plan(plan, given)
+    if calibrations:  # they are what is to be measured
+        formats, quantizers = zip(*calibrations, strict=True)
+        given = {"format": _once(formats), "quantizer": _once(quantizers), **given}
+    if bool(selects) + bool(by) + bool(plan) != 1:
+        raise OptionError(JUST_ONE)
+    if plan is not None:
+        groups = read_plan(plan, given)
+    else:
+        groups = (Group(selects, (by,) if by else (), **{**combinations, **given}),)
+    for group in groups:
+        group.check(calibrations)
+    return groups
+
+
+def _once(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
+
+
+def _text_beside(corpus: str, calibrations: Calibrations) -> str:
+    """Return the text to measure on: never the one that was calibrated with."""
+    if calibrations and _is_default("corpus"):
+        corpus = "pydoc-second"
+    if any(each.about.get("corpus") == corpus for each in calibrations.values()):
+        problem = "the text to measure on is the one that was calibrated with"
+        raise OptionError(f"--corpus {corpus}: {problem}")
+    return corpus
+
+
+def _todo(
+    ablation: Ablation, groups: Sequence[Group], calibrations: Calibrations, *, by_budget: bool
+) -> list[Trial]:
+    """Return the trials, checked against the model."""
+    if ablation.whole_because:
+        stderr.print(f"every trial runs the whole model: {ablation.whole_because}")
+    report = ablation.report()
+    found = (trial for group in groups for trial in group.trials(report, calibrations))
+    plan = list(dict.fromkeys(found))
+    ablation.check(plan)
+    return by_information(plan, ablation.sizes(plan)) if by_budget else plan
 
 
 def _is_default(name: str) -> bool:

@@ -92,6 +92,16 @@ class BlockFormat:
     ) -> PackedWeight:
         """Round groups to nearest under given scales, codes uint8 [N, G]."""
         codes = self._round(w_NGB, scale, per_tensor_scale).flatten(1)
+        return self.pack_codes(codes, scale, per_tensor_scale, shape)
+
+    def pack_codes(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        per_tensor_scale: Tensor | None,
+        shape: tuple[int, int],
+    ) -> PackedWeight:
+        """Put E2M1 codes, uint8 [N, K rounded up to whole groups], under given scales."""
         return PackedWeight(
             qdata=codes[:, 0::2] | (codes[:, 1::2] << 4),
             scale=scale.view(self.scale_codec.dtype),
@@ -155,6 +165,15 @@ class PackedWeight:
         """Bytes of all tensors."""
         tensors = (self.qdata, self.scale, self.per_tensor_scale)
         return sum(t.nbytes for t in tensors if t is not None)
+
+    def rows(self, index: Tensor) -> PackedWeight:
+        """Return some rows, int64."""
+        return replace(
+            self,
+            qdata=self.qdata[index],
+            scale=self.scale[index],
+            shape=(len(index), self.shape[1]),
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight's values, [N, K] in `dtype`: the meaning of every kernel.

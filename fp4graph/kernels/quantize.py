@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp4graph.calibrate import DATA_FREE
+from fp4graph.calibrate import CALIBRATED, DATA_FREE, check_format
 from fp4graph.errors import OptionError
 from fp4graph.formats import BlockFormat, get_format
 from fp4graph.kernels.cpu import library, ops
@@ -58,7 +58,11 @@ def check_quantizer(name: str, format: BlockFormat) -> None:
     Raises:
         OptionError: no such quantizer, or not for this format.
     """
+    if name in CALIBRATED:
+        raise OptionError(
+            f"quantizer {name!r} needs data: give the file that `fp4graph calibrate` or "
+            "fp4graph.calibrate() made, calibration=FILE"
+        )
     if name not in QUANTIZERS:
         raise OptionError(f"unknown quantizer {name!r}; quantizers are {', '.join(QUANTIZERS)}")
-    if name == "four-over-six" and not format.has_per_tensor_scale:
-        raise OptionError(f"quantizer {name!r} is for nvfp4: {format} has powers of two alone")
+    check_format(name, format)

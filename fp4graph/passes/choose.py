@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from fp4graph.errors import RefusalError
+from fp4graph.errors import CalibrationError, Fp4GraphError, RefusalError
 from fp4graph.kernels import Problem, Target, choose, is_plain, kernels, refusals, target_of
 from fp4graph.passes.site import LinearSite, mark, sites
 
@@ -41,14 +41,14 @@ class ChooseKernels:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         """See the class."""
-        refused: list[tuple[str, RefusalError]] = []
+        refused: list[tuple[str, Fp4GraphError]] = []
         for node, site in sites(gm):
             if site.scheme is None:
                 continue
             try:
                 problem = _problem(site, example_inputs, self.target)
                 kernel = choose(problem, site.scheme.kernel)
-            except RefusalError as error:
+            except (RefusalError, CalibrationError) as error:
                 refused.append((site.tag.fqn, error))
                 mark(node, replace(site, scheme=None, reason=f"refused: {error}"))
             else:
@@ -78,6 +78,8 @@ def _problem(site: LinearSite, example_inputs: Sequence[Any], target: Target | N
     if site.unsupported or site.weight is None:
         raise RefusalError(site.unsupported or "it has no weight")
     weight = example_inputs[site.weight]
+    if site.scheme.calibration is not None:
+        site.scheme.calibration.require(site.tag.fqn)
     if not is_plain(weight):
         raise RefusalError(f"its weight is a {type(weight).__name__}, not a plain tensor")
     if weight.layout != torch.strided or not weight.dtype.is_floating_point:

@@ -20,7 +20,7 @@ from fp4graph.passes.site import site_of, sites
 from fp4graph.passes.writes import written
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ def cuts(gm: GraphModule) -> list[Cut] | str:
         return "linears are inside higher-order ops"
     if len(list(regions(gm))) > 1:
         return "it has graphs within its graph"
-    if written(gm.graph):
-        return "the graph writes to tensors in place"
+    overwritten = written(gm.graph)
+    if any(node.op == "placeholder" for node in overwritten):
+        return "the graph writes to its inputs in place"
     place = {node: index for index, node in enumerate(nodes)}
     last_use = {node: max((place[user] for user in node.users), default=-1) for node in nodes}
     found: list[Cut] = []
@@ -61,7 +62,10 @@ def cuts(gm: GraphModule) -> list[Cut] | str:
     for index, site in own:
         block = (site.tag.stack, site.tag.block)
         if site.tag.block is not None and block != before:
-            places = (_cut(nodes, at, last_use) for at in range(seen + 1, index + 1))
+            places = [_cut(nodes, at, last_use) for at in range(seen + 1, index + 1)]
+            places = [place for place in places if overwritten.isdisjoint(place.live)]
+            if not places:
+                return "the graph writes in place to what goes from block to block"
             found.append(min(places, key=lambda cut: (cut.bytes, -cut.index)))
             before = block
         seen = index
@@ -73,18 +77,32 @@ def _cut(nodes: list[Node], index: int, last_use: dict[Node, int]) -> Cut:
     return Cut(index, tuple(node for node in made if last_use[node] >= index))
 
 
-def suffix(gm: GraphModule, cut: Cut) -> GraphModule:
-    """Return the graph from a cut on: its inputs, then the live values; marks are kept."""
+def segment(
+    gm: GraphModule, start: Cut, end: Cut | None = None, outputs: Sequence[Node] | None = None
+) -> GraphModule:
+    """Return the graph from one cut to another; marks are kept.
+
+    Args:
+        gm: the whole graph.
+        start: where it begins; its inputs are the graph's, then the values that are live there.
+        end: where it ends, None for the end of the graph.
+        outputs: what it returns; None for what is live at its end, or what the graph returns.
+    """
     graph, copies = Graph(), dict[Node, Node]()
     nodes = list(gm.graph.nodes)
     copies.update({node: graph.node_copy(node) for node in nodes if node.op == "placeholder"})
-    copies.update({node: graph.placeholder(f"live_{node.name}") for node in cut.live})
+    copies.update({node: graph.placeholder(f"live_{node.name}") for node in start.live})
     copies.update({node: graph.node_copy(node) for node in nodes if node.op == "get_attr"})
-    for node in nodes[cut.index :]:
-        if node not in copies:
+    if end is not None and outputs is None:
+        outputs = end.live
+    for node in nodes[start.index : None if end is None else end.index]:
+        if node not in copies and (node.op != "output" or outputs is None):
             copies[node] = graph.node_copy(node, lambda each: copies[each])
     for old, new in copies.items():
         new.meta = dict(old.meta)
+    if outputs is not None:
+        graph.output(tuple(copies[node] for node in outputs))
+        graph.eliminate_dead_code()
     return GraphModule(gm, graph)
 
 

@@ -71,7 +71,6 @@ class PackEntry:
             w_NK = weight.detach().mT if self.transposed else weight.detach()
             if self.rows is not None:
                 self.index = self.index or (torch.tensor(self.rows, device=w_NK.device),)
-                w_NK = w_NK[self.index[0]]
             if w_NK.ndim == 3:
                 experts = (self._prepack(each, f", expert {i}") for i, each in enumerate(w_NK))
                 fresh = tuple(map(torch.stack, zip(*experts, strict=True)))
@@ -88,10 +87,16 @@ class PackEntry:
             self._fingerprint = fingerprint(weight)
 
     def _prepack(self, w_NK: Tensor, which: str = "") -> tuple[Tensor, ...]:
-        try:
-            packed = quantize(w_NK, self.scheme.format, self.scheme.quantizer)
-        except WeightError as error:
-            raise WeightError(f"{self.fqn}{which}: {error}") from None
+        calibration = self.scheme.calibration
+        if calibration is not None:
+            packed = calibration.get(self.fqn, w_NK)
+            packed = packed.rows(*self.index) if self.index else packed
+        else:
+            w_NK = w_NK[self.index[0]] if self.index else w_NK
+            try:
+                packed = quantize(w_NK, self.scheme.format, self.scheme.quantizer)
+            except WeightError as error:
+                raise WeightError(f"{self.fqn}{which}: {error}") from None
         return self.kernel.prepack(packed, self.problem)
 
 
@@ -122,7 +127,8 @@ class PackCache:
             WeightError: the weight holds NaN or Inf; names the linear.
         """
         layout = kernel.plan(problem).layout
-        key = (scheme.format, scheme.quantizer, kernel.name, layout, transposed, rows)
+        how = scheme.calibration or scheme.quantizer
+        key = (scheme.format, how, kernel.name, layout, transposed, rows)
         with self._lock:
             by_scheme = self._entries.get(weight)
             if by_scheme is None:

@@ -26,7 +26,7 @@ from fp4graph import (
 from fp4graph.models import check_length
 from fp4graph.study.evaluate import DenseReference, Scores, Windows
 from fp4graph.study.statistics import halves, interval, mean_and_error
-from fp4graph.study.trial import DENSE, Row, Trial
+from fp4graph.study.trial import DENSE, Calibrations, Row, Trial
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -62,13 +62,21 @@ class Ablation:
         windows: the text.
         store: where results are kept and found again.
         scratch: folder for the dense model's log probabilities while trials run.
+        calibrations: codes found with data.
 
     Raises:
         StudyError: the model's weights are random.
         ModelError: a window is longer than the model's positions.
     """
 
-    def __init__(self, loaded: LoadedModel, windows: Windows, store: Store, scratch: Path) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        windows: Windows,
+        store: Store,
+        scratch: Path,
+        calibrations: Calibrations | None = None,
+    ) -> None:
         if loaded.is_random:
             raise StudyError(f"{loaded.name} has random weights: its accuracy means nothing")
         check_length(loaded.model, windows.ids.shape[1])
@@ -76,6 +84,7 @@ class Ablation:
         self._windows = windows
         self._store = store
         self._scratch = scratch
+        self._calibrations = calibrations or {}
         self._traced = TracedModel(loaded.model)
         self._identity = {
             "protocol": PROTOCOL,
@@ -102,7 +111,7 @@ class Ablation:
         """
         tags = self._traced.tags
         for trial in plan:
-            policy = trial.policy()
+            policy = trial.policy(self._calibrations)
             if policy is None:
                 continue
             policy.check(tags)
@@ -181,7 +190,9 @@ class Ablation:
         }
 
     def _key(self, trial: Trial) -> dict[str, Any]:
-        return {**self._identity, **asdict(trial)}
+        calibration = self._calibrations.get((trial.format or "", trial.quantizer))
+        codes = {} if calibration is None else {"calibration": calibration.digest()}
+        return {**self._identity, **asdict(trial), **codes}
 
     def _inputs(self, index: int) -> dict[str, Any]:
         return {"input_ids": self._windows.ids[index : index + 1], "use_cache": False}
@@ -194,7 +205,7 @@ class Ablation:
     def _measure(
         self, trial: Trial, reference: DenseReference, progress: Progress
     ) -> dict[str, Any]:
-        policy = trial.policy()
+        policy = trial.policy(self._calibrations)
         if policy is None:
             row = _row(trial, reference.scores, reference.scores, Report())
             noise, noise_se = halves(reference.scores.nll)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp4graph import OptionError, Selector
-from fp4graph.study.trial import Direction, Trial, check_by, selectors_by, trials
+from fp4graph.study.trial import Calibrations, Direction, Trial, check_by, selectors_by, trials
 
 if TYPE_CHECKING:
     from fp4graph import Report
 
+JUST_ONE = "give selectors (--select, as often as you like), --by or --plan, just one"
 DIRECTIONS: dict[str, tuple[Direction, ...]] = {
     "only": ("only",),
     "except": ("except",),
@@ -41,7 +42,7 @@ class Group:
     quantizer: tuple[str, ...] = ("rtn",)
     direction: str = "only"
 
-    def check(self) -> None:
+    def check(self, calibrations: Calibrations | None = None) -> None:
         """Check all that can be checked without a model.
 
         Raises:
@@ -49,25 +50,26 @@ class Group:
             SelectorError: a selector that cannot be parsed.
         """
         if bool(self.select) == bool(self.by):
-            problem = "give selectors (--select, as often as you like), --by or --plan, just one"
-            raise OptionError(problem)
+            raise OptionError(JUST_ONE)
         if self.direction not in DIRECTIONS:
             raise OptionError(f"direction {self.direction!r}: expected {', '.join(DIRECTIONS)}")
         for text in self.select:
             Selector(text)
         for what in self.by:
             check_by(what)
-        trials(["all"], self.format, self.activations, ("only",), self.quantizer)
+        trials(["all"], self.format, self.activations, ("only",), self.quantizer, calibrations)
 
-    def trials(self, report: Report) -> list[Trial]:
+    def trials(self, report: Report, calibrations: Calibrations | None = None) -> list[Trial]:
         """Return the dense model, then all combinations.
 
         Args:
             report: of the model, every block linear in it selected.
+            calibrations: codes found with data.
         """
         select = (*self.select, *(each for what in self.by for each in selectors_by(report, what)))
         directions = DIRECTIONS[self.direction]
-        return trials(select, self.format, self.activations, directions, self.quantizer)
+        combinations = (self.format, self.activations, directions, self.quantizer)
+        return trials(select, *combinations, calibrations)
 
 
 PLANS: dict[str, Group] = {

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from fp4graph import OptionError, Policy, Report, Scheme, Selector
+from fp4graph import Calibration, OptionError, Policy, Report, Scheme, Selector, get_format
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Direction = Literal["only", "except"]
+Calibrations = Mapping[tuple[str, str], Calibration]
+"""Codes found with data, by format and quantizer."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,13 @@ class Trial:
         how = "" if self.quantizer == "rtn" else f", {self.quantizer}"
         return f"{self.direction} {self.selector} in {self.format} {bits}{how}"
 
-    def policy(self) -> Policy | None:
+    def policy(self, calibrations: Calibrations) -> Policy | None:
         """Return what to rewrite, None for nothing."""
         if self.format is None:
             return None
         activations = None if self.activations == "none" else self.activations
-        scheme = Scheme.of(self.format, self.quantizer, activations)
+        calibration = calibrations.get((self.format, self.quantizer))
+        scheme = Scheme.of(self.format, self.quantizer, activations, calibration=calibration)
         if self.direction == "only":
             return Policy.of(self.selector, scheme)
         return Policy.of({"all": {}, self.selector: None}, scheme)
@@ -117,8 +121,17 @@ def trials(
     activations: Sequence[str],
     directions: Sequence[Direction],
     quantizers: Sequence[str] = ("rtn",),
+    calibrations: Calibrations | None = None,
 ) -> list[Trial]:
     """Return the dense model, then every combination; `except` brings `all` to compare with.
+
+    Args:
+        selectors: what is in FP4.
+        formats: of the weights.
+        activations: `none`, `same`.
+        directions: `only`, `except`.
+        quantizers: how codes are found.
+        calibrations: codes found with data, by format and quantizer.
 
     Raises:
         SelectorError: a selector cannot be parsed.
@@ -128,7 +141,9 @@ def trials(
     canonical = list(dict.fromkeys(str(Selector(text)) for text in selectors))
     plan = [DENSE]
     for format, mode, how in itertools.product(formats, activations, quantizers):
-        scheme = Scheme.of(format, how, None if mode == "none" else mode)
+        calibration = (calibrations or {}).get((str(get_format(format)), how))
+        activated = None if mode == "none" else mode
+        scheme = Scheme.of(format, how, activated, calibration=calibration)
         for direction in directions:
             names = ["all", *canonical] if direction == "except" else canonical
             plan += [

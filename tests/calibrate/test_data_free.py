@@ -8,6 +8,7 @@ from support.models import tiny, tokens
 
 import fp4graph
 from fp4graph import OptionError, WeightError
+from fp4graph.calibrate import candidates
 from fp4graph.calibrate.candidates import best_scales
 from fp4graph.formats import FORMATS, PackedWeight, get_format
 from fp4graph.formats.minifloat import E4M3
@@ -90,7 +91,7 @@ def test_odd_shapes_and_dtypes(quantizer: str, name: str, dtype: torch.dtype) ->
 def test_slabs_are_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(50, 160)
     whole = fp4graph.quantize(weight, "nvfp4", "scale-search")
-    monkeypatch.setattr("fp4graph.calibrate.candidates._SLAB_VALUES", 7 * 160)
+    monkeypatch.setattr(candidates, "_SLAB_VALUES", 7 * 160)
     parts = fp4graph.quantize(weight, "nvfp4", "scale-search")
     assert torch.equal(whole.qdata, parts.qdata)
     assert torch.equal(whole.scale.view(torch.uint8), parts.scale.view(torch.uint8))
@@ -118,7 +119,7 @@ def test_a_backend_runs_what_the_mapping_says() -> None:
 
 def test_unknown_quantizer() -> None:
     with pytest.raises(OptionError, match="quantizers are rtn, four-over-six, scale-search"):
-        fp4graph.backend(quantizer="gptq")
+        fp4graph.backend(quantizer="magic")
     with pytest.raises(OptionError, match="is for nvfp4"):
         fp4graph.backend(format="mxfp4", quantizer="four-over-six")
 

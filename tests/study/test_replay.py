@@ -59,6 +59,19 @@ def test_keeps_the_least_between_two_blocks() -> None:
     assert found[1].bytes < 2.5 * 8 * 64 * 4
 
 
+@pytest.mark.slow
+def test_experts_write_in_place_only_within_their_block() -> None:
+    traced, part = replay(tiny("mixtral"))
+    assert part.refusal is None
+    part.dense(input_ids=tokens(), use_cache=False)
+    policy = Policy.of("expert,blocks=1", Scheme.of())
+    part.select(policy)
+    found = part.run(0)
+    traced.select(policy)
+    with torch.no_grad():
+        assert torch.equal(found, traced(input_ids=tokens(), use_cache=False).logits)
+
+
 def test_says_why_not() -> None:
     model = tiny("llama")
     model.model.layers[1].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())

@@ -1,0 +1,96 @@
+"""GPTQ: each column's rounding error is made up for by the columns not yet rounded.
+
+2210.17323, with the static activation reordering of 2509.23202 section 4: scales are fixed in the
+columns' own order, columns are rounded from the largest input down, and lie where they were.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fp4graph.errors import CalibrationError
+from fp4graph.formats.minifloat import E2M1
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fp4graph.formats import BlockFormat, PackedWeight
+
+_LOG = logging.getLogger("fp4graph.calibrate")
+BLOCK = 128
+DAMPING = 0.01
+_MOST_DAMPING = 1.0
+
+
+def gptq(
+    weight: Tensor,
+    format: BlockFormat,
+    hessian: Tensor,
+    grid: Callable[[Tensor, BlockFormat], PackedWeight],
+    *,
+    damping: float = DAMPING,
+    name: str = "a weight",
+) -> PackedWeight:
+    """Round a weight so that the error of its output is small.
+
+    Args:
+        weight: [N, K], see `BlockFormat.quantize`.
+        format: NVFP4 or MXFP4.
+        hessian: mean of x x^T, [K, K]; the computation is in its dtype, the inverse in float64.
+        grid: gives the scales.
+        damping: added to the diagonal, relative to its mean. Where the damped Hessian has no
+            Cholesky factor it is raised tenfold, with a warning.
+        name: of the weight, for that.
+
+    Raises:
+        WeightError: see `BlockFormat.quantize`.
+        CalibrationError: the Hessian holds NaN or Inf, or has no factor even with damping 1.
+    """
+    base = grid(weight, format)
+    codes_GN = base.scale.view(torch.uint8).T
+    up_GN = format.scale_codec.reciprocal(codes_GN, base.per_tensor_scale)
+    down_GN = format.scale_codec.decode(codes_GN, base.per_tensor_scale)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    root_KK = _inverse_root(hessian[order][:, order], damping, name).to(hessian.dtype)
+    w_KN = weight.detach().to(hessian.dtype).T[order].contiguous()
+    codes_KN = torch.zeros(
+        len(codes_GN) * format.block_size, len(weight), dtype=torch.uint8, device=weight.device
+    )
+    for start in range(0, len(w_KN), BLOCK):
+        end = min(start + BLOCK, len(w_KN))
+        errors_BN = torch.empty_like(w_KN[start:end])
+        for at in range(start, end):
+            column = int(order[at])
+            group = column // format.block_size
+            codes_N = E2M1.encode((w_KN[at] * up_GN[group]).to(torch.float32))
+            error_N = (w_KN[at] - E2M1.decode(codes_N) * down_GN[group]) / root_KK[at, at]
+            w_KN[at + 1 : end].addr_(root_KK[at, at + 1 : end], error_N, alpha=-1)
+            codes_KN[column], errors_BN[at - start] = codes_N, error_N
+        w_KN[end:].addmm_(root_KK[start:end, end:].T, errors_BN, alpha=-1)
+    return format.pack_codes(codes_KN.T, base.scale, base.per_tensor_scale, base.shape)
+
+
+def _inverse_root(hessian: Tensor, damping: float, name: str) -> Tensor:
+    """Return the upper Cholesky factor of the damped Hessian's inverse, float64."""
+    h = hessian.double()
+    if not bool(h.isfinite().all()):
+        raise CalibrationError(f"{name}: its inputs were NaN or Inf while calibrating")
+    unused = h.diagonal() == 0  # an input that is always zero: any code will do
+    h = h + torch.diag(unused.double())
+    mean = float(h.diagonal().mean())
+    while True:
+        damped = h + damping * mean * torch.eye(len(h), dtype=h.dtype, device=h.device)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed):
+            upper: Tensor
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not bool(failed):
+                return upper
+        if damping >= _MOST_DAMPING:
+            raise CalibrationError(f"{name}: its Hessian has no inverse even with damping 1")
+        damping = min(10 * damping, _MOST_DAMPING)
+        _LOG.warning("%s: its Hessian has no Cholesky factor: damping raised to %g", name, damping)

@@ -1,0 +1,47 @@
+"""What a linear's inputs look like: the mean of x x^T over all tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Hessian:
+    """The second moment of a linear's input, added up batch by batch.
+
+    It is, up to a factor, the Hessian of the output's squared error by the weight, for each row.
+
+    Args:
+        in_features: K.
+
+    Attributes:
+        tokens: rows seen.
+    """
+
+    def __init__(self, in_features: int) -> None:
+        self._sum_KK = torch.zeros(in_features, in_features)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in inputs, [..., K]."""
+        x_MK = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        self._sum_KK.addmm_(x_MK.T, x_MK)
+        self.tokens += len(x_MK)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of x x^T, float32 [K, K]."""
+        return self._sum_KK / max(self.tokens, 1)
+
+
+def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
+    """Return the squared error of a linear's output over the output's own square.
+
+    Args:
+        weight: [N, K].
+        rounded: what it became.
+        hessian: mean of x x^T, [K, K].
+    """
+    change = (rounded - weight).double()
+    power = (weight.double() @ hessian.double() * weight).sum()
+    return float((change @ hessian.double() * change).sum() / power.clamp_min(1e-300))

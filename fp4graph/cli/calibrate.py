@@ -1,0 +1,116 @@
+"""fp4graph calibrate: better codes, found with data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+import fp4graph
+from fp4graph import OptionError, models
+from fp4graph.calibrate import CALIBRATED, DAMPING
+from fp4graph.cli.common import (
+    DTYPES,
+    check_interrupt,
+    dtype_option,
+    output,
+    progress_bar,
+    stderr,
+)
+from fp4graph.study.evaluate import cut
+
+_CHARACTERS_A_TOKEN = 256
+
+
+@click.command("calibrate")
+@click.argument("model")
+@click.option("--select", default="all", show_default=True, help="Selector.")
+@click.option("--format", default="nvfp4", show_default=True)
+@click.option(
+    "--quantizer",
+    type=click.Choice(CALIBRATED),
+    default="gptq:scale-search",
+    show_default=True,
+    help="After the colon what chooses the scales.",
+)
+@click.option(
+    "--corpus",
+    default="pydoc-first",
+    show_default=True,
+    help="pydoc-first, a file, or hf:DATASET; never what is measured on later.",
+)
+@click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True)
+@click.option("--damping", type=click.FloatRange(0, 1), default=DAMPING, show_default=True)
+@click.option(
+    "--propagate/--no-propagate",
+    default=True,
+    show_default=True,
+    help="Whether a block sees what the rounded blocks before it give.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="The file, .safetensors.",
+)
+@dtype_option
+def calibrate_command(
+    model: str,
+    select: str,
+    format: str,
+    quantizer: str,
+    corpus: str,
+    samples: int,
+    seq_len: int,
+    damping: float,
+    propagate: bool,
+    out: Path,
+    dtype: str,
+) -> None:
+    """Find codes for MODEL's selected linears with data, for `ablate --calibration`.
+
+    A run that was stopped, by whatever means, goes on after the last whole block when the same
+    command is given again.
+    """
+    fp4graph.Selector(select)
+    fp4graph.get_format(format)
+    if model in models.RANDOM_MODELS:
+        raise OptionError(f"{model} has random weights: its accuracy means nothing")
+    tokens = samples * seq_len
+    text = models.corpus(corpus, tokens * _CHARACTERS_A_TOKEN)
+    with stderr.status(f"loading {model}"):
+        loaded = models.load(model, DTYPES[dtype])
+    models.check_length(loaded.model, seq_len)
+    windows = cut(text, loaded.tokenizer, tokens, seq_len)
+    with progress_bar() as bar:
+        task = bar.add_task("blocks", total=None)
+
+        def progress(done: int, total: int) -> None:
+            check_interrupt()
+            bar.update(task, completed=done, total=total)
+
+        about: dict[str, Any] = {
+            "model": model,
+            "revision": loaded.revision(),
+            "corpus": corpus,
+            "text": windows.digest(),
+            "samples": len(windows.ids),
+            "seq_len": seq_len,
+            "fp4graph": fp4graph.__version__,
+        }
+        found = fp4graph.calibrate(
+            loaded.model,
+            windows.ids.split(1),
+            select,
+            format=format,
+            quantizer=quantizer,
+            damping=damping,
+            propagate=propagate,
+            out=out,
+            about=about,
+            progress=progress,
+        )
+    console = output(as_json=False)
+    console.print(f"{len(found.packed)} linears, {found.format}, {found.quantizer}: {out}")

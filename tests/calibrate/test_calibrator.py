@@ -1,0 +1,173 @@
+"""Calibrating a whole model: block by block, to be gone on with, for the backend."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from support.closer import relative_l2
+from support.models import tiny, tokens
+
+import fp4graph
+from fp4graph.calibrate import Hessian, gptq, grid_of, output_error
+from fp4graph.errors import CalibrationError, OptionError, SelectorError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from fp4graph import Calibration
+
+BATCHES = [tokens(48, batch=2, seed=seed) for seed in range(4)]
+TEST = tokens(48, batch=2, seed=9)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(TEST, use_cache=False).logits
+
+
+def rounded(model: nn.Module, calibration: Calibration) -> nn.Module:
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for fqn, packed in calibration.packed.items():
+            module = twin.get_submodule(fqn)
+            w = packed.dequantize()
+            module.weight.copy_(w.T if type(module).__name__ == "Conv1D" else w)
+    return twin
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_the_backend_runs_what_was_found(family: str, format: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    found = fp4graph.calibrate(
+        model, BATCHES, format=format, quantizer="gptq:scale-search", out=tmp_path / "c.safetensors"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
+    linears = {row.path for row in fp4graph.explain(model, TEST, use_cache=False).selected}
+    assert set(found.packed) == linears
+    for given in (found, tmp_path / "c.safetensors", str(tmp_path / "c.safetensors")):
+        torch._dynamo.reset()
+        backend = fp4graph.backend(format=format, calibration=given, inner="eager")
+        out = logits(torch.compile(model, backend=backend))
+        assert relative_l2(out, logits(rounded(model, found))) < 2e-6
+    assert f"{format} W4A16, gptq:scale-search" in backend.report.selected[0].reason
+    nearest = fp4graph.backend(format=format, inner="eager")
+    torch._dynamo.reset()
+    plain = logits(torch.compile(model, backend=nearest))
+    assert relative_l2(out, logits(model)) < relative_l2(plain, logits(model))
+
+
+def inputs_of(model: nn.Module, name: str) -> Tensor:
+    """Return the Hessian of a linear's input on the batches, by a hook."""
+    module = model.get_submodule(name)
+    hessian = Hessian(module.weight.shape[1])
+    with module.register_forward_pre_hook(lambda _, args: hessian.add(args[0])), torch.no_grad():
+        for batch in BATCHES:
+            model(batch, use_cache=False)
+    return hessian.mean
+
+
+def test_a_block_sees_what_the_rounded_blocks_before_it_give() -> None:
+    model = tiny("llama")
+    name = "model.layers.1.mlp.down_proj"
+    weight = model.get_submodule(name).weight
+    for propagate in (True, False):
+        found = fp4graph.calibrate(model, BATCHES, "all", propagate=propagate)
+        first = [fqn for fqn in found.packed if ".0." in fqn]
+        before = copy.copy(found)
+        object.__setattr__(before, "packed", {fqn: found.packed[fqn] for fqn in first})
+        seen = inputs_of(rounded(model, before) if propagate else model, name)
+        alone = gptq(weight.detach(), fp4graph.NVFP4, seen, grid_of("gptq", fp4graph.NVFP4))
+        same = (alone.qdata == found.packed[name].qdata).double().mean()
+        assert same > 0.999, "but for rounding of sums"
+
+
+def test_every_linear_errs_less_on_what_it_saw() -> None:
+    model = tiny("llama")
+    found = fp4graph.calibrate(model, BATCHES, format="mxfp4", propagate=False)
+    for fqn, packed in found.packed.items():
+        weight = model.get_submodule(fqn).weight.detach()
+        hessian = inputs_of(model, fqn)
+        nearest = fp4graph.quantize(weight, "mxfp4").dequantize()
+        assert output_error(weight, packed.dequantize(), hessian) < output_error(
+            weight, nearest, hessian
+        )
+
+
+def test_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    model, out = tiny("llama"), tmp_path / "c.safetensors"
+    whole = fp4graph.calibrate(model, BATCHES)
+
+    def kill(done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fp4graph.calibrate(model, BATCHES, out=out, progress=kill)
+    kept = tmp_path / "c.safetensors.blocks" / "0.safetensors"
+    assert kept.is_file()
+    before = kept.stat().st_mtime_ns
+    seen = []
+    found = fp4graph.calibrate(model, BATCHES, out=out, progress=lambda *at: seen.append(at))
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+    assert not kept.parent.exists()
+    assert all(torch.equal(found.packed[f].qdata, whole.packed[f].qdata) for f in whole.packed)
+    assert before > 0
+    with pytest.raises(KeyboardInterrupt):
+        fp4graph.calibrate(model, BATCHES, out=out, progress=kill)
+    other = fp4graph.calibrate(model, BATCHES[1:], out=out)  # others' blocks are not taken
+    fresh = fp4graph.calibrate(model, BATCHES[1:])
+    assert all(torch.equal(other.packed[f].qdata, fresh.packed[f].qdata) for f in fresh.packed)
+
+
+def test_a_weight_that_was_not_calibrated_is_an_error() -> None:
+    model = tiny("llama")
+    found = fp4graph.calibrate(model, BATCHES, "attn")
+    backend = fp4graph.backend("attn | down", calibration=found, inner="eager")
+    with pytest.raises(fp4graph.RefusalError, match=r"no codes for .*down_proj: it was made with"):
+        logits(torch.compile(model, backend=backend))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight.mul_(1.1)
+    backend = fp4graph.backend("attn", calibration=found, inner="eager")
+    with pytest.raises(CalibrationError, match=r"layers\.1\.self_attn\.q_proj: its values are not"):
+        logits(torch.compile(model, backend=backend))
+
+
+def test_options_that_do_not_fit(tmp_path: Path) -> None:
+    model = tiny("llama")
+    with pytest.raises(OptionError, match="expected gptq, gptq:four-over-six"):
+        fp4graph.calibrate(model, BATCHES, quantizer="rtn")
+    with pytest.raises(OptionError, match="is for nvfp4"):
+        fp4graph.calibrate(model, BATCHES, quantizer="gptq:four-over-six", format="mxfp4")
+    with pytest.raises(SelectorError, match="matches nothing"):
+        fp4graph.calibrate(model, BATCHES, "blocks>9")
+    with pytest.raises(CalibrationError, match="no batches"):
+        fp4graph.calibrate(model, [])
+    with pytest.raises(CalibrationError, match="batches of one shape"):
+        fp4graph.calibrate(model, [BATCHES[0], tokens(20)])
+    with pytest.raises(OptionError, match="needs data: give the file"):
+        fp4graph.backend(quantizer="gptq")
+    found = fp4graph.calibrate(model, BATCHES, "q")
+    with pytest.raises(CalibrationError, match=r"is for nvfp4, and mxfp4 is asked for"):
+        fp4graph.backend("q", format="mxfp4", calibration=found)
+    with pytest.raises(OptionError, match="the calibration was made with 'gptq'"):
+        fp4graph.backend("q", quantizer="scale-search", calibration=found)
+    with pytest.raises(CalibrationError, match="cannot read the calibration"):
+        fp4graph.backend("q", calibration=tmp_path / "none.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(CalibrationError, match="cannot read the calibration"):
+        fp4graph.backend("q", calibration=tmp_path / "bad.safetensors")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CalibrationError, match="cannot write"):
+        found.save(tmp_path / "file" / "c.safetensors")
+
+
+def test_experts_are_not_calibrated() -> None:
+    with pytest.raises(CalibrationError, match=r"experts.*: experts are not calibrated yet"):
+        fp4graph.calibrate(tiny("mixtral"), BATCHES, "all,expert")
