@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fp4graph.calibrate import CALIBRATED, DAMPING, Calibration, Hessian, gptq, grid_of
+from fp4graph.calibrate import (
+    DAMPING,
+    GRIDS,
+    NEED_DATA,
+    Calibration,
+    Hessian,
+    Quantizer,
+    gptq,
+    rotate,
+)
 from fp4graph.errors import CalibrationError, OptionError
 from fp4graph.fingerprint import fingerprint
 from fp4graph.formats import get_format
@@ -59,7 +68,9 @@ def calibrate(
             keyword arguments.
         select: which linears.
         format: NVFP4 or MXFP4.
-        quantizer: `gptq`, or with better scales `gptq:scale-search`, `gptq:four-over-six`.
+        quantizer: `gptq`; with better scales `gptq:scale-search`, `gptq:four-over-six`; with weight
+            and input rotated `gptq@32`, `gptq:scale-search@16`; `mr-gptq` is what 2509.23202
+            prescribes for the format.
         damping: see `fp4graph.calibrate.gptq`.
         propagate: whether a block sees what the rounded blocks before it give, as it will when the
             model runs, or what the dense ones give.
@@ -79,12 +90,11 @@ def calibrate(
         WeightError: a weight holds NaN or Inf.
     """
     block_format = get_format(format)
-    if quantizer not in CALIBRATED:
-        raise OptionError(
-            f"quantizer {quantizer!r} needs no data: expected {', '.join(CALIBRATED)}"
-        )
-    grid = grid_of(quantizer, block_format)
-    blocks = _Blocks(model, batches, Policy.of(select, Scheme.of(block_format)))
+    how = Quantizer.parse(quantizer, block_format)
+    if not how.needs_data:
+        raise OptionError(f"quantizer {quantizer!r} needs no data: expected {', '.join(NEED_DATA)}")
+    policy = Policy.of(select, Scheme.of(block_format))
+    blocks = _Blocks(model, batches, policy, how.rotation)
     facts = {**(about or {}), "select": str(select), "propagate": propagate, "damping": damping}
     key = hashlib.sha256(
         f"{block_format} {quantizer} {facts} {blocks.digest()}".encode()
@@ -98,8 +108,10 @@ def calibrate(
         if found is None:
             found = {}
             for linear, hessian in blocks.see(number):
-                fqn, w_NK = linear.tag.fqn, blocks.weight(linear)
-                found[fqn] = gptq(w_NK, block_format, hessian.mean, grid, damping=damping, name=fqn)
+                fqn, w_NK = linear.tag.fqn, blocks.turned(blocks.weight(linear))
+                found[fqn] = gptq(
+                    w_NK, block_format, hessian.mean, GRIDS[how.grid], damping=damping, name=fqn
+                )
             if file is not None:
                 Calibration(str(block_format), quantizer, found, {}, {"key": key}).save(file)
         packed.update(found)
@@ -124,8 +136,13 @@ class _Blocks:
     """A model in blocks, and for each batch the values that come into the next one."""
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[Tensor | Mapping[str, Any]], policy: Policy
+        self,
+        model: nn.Module,
+        batches: Iterable[Tensor | Mapping[str, Any]],
+        policy: Policy,
+        rotation: int,
     ) -> None:
+        self._rotation = rotation
         traced = TracedModel(model)
         self._args = _record(traced, batches)
         if len(traced.graphs) != 1:
@@ -144,7 +161,7 @@ class _Blocks:
         for index, node in enumerate(nodes):
             site = site_of(node)
             if site is not None and site.scheme is not None:
-                _check(site)
+                _check(site, rotation)
                 number = max(i for i, cut in enumerate(found) if cut.index <= index)
                 self._linears[number][node] = site
         first = segment(self._gm, Cut(0, ()), found[0])
@@ -168,7 +185,7 @@ class _Blocks:
         seen = segment(self._gm, self._starts[number], self._end(number), sources)
         for args, live in zip(self._args, self._live, strict=True):
             for ((_, dim), hessian), x in zip(inputs.items(), seen(*args, *live), strict=True):
-                hessian.add(x.movedim(dim, -1))
+                hessian.add(self.turned(x.movedim(dim, -1)))
         return linears
 
     @torch.no_grad()
@@ -181,12 +198,17 @@ class _Blocks:
         for site in self._linears[number].values():
             if site.tag.fqn in packed:
                 assert site.weight is not None
-                w_NK = packed[site.tag.fqn].dequantize(self._args[0][site.weight].dtype)
+                w_NK = self.turned(packed[site.tag.fqn].dequantize())  # and so turned back
+                w_NK = w_NK.to(self._args[0][site.weight].dtype)
                 rounded[site.weight] = w_NK.T if site.transposed else w_NK
         run = segment(self._gm, self._starts[number], end)
         for batch, (args, live) in enumerate(zip(self._args, self._live, strict=True)):
             changed = (rounded.get(index, each) for index, each in enumerate(args))
             self._live[batch] = run(*changed, *live)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Rotate the last dimension, if that is to be."""
+        return rotate(x.to(torch.float32), self._rotation) if self._rotation else x
 
     def weight(self, site: LinearSite) -> Tensor:
         """Return a linear's dense weight, [N, K]."""
@@ -237,7 +259,7 @@ def _record(traced: TracedModel, batches: Iterable[Tensor | Mapping[str, Any]]) 
     return found
 
 
-def _check(site: LinearSite) -> None:
+def _check(site: LinearSite, rotation: int) -> None:
     """Check that a linear can be calibrated.
 
     Raises:
@@ -248,5 +270,7 @@ def _check(site: LinearSite) -> None:
         reason = "experts are not calibrated yet"
     elif site.rows is not None:
         reason = f"it is fused: select all of {','.join(site.tag.parts)}"
+    elif rotation and site.tag.shape[1] % rotation:
+        reason = f"K={site.tag.shape[1]} is no multiple of the rotation's {rotation}"
     if reason is not None:
         raise CalibrationError(f"{site.tag.fqn}: {reason}")

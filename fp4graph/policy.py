@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
+from fp4graph.calibrate import Quantizer
 from fp4graph.errors import OptionError, SelectorError
 from fp4graph.formats import BlockFormat, get_format
 from fp4graph.kernels import check_name, check_quantizer
@@ -42,6 +43,11 @@ class Scheme:
     activations: BlockFormat | Literal["int8"] | None = None
     kernel: str = "auto"
     calibration: Calibration | None = None
+
+    @property
+    def rotation(self) -> int:
+        """Block of the rotation of weight and input; 0 for none."""
+        return Quantizer.parse(self.quantizer, self.format).rotation
 
     @classmethod
     def of(

@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from fp4graph import Calibration, OptionError, models
-from fp4graph.calibrate import CALIBRATED
+from fp4graph.calibrate import DATA_FREE
 from fp4graph.cli.common import (
     DTYPES,
     CommaList,
@@ -25,7 +25,6 @@ from fp4graph.cli.common import (
     progress_bar,
     stderr,
 )
-from fp4graph.kernels import QUANTIZERS
 from fp4graph.study.ablate import Ablation
 from fp4graph.study.evaluate import cut
 from fp4graph.study.export import export
@@ -89,10 +88,11 @@ class _Bar:
 )
 @click.option(
     "--quantizer",
-    type=CommaList(*QUANTIZERS, *CALIBRATED),
+    type=CommaList(),
     default="rtn",
     show_default=True,
-    help="How codes are found: " + ", ".join(QUANTIZERS) + "; with --calibration what that has.",
+    help=f"How codes are found: {', '.join(DATA_FREE)}, each with @32 and the like for weight and "
+    "input rotated; with --calibration what that has.",
 )
 @click.option(
     "--calibration",

@@ -9,7 +9,7 @@ import click
 
 import fp4graph
 from fp4graph import OptionError, models
-from fp4graph.calibrate import CALIBRATED, DAMPING
+from fp4graph.calibrate import DAMPING, NEED_DATA, Quantizer
 from fp4graph.cli.common import (
     DTYPES,
     check_interrupt,
@@ -29,10 +29,9 @@ _CHARACTERS_A_TOKEN = 256
 @click.option("--format", default="nvfp4", show_default=True)
 @click.option(
     "--quantizer",
-    type=click.Choice(CALIBRATED),
     default="gptq:scale-search",
     show_default=True,
-    help="After the colon what chooses the scales.",
+    help=f"{', '.join(NEED_DATA)}; @32 and the like for weight and input rotated.",
 )
 @click.option(
     "--corpus",
@@ -75,7 +74,7 @@ def calibrate_command(
     command is given again.
     """
     fp4graph.Selector(select)
-    fp4graph.get_format(format)
+    Quantizer.parse(quantizer, fp4graph.get_format(format))
     if model in models.RANDOM_MODELS:
         raise OptionError(f"{model} has random weights: its accuracy means nothing")
     tokens = samples * seq_len

@@ -11,18 +11,18 @@ from fp4graph.kernels.contract import (
     register,
 )
 from fp4graph.kernels.grouped import grouped
-from fp4graph.kernels.reference import FAKE_QUANTIZE
+from fp4graph.kernels.reference import FAKE_QUANTIZE, ROTATE
 from fp4graph.kernels.target import Target, parse_target, target_of
 
 # Each registers its kernel; `auto` asks the last one first.
 from fp4graph.kernels import dequantized  # isort: skip
 from fp4graph.kernels import triton  # isort: skip
 from fp4graph.kernels import cpu  # isort: skip
-from fp4graph.kernels.quantize import QUANTIZERS, check_quantizer, is_plain, quantize
+from fp4graph.kernels.quantize import check_quantizer, is_plain, quantize
 
 __all__ = [
     "FAKE_QUANTIZE",
-    "QUANTIZERS",
+    "ROTATE",
     "Kernel",
     "Plan",
     "Problem",

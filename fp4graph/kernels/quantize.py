@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp4graph.calibrate import CALIBRATED, DATA_FREE, check_format
-from fp4graph.errors import OptionError
+from fp4graph.calibrate import GRIDS, Quantizer, rotate
+from fp4graph.errors import OptionError, WeightError
 from fp4graph.formats import BlockFormat, get_format
 from fp4graph.kernels.cpu import library, ops
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from fp4graph.formats import PackedWeight
 
-QUANTIZERS = ("rtn", *DATA_FREE)
 _NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -31,16 +30,23 @@ def quantize(
     Args:
         weight: [N, K], see `BlockFormat.quantize`.
         format: a format or its name.
-        quantizer: how codes are found: `rtn`; `four-over-six`, for NVFP4; `scale-search`.
+        quantizer: how codes are found: `rtn`; `four-over-six`, for NVFP4; `scale-search`; with
+            `@16`, `@32`, `@64` or `@128` of the weight rotated, whose inputs are to be rotated too.
 
     Raises:
-        WeightError: not a matrix, not a float, or holds NaN or Inf.
+        WeightError: not a matrix, not a float, or holds NaN or Inf; or K is no multiple of the
+            rotation.
         OptionError: no such format or quantizer, or one that the format has no use for.
     """
     block_format = get_format(format)
-    check_quantizer(quantizer, block_format)
-    if quantizer != "rtn":
-        return DATA_FREE[quantizer](weight, block_format)
+    found = check_quantizer(quantizer, block_format)
+    if found.rotation:
+        if weight.ndim == 2 and weight.shape[1] % found.rotation:
+            problem = f"K={weight.shape[1]} is no multiple of the rotation's {found.rotation}"
+            raise WeightError(problem)
+        weight = rotate(weight.detach().to(torch.float32), found.rotation)
+    if found.grid != "rtn":
+        return GRIDS[found.grid](weight, block_format)
     served = is_plain(weight) and weight.device.type == "cpu" and weight.dtype in _NATIVE
     if served and weight.ndim == 2 and weight.numel() and library.find() and library.native():
         return ops.quantize(weight, block_format)
@@ -52,17 +58,16 @@ def is_plain(weight: Tensor) -> bool:
     return type(weight).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
-def check_quantizer(name: str, format: BlockFormat) -> None:
-    """Check a `quantizer=` option.
+def check_quantizer(name: str, format: BlockFormat) -> Quantizer:
+    """Read a `quantizer=` option that is to do without data.
 
     Raises:
-        OptionError: no such quantizer, or not for this format.
+        OptionError: no such quantizer, not for this format, or one that needs data.
     """
-    if name in CALIBRATED:
+    found = Quantizer.parse(name, format)
+    if found.needs_data:
         raise OptionError(
             f"quantizer {name!r} needs data: give the file that `fp4graph calibrate` or "
             "fp4graph.calibrate() made, calibration=FILE"
         )
-    if name not in QUANTIZERS:
-        raise OptionError(f"unknown quantizer {name!r}; quantizers are {', '.join(QUANTIZERS)}")
-    check_format(name, format)
+    return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fp4graph.calibrate import rotate
 from fp4graph.formats import FORMATS, BlockFormat, PackedWeight, get_format
 from fp4graph.kernels.contract import Kernel, Problem, register
 
@@ -83,6 +84,13 @@ torch.library.register_fake(
 
 FAKE_QUANTIZE: Op = torch.ops.fp4graph.fake_quantize.default
 """`fake_quantize(x, format name) -> y`: the activation half of W4A4; see `BlockFormat`."""
+
+_LIBRARY.define("rotate(Tensor x, int block) -> Tensor")
+_LIBRARY.impl("rotate", rotate, "CompositeExplicitAutograd")
+torch.library.register_fake("fp4graph::rotate", lambda x, block: x.new_empty(x.shape), lib=_LIBRARY)
+
+ROTATE: Op = torch.ops.fp4graph.rotate.default
+"""`rotate(x, block) -> y`: what goes with a rotated weight; see `fp4graph.calibrate.rotate`."""
 
 REFERENCE = register(
     Kernel(

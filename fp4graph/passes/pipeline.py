@@ -14,6 +14,7 @@ from fp4graph.passes.choose import ChooseKernels, OnRefusal
 from fp4graph.passes.pack import PackWeights
 from fp4graph.passes.regions import regions
 from fp4graph.passes.rewrite import RewriteLinears
+from fp4graph.passes.rotate_inputs import RotateInputs
 from fp4graph.passes.select import SelectLinears
 from fp4graph.passes.site import sites
 from fp4graph.passes.stale import Binding
@@ -47,6 +48,7 @@ def rewrite_passes() -> tuple[GraphPass, ...]:
     """Return the passes that act on what was decided."""
     return (
         PackWeights(),  # before rewrite, which reads its buffers
+        RotateInputs(),  # before rewrite, which makes of a linear what no pass knows as one
         RewriteLinears(),
     )
 

@@ -11,7 +11,7 @@ from support.closer import relative_l2
 from support.models import tiny, tokens
 
 import fp4graph
-from fp4graph.calibrate import Hessian, gptq, grid_of, output_error
+from fp4graph.calibrate import GRIDS, Hessian, gptq, output_error, rotate
 from fp4graph.errors import CalibrationError, OptionError, SelectorError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def test_a_block_sees_what_the_rounded_blocks_before_it_give() -> None:
         before = copy.copy(found)
         object.__setattr__(before, "packed", {fqn: found.packed[fqn] for fqn in first})
         seen = inputs_of(rounded(model, before) if propagate else model, name)
-        alone = gptq(weight.detach(), fp4graph.NVFP4, seen, grid_of("gptq", fp4graph.NVFP4))
+        alone = gptq(weight.detach(), fp4graph.NVFP4, seen, GRIDS["rtn"])
         same = (alone.qdata == found.packed[name].qdata).double().mean()
         assert same > 0.999, "but for rounding of sums"
 
@@ -123,6 +123,27 @@ def test_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     other = fp4graph.calibrate(model, BATCHES[1:], out=out)  # others' blocks are not taken
     fresh = fp4graph.calibrate(model, BATCHES[1:])
     assert all(torch.equal(other.packed[f].qdata, fresh.packed[f].qdata) for f in fresh.packed)
+
+
+@pytest.mark.parametrize("mode", [None, "same"])
+@pytest.mark.parametrize("quantizer", ["mr-gptq", "gptq:scale-search@32"])
+def test_rotated_codes_run_on_rotated_inputs(mode: str | None, quantizer: str) -> None:
+    model = tiny("llama")
+    found = fp4graph.calibrate(model, BATCHES, format="mxfp4", quantizer=quantizer)
+    backend = fp4graph.backend(
+        format="mxfp4", calibration=found, activations=mode, inner="eager", kernel="reference"
+    )
+    out = logits(torch.compile(model, backend=backend))
+    twin = rounded(model, found)  # weights rotated, so inputs must be
+
+    def turn(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        x = rotate(args[0], 32)
+        return (x if mode is None else fp4graph.MXFP4.fake_quantize(x),)
+
+    for fqn in found.packed:
+        twin.get_submodule(fqn).register_forward_pre_hook(turn)
+    assert relative_l2(out, logits(twin)) < (2e-6 if mode is None else 2e-2)
+    assert f"{'W4A4' if mode else 'W4A16'}, {quantizer}" in backend.report.selected[0].reason
 
 
 def test_a_weight_that_was_not_calibrated_is_an_error() -> None:

@@ -8,7 +8,7 @@ from support.models import tiny, tokens
 
 import fp4graph
 from fp4graph import OptionError, WeightError
-from fp4graph.calibrate import candidates
+from fp4graph.calibrate import DATA_FREE, candidates
 from fp4graph.calibrate.candidates import best_scales
 from fp4graph.formats import FORMATS, PackedWeight, get_format
 from fp4graph.formats.minifloat import E4M3
@@ -70,7 +70,7 @@ def test_the_window_holds_the_best_of_all_scales(kind: str) -> None:
     assert found == pytest.approx(float(errors.double().sum()), rel=1e-6)
 
 
-@pytest.mark.parametrize("quantizer", fp4graph.kernels.QUANTIZERS)
+@pytest.mark.parametrize("quantizer", DATA_FREE)
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_odd_shapes_and_dtypes(quantizer: str, name: str, dtype: torch.dtype) -> None:
@@ -122,6 +122,8 @@ def test_unknown_quantizer() -> None:
         fp4graph.backend(quantizer="magic")
     with pytest.raises(OptionError, match="is for nvfp4"):
         fp4graph.backend(format="mxfp4", quantizer="four-over-six")
+    with pytest.raises(OptionError, match=r"is for nvfp4"):
+        fp4graph.calibrate(tiny("llama"), [], format="mxfp4", quantizer="gptq:four-over-six")
 
 
 def test_trials_have_quantizers() -> None:

@@ -1,0 +1,84 @@
+"""What a quantiser's name says: `scale-search`, `rtn@16`, `gptq:scale-search@32`, `mr-gptq`.
+
+>>> from fp4graph.formats import MXFP4
+>>> Quantizer.parse("gptq:scale-search@32", MXFP4)
+Quantizer(solver='gptq', grid='scale-search', rotation=32)
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fp4graph.calibrate.four_over_six import four_over_six
+from fp4graph.calibrate.rotation import ROTATIONS
+from fp4graph.calibrate.scale_search import scale_search
+from fp4graph.errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from fp4graph.formats import BlockFormat, PackedWeight
+
+    Grid = Callable[[Tensor, BlockFormat], PackedWeight]
+
+GRIDS: dict[str, Grid] = {
+    "rtn": lambda weight, format: format.quantize(weight),
+    "four-over-six": four_over_six,
+    "scale-search": scale_search,
+}
+"""What chooses the scales, and rounds to nearest under them."""
+DATA_FREE = tuple(GRIDS)
+NEED_DATA = ("gptq", *(f"gptq:{grid}" for grid in GRIDS if grid != "rtn"), "mr-gptq")
+_NAME = re.compile(r"(?P<base>[a-z:-]+)(@(?P<rotation>\d+))?")
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How the codes of a weight are found.
+
+    Attributes:
+        solver: `rtn`, or `gptq`, which needs data.
+        grid: what chooses the scales, one of `GRIDS`.
+        rotation: block of the Hadamard rotation of weight and input; 0 for none.
+    """
+
+    solver: str
+    grid: str
+    rotation: int
+
+    @classmethod
+    def parse(cls, name: str, format: BlockFormat) -> Quantizer:
+        """Read a name.
+
+        `mr-gptq` is what 2509.23202 prescribes: for NVFP4 the best scales under a rotation of 16,
+        for MXFP4 its own scales under one of 32.
+
+        Raises:
+            OptionError: no such quantiser, or one that the format has no use for.
+        """
+        found = _NAME.fullmatch(name)
+        base, rotation = (found["base"], int(found["rotation"] or 0)) if found else (name, 0)
+        if base not in (*DATA_FREE, *NEED_DATA):
+            known = ", ".join((*DATA_FREE, *NEED_DATA))
+            raise OptionError(f"unknown quantizer {name!r}; quantizers are {known}")
+        if rotation not in (0, *ROTATIONS):
+            known = ", ".join(f"{base}@{each}" for each in ROTATIONS)
+            raise OptionError(f"unknown quantizer {name!r}: rotations are {known}")
+        if base == "mr-gptq":
+            if rotation == 0:
+                rotation = format.block_size
+            return cls("gptq", "scale-search" if format.has_per_tensor_scale else "rtn", rotation)
+        solver, _, grid = base.partition(":") if base in NEED_DATA else ("rtn", "", base)
+        if grid == "four-over-six" and not format.has_per_tensor_scale:
+            problem = f"is for nvfp4: {format} has powers of two alone"
+            raise OptionError(f"quantizer {name!r} {problem}")
+        return cls(solver, grid or "rtn", rotation)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether its codes come from a calibration."""
+        return self.solver == "gptq"
