@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -284,47 +284,20 @@ def backend(
         raise OptionError(f"on_refusal={on_refusal!r}: expected 'raise' or 'keep'")
     if isinstance(inner, str) and inner not in NAMES:
         raise OptionError(f"inner={inner!r}: expected {', '.join(NAMES)} or a backend function")
-    if isinstance(calibration, str | Path):
-        calibration = Calibration.load(calibration)
-    if calibration is not None and quantizer not in ("rtn", calibration.quantizer):
-        problem = f"the calibration was made with {calibration.quantizer!r}"
-        raise OptionError(f"quantizer {quantizer!r} is asked for, and {problem}")
-    scheme = Scheme.of(format, quantizer, activations, kernel, calibration)
+    scheme = Scheme.of(format, quantizer, activations, kernel, _codes(calibration, quantizer))
     report = Report() if report is None else report
     return Backend(Policy.of(select, scheme), inner, on_refusal, model, report)
 
 
-def dynamo_backend(
-    gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
-) -> Callable[..., Any]:
-    """Serve `torch.compile(model, backend="fp4graph", options={"select": "attn"})`.
-
-    Options are the arguments of `backend`; one that does not exist raises OptionError.
-    """
-    options = dict(kwargs.pop("options", None) or {})
-    try:
-        made = _named_backend(options)
-    except Fp4GraphError as error:
-        return raiser(error)
-    return made(gm, example_inputs, **kwargs)
-
-
-_NAMED: MutableMapping[Any, Backend] = WeakKeyDictionary()
-
-
-def _named_backend(options: dict[str, Any]) -> Backend:
-    """Return the one backend of a compiled function, for all its graphs."""
-    frame = running_call()
-    context = frame.f_locals["self"] if frame else None
-    if context in _NAMED:
-        return _NAMED[context]
-    try:
-        made = backend(**options)
-    except TypeError as error:
-        problem = str(error).replace(
-            "backend() got an unexpected keyword argument", "no such option:"
-        )
-        raise OptionError(problem) from None
-    if context is not None:
-        _NAMED[context] = made
-    return made
+def _codes(given: object, quantizer: str) -> Calibration | None:
+    """Return a calibration as it is given, or as its file holds it."""
+    found = Calibration.load(given) if isinstance(given, str | Path) else given
+    if found is None:
+        return None
+    if not isinstance(found, Calibration):
+        problem = "expected a Calibration or the file that holds one"
+        raise OptionError(f"calibration={given!r}: {problem}")
+    if quantizer not in ("rtn", found.quantizer):
+        problem = f"the calibration was made with {found.quantizer!r}"
+        raise OptionError(f"quantizer {quantizer!r} is asked for, and {problem}")
+    return found

@@ -235,7 +235,7 @@ def test_entry_point_refuses_what_it_does_not_know(
         ({"kernel": "warp"}, "kernels are auto"),
         ({"quantizer": "gptq9"}, "quantizers are rtn"),
         ({"activations": "int8x"}, "activations='int8x'"),
-        ({"calibration": "file"}, "takes none"),
+        ({"calibration": 7}, "calibration=7: expected a Calibration"),
         ({"format": "mxfp4:up"}, "formats are"),
     ],
 )
