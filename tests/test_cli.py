@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 ABLATE_KEYS = (
     "selector format activations quantizer direction ppl dnll dnll_se kl kl_se top1 "
     "linears parameters bytes_dense bytes_packed dnll_per_mb dnll_low dnll_high kl_p50 kl_p90 "
-    "kl_p99 kl_per_mb dnll_per_mparam kl_per_mparam noise noise_se"
+    "kl_p99 kl_per_mb dnll_per_mparam kl_per_mparam noise noise_se "
+    "probe probe_same"
 )
 LATENCY_KEYS = (
     "selector format inner ttft_s prefill_tokens_per_s decode_tokens_per_s per_token_ms "

@@ -30,6 +30,7 @@ from fp4graph.study.evaluate import cut
 from fp4graph.study.export import export
 from fp4graph.study.plan import DIRECTIONS, JUST_ONE, Group, by_information, read_plan
 from fp4graph.study.plot import draw
+from fp4graph.study.probe import read_probe
 from fp4graph.study.store import Store
 
 if TYPE_CHECKING:
@@ -115,6 +116,11 @@ class _Bar:
     help="wikitext2: the whole text in windows of 2048 tokens, the tail dropped.",
 )
 @click.option(
+    "--probe",
+    type=click.Path(path_type=Path),
+    help="Questions, JSON lines of context, choices, answer: docs/studies.md.",
+)
+@click.option(
     "--budget",
     type=click.FloatRange(min=0, min_open=True),
     metavar="MIN",
@@ -133,6 +139,7 @@ def ablate_command(
     tokens: int,
     seq_len: int,
     protocol: str | None,
+    probe: Path | None,
     budget: float | None,
     out: Path | None,
     dtype: str,
@@ -160,8 +167,10 @@ def ablate_command(
     with stderr.status(f"loading {model}"):
         loaded = models.load(model, DTYPES[dtype])
     windows = cut(text, loaded.tokenizer, None if whole else tokens, seq_len)
+    length = windows.ids.shape[1]
+    questions = None if probe is None else read_probe(probe, loaded.tokenizer, length)
     with stderr.status(f"tracing {model}"):
-        ablation = Ablation(loaded, windows, store, out, calibrations)
+        ablation = Ablation(loaded, windows, store, out, calibrations, questions)
     todo = _todo(ablation, groups, calibrations, by_budget=budget is not None)
     provenance = {**ablation.provenance(), "corpus": corpus, "seq_len": seq_len}
     (out / "run.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
@@ -249,9 +258,11 @@ def _table(rows: list[Row], title: str) -> Table:
     table.add_column("selector", no_wrap=True)
     for name in ("format", "mode", "quantizer"):
         table.add_column(name, no_wrap=True)
-    for name in ("ppl", "dNLL", "+-", "KL", "p99", "top-1", "Mparam", "dNLL/MB"):
-        table.add_column(name, justify="right", no_wrap=True)
     dense, *rest = rows
+    probed = dense.probe is not None
+    names = ("ppl", "dNLL", "+-", "KL", "p99", "top-1", "Mparam", "dNLL/MB")
+    for name in (*names, "probe") if probed else names:
+        table.add_column(name, justify="right", no_wrap=True)
     worst = sorted(rest, key=lambda row: row.dnll, reverse=True)
     for row in [dense, *worst[:_SHOWN]]:
         mode = "dense" if row.format is None else "W4A16" if row.activations == "none" else "W4A4"
@@ -268,6 +279,7 @@ def _table(rows: list[Row], title: str) -> Table:
             f"{row.top1:.1%}",
             f"{row.parameters / 1e6:.1f}",
             "" if row.dnll_per_mb is None else f"{row.dnll_per_mb:.5f}",
+            *([] if row.probe is None else [f"{row.probe:.1%}"]),
         )
     return table
 

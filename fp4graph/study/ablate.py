@@ -6,7 +6,7 @@ import math
 import platform
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,12 +29,13 @@ from fp4graph.study.statistics import halves, interval, mean_and_error
 from fp4graph.study.trial import DENSE, Calibrations, Row, Trial
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
     from fp4graph.models import LoadedModel
+    from fp4graph.study.probe import Integers, Probe
     from fp4graph.study.store import Store
 
 PROTOCOL = 2
@@ -63,6 +64,7 @@ class Ablation:
         store: where results are kept and found again.
         scratch: folder for the dense model's log probabilities while trials run.
         calibrations: codes found with data.
+        probe: questions, rows as long as the windows.
 
     Raises:
         StudyError: the model's weights are random.
@@ -76,6 +78,7 @@ class Ablation:
         store: Store,
         scratch: Path,
         calibrations: Calibrations | None = None,
+        probe: Probe | None = None,
     ) -> None:
         if loaded.is_random:
             raise StudyError(f"{loaded.name} has random weights: its accuracy means nothing")
@@ -85,6 +88,8 @@ class Ablation:
         self._store = store
         self._scratch = scratch
         self._calibrations = calibrations or {}
+        self._probe = probe
+        self._rows = windows.ids if probe is None else torch.cat((windows.ids, probe.ids))
         self._traced = TracedModel(loaded.model)
         self._identity = {
             "protocol": PROTOCOL,
@@ -94,10 +99,11 @@ class Ablation:
             "fp4graph": version("fp4graph"),
             "torch": version("torch"),
             "transformers": version("transformers"),
+            **({} if probe is None else {"probe": probe.digest()}),
         }
         with torch.no_grad():
             self._logits(0)
-        self._replay = Replay(self._traced, lambda out: out.logits, len(windows.ids))
+        self._replay = Replay(self._traced, lambda out: out.logits, len(self._rows))
 
     def report(self, selector: str = "all") -> Report:
         """Say which linears a selector picks in this model."""
@@ -144,8 +150,8 @@ class Ablation:
         known = {trial: self._store.get(self._key(trial)) for trial in plan}
         missing = [trial for trial in plan if known[trial] is None]
         rest = len([trial for trial in missing if trial != DENSE])
-        progress.start((rest + bool(missing)) * len(self._windows.ids))
-        reference: DenseReference | None = None
+        progress.start((rest + bool(missing)) * len(self._rows))
+        reference: _Dense | None = None
         start = time.monotonic()
         for trial in plan:
             result = known[trial]
@@ -170,11 +176,19 @@ class Ablation:
         """Why every trial runs the whole model, and not only what comes after its first change."""
         return self._replay.refusal
 
-    def _reference(self, progress: Progress) -> DenseReference:
+    def _reference(self, progress: Progress) -> _Dense:
         def run(index: int) -> Tensor:
             return self._replay.dense(**self._inputs(index))
 
-        return DenseReference(run, self._windows, self._scratch, progress.advance)
+        reference = DenseReference(run, self._windows, self._scratch, progress.advance)
+        return _Dense(reference, self._answer(run, progress))
+
+    def _answer(self, run: Callable[[int], Tensor], progress: Progress) -> Integers | None:
+        """Return a model's choices, of which rows come after those of the text."""
+        if self._probe is None:
+            return None
+        start = len(self._windows.ids)
+        return self._probe.choices(lambda row: run(start + row), progress.advance)
 
     def provenance(self) -> dict[str, Any]:
         """Return everything that the numbers hang on, and where they were measured."""
@@ -195,28 +209,43 @@ class Ablation:
         return {**self._identity, **asdict(trial), **codes}
 
     def _inputs(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self._windows.ids[index : index + 1], "use_cache": False}
+        return {"input_ids": self._rows[index : index + 1], "use_cache": False}
 
     @torch.no_grad()
     def _logits(self, index: int) -> Tensor:
         logits: Tensor = self._traced(**self._inputs(index)).logits
         return logits
 
-    def _measure(
-        self, trial: Trial, reference: DenseReference, progress: Progress
-    ) -> dict[str, Any]:
+    def _measure(self, trial: Trial, dense: _Dense, progress: Progress) -> dict[str, Any]:
+        reference = dense.reference
         policy = trial.policy(self._calibrations)
         if policy is None:
             row = _row(trial, reference.scores, reference.scores, Report())
             noise, noise_se = halves(reference.scores.nll)
-            return asdict(replace(row, noise=noise, noise_se=noise_se))
+            row = replace(row, noise=noise, noise_se=noise_se)
+            return asdict(self._probed(row, dense.choices, dense.choices))
         in_part = self._replay.refusal is None
         with torch.no_grad():
             report = self._replay.select(policy) if in_part else self._traced.select(policy)
         if not report.selected:
             raise StudyError("no linear was rewritten")
         run = self._replay.run if in_part else self._logits
-        return asdict(_row(trial, reference.score(run, progress.advance), reference.scores, report))
+        row = _row(trial, reference.score(run, progress.advance), reference.scores, report)
+        return asdict(self._probed(row, self._answer(run, progress), dense.choices))
+
+    def _probed(self, row: Row, choices: Integers | None, dense: Integers | None) -> Row:
+        if self._probe is None or choices is None or dense is None:
+            return row
+        same = float((choices == dense).mean())
+        return replace(row, probe=self._probe.accuracy(choices), probe_same=same)
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """What the dense model gave: its log probabilities, its choices in the probe."""
+
+    reference: DenseReference
+    choices: Integers | None
 
 
 def _row(trial: Trial, scores: Scores, dense: Scores, report: Report) -> Row:

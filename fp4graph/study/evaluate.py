@@ -71,11 +71,16 @@ def cut(text: str, tokenizer: Any, tokens: int | None, seq_len: int) -> Windows:
         raise CorpusError(f"the text has {len(ids)} tokens, fewer than the {wanted} asked for")
     count = len(ids) // seq_len
     rows = torch.tensor(ids[: count * seq_len], dtype=torch.int64).reshape(count, seq_len)
-    default = tokenizer("a")["input_ids"]
-    if tokenizer.bos_token_id is None or default[0] != tokenizer.bos_token_id:
+    if not adds_bos(tokenizer):
         return Windows(rows, first=1)
     bos = torch.full((count, 1), tokenizer.bos_token_id)
     return Windows(torch.cat((bos, rows), dim=1), first=2)
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts a BOS in front by default."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][0] == bos
 
 
 def _tokenize(text: str, tokenizer: Any, tokens: int | None) -> list[int]:

@@ -85,6 +85,8 @@ class Row:
         noise: of the dense model, how far its NLL on the two halves of the text is apart, nats;
             None elsewhere, and with fewer than four windows.
         noise_se: that difference's standard error.
+        probe: share of the probe's questions that are answered right; None without a probe.
+        probe_same: share of them where the choice is the dense model's.
     """
 
     selector: str
@@ -113,6 +115,8 @@ class Row:
     kl_per_mparam: float | None
     noise: float | None = None
     noise_se: float | None = None
+    probe: float | None = None
+    probe_same: float | None = None
 
 
 def trials(

@@ -217,7 +217,8 @@ def test_rows_have_these_keys(tmp_path: Path) -> None:
     keys = (
         "selector format activations quantizer direction ppl dnll dnll_se kl kl_se top1 "
         "linears parameters bytes_dense bytes_packed dnll_per_mb dnll_low dnll_high kl_p50 kl_p90 "
-        "kl_p99 kl_per_mb dnll_per_mparam kl_per_mparam noise noise_se"
+        "kl_p99 kl_per_mb dnll_per_mparam kl_per_mparam noise noise_se "
+        "probe probe_same"
     )
     dense, q = map(asdict, rows)
     assert list(dense) == list(q) == keys.split()
