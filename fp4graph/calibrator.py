@@ -68,9 +68,10 @@ def calibrate(
             keyword arguments.
         select: which linears.
         format: NVFP4 or MXFP4.
-        quantizer: `gptq`; with better scales `gptq:scale-search`, `gptq:four-over-six`; with weight
-            and input rotated `gptq@32`, `gptq:scale-search@16`; `mr-gptq` is what 2509.23202
-            prescribes for the format.
+        quantizer: `weighted-scale-search`, the best scales by what each column's error does to the
+            output; `gptq`; on better scales `gptq:scale-search` and the like; with weight and input
+            rotated `gptq@32`, `gptq:scale-search@16`; `mr-gptq`, what 2509.23202 prescribes for
+            the format.
         damping: see `fp4graph.calibrate.gptq`.
         propagate: whether a block sees what the rounded blocks before it give, as it will when the
             model runs, or what the dense ones give.
@@ -109,9 +110,10 @@ def calibrate(
             found = {}
             for linear, hessian in blocks.see(number):
                 fqn, w_NK = linear.tag.fqn, blocks.turned(blocks.weight(linear))
-                found[fqn] = gptq(
-                    w_NK, block_format, hessian.mean, GRIDS[how.grid], damping=damping, name=fqn
-                )
+                mean_KK = hessian.mean
+                found[fqn] = GRIDS[how.grid](w_NK, block_format, mean_KK.diagonal())
+                if how.solver == "gptq":
+                    found[fqn] = gptq(w_NK, mean_KK, found[fqn], damping=damping, name=fqn)
             if file is not None:
                 Calibration(str(block_format), quantizer, found, {}, {"key": key}).save(file)
         packed.update(found)

@@ -23,6 +23,7 @@ def best_scales(
     candidates: Sequence[Tensor],
     per_tensor_scale: Tensor | None,
     format: BlockFormat,
+    importance_GB: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Choose a scale for each group.
 
@@ -31,6 +32,7 @@ def best_scales(
         candidates: scale codes, uint8 [N, G] each; of equally good ones the first wins.
         per_tensor_scale: of the whole weight, or None.
         format: what codes mean.
+        importance_GB: what the squared error of each column counts, or of all alike.
 
     Returns:
         the chosen codes, uint8 [N, G], and the squared error of each group, float32 [N, G].
@@ -41,9 +43,9 @@ def best_scales(
     for first in range(0, len(w_NGB), rows):
         slab = slice(first, first + rows)
         best = candidates[0][slab]
-        least = _squared_error(w_NGB[slab], best, per_tensor_scale, format)
+        least = _squared_error(w_NGB[slab], best, per_tensor_scale, format, importance_GB)
         for each in candidates[1:]:
-            error = _squared_error(w_NGB[slab], each[slab], per_tensor_scale, format)
+            error = _squared_error(w_NGB[slab], each[slab], per_tensor_scale, format, importance_GB)
             better = error < least
             best, least = torch.where(better, each[slab], best), torch.where(better, error, least)
         chosen[slab], errors[slab] = best, least
@@ -51,10 +53,14 @@ def best_scales(
 
 
 def _squared_error(
-    w_NGB: Tensor, codes_NG: Tensor, per_tensor_scale: Tensor | None, format: BlockFormat
+    w_NGB: Tensor,
+    codes_NG: Tensor,
+    per_tensor_scale: Tensor | None,
+    format: BlockFormat,
+    importance_GB: Tensor | float,
 ) -> Tensor:
     codec = format.scale_codec
     up = codec.reciprocal(codes_NG, per_tensor_scale)[..., None]
     down = codec.decode(codes_NG, per_tensor_scale)[..., None]
     error = E2M1.decode(E2M1.encode(w_NGB * up)) * down - w_NGB
-    return error.square().sum(-1)
+    return (error.square() * importance_GB).sum(-1)

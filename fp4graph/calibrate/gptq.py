@@ -16,9 +16,7 @@ from fp4graph.errors import CalibrationError
 from fp4graph.formats.minifloat import E2M1
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from fp4graph.formats import BlockFormat, PackedWeight
+    from fp4graph.formats import PackedWeight
 
 _LOG = logging.getLogger("fp4graph.calibrate")
 BLOCK = 128
@@ -28,9 +26,8 @@ _MOST_DAMPING = 1.0
 
 def gptq(
     weight: Tensor,
-    format: BlockFormat,
     hessian: Tensor,
-    grid: Callable[[Tensor, BlockFormat], PackedWeight],
+    base: PackedWeight,
     *,
     damping: float = DAMPING,
     name: str = "a weight",
@@ -38,19 +35,17 @@ def gptq(
     """Round a weight so that the error of its output is small.
 
     Args:
-        weight: [N, K], see `BlockFormat.quantize`.
-        format: NVFP4 or MXFP4.
+        weight: [N, K].
         hessian: mean of x x^T, [K, K]; the computation is in its dtype, the inverse in float64.
-        grid: gives the scales.
+        base: the weight under the scales that are to be kept.
         damping: added to the diagonal, relative to its mean. Where the damped Hessian has no
             Cholesky factor it is raised tenfold, with a warning.
         name: of the weight, for that.
 
     Raises:
-        WeightError: see `BlockFormat.quantize`.
         CalibrationError: the Hessian holds NaN or Inf, or has no factor even with damping 1.
     """
-    base = grid(weight, format)
+    format = base.format
     codes_GN = base.scale.view(torch.uint8).T
     up_GN = format.scale_codec.reciprocal(codes_GN, base.per_tensor_scale)
     down_GN = format.scale_codec.decode(codes_GN, base.per_tensor_scale)

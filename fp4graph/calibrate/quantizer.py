@@ -23,16 +23,21 @@ if TYPE_CHECKING:
 
     from fp4graph.formats import BlockFormat, PackedWeight
 
-    Grid = Callable[[Tensor, BlockFormat], PackedWeight]
+    Grid = Callable[[Tensor, BlockFormat, Tensor | None], PackedWeight]
 
+_WEIGHTED = "weighted-scale-search"
 GRIDS: dict[str, Grid] = {
-    "rtn": lambda weight, format: format.quantize(weight),
-    "four-over-six": four_over_six,
-    "scale-search": scale_search,
+    "rtn": lambda weight, format, _: format.quantize(weight),
+    "four-over-six": lambda weight, format, _: four_over_six(weight, format),
+    "scale-search": lambda weight, format, _: scale_search(weight, format),
+    _WEIGHTED: scale_search,
 }
-"""What chooses the scales, and rounds to nearest under them."""
-DATA_FREE = tuple(GRIDS)
-NEED_DATA = ("gptq", *(f"gptq:{grid}" for grid in GRIDS if grid != "rtn"), "mr-gptq")
+"""What chooses the scales for a weight and a format, and rounds to nearest under them.
+
+The third argument is the mean square of each column's input; only the weighted search asks for it.
+"""
+DATA_FREE = tuple(grid for grid in GRIDS if grid != _WEIGHTED)
+NEED_DATA = (_WEIGHTED, "gptq", *(f"gptq:{grid}" for grid in GRIDS if grid != "rtn"), "mr-gptq")
 _NAME = re.compile(r"(?P<base>[a-z:-]+)(@(?P<rotation>\d+))?")
 
 
@@ -41,7 +46,7 @@ class Quantizer:
     """How the codes of a weight are found.
 
     Attributes:
-        solver: `rtn`, or `gptq`, which needs data.
+        solver: `rtn`, or `gptq`.
         grid: what chooses the scales, one of `GRIDS`.
         rotation: block of the Hadamard rotation of weight and input; 0 for none.
     """
@@ -72,7 +77,7 @@ class Quantizer:
             if rotation == 0:
                 rotation = format.block_size
             return cls("gptq", "scale-search" if format.has_per_tensor_scale else "rtn", rotation)
-        solver, _, grid = base.partition(":") if base in NEED_DATA else ("rtn", "", base)
+        solver, _, grid = base.partition(":") if base.startswith("gptq") else ("rtn", "", base)
         if grid == "four-over-six" and not format.has_per_tensor_scale:
             problem = f"is for nvfp4: {format} has powers of two alone"
             raise OptionError(f"quantizer {name!r} {problem}")
@@ -81,4 +86,4 @@ class Quantizer:
     @property
     def needs_data(self) -> bool:
         """Whether its codes come from a calibration."""
-        return self.solver == "gptq"
+        return self.solver == "gptq" or self.grid == _WEIGHTED

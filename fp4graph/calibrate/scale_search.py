@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad
 
 from fp4graph.calibrate.candidates import best_scales
 from fp4graph.calibrate.four_over_six import LARGEST_SCALE
@@ -26,7 +27,9 @@ _E8M0_WINDOW = range(-1, 2)
 _E4M3_CODES, _E8M0_CODES = (1, 126), (0, 254)
 
 
-def scale_search(weight: Tensor, format: BlockFormat) -> PackedWeight:
+def scale_search(
+    weight: Tensor, format: BlockFormat, importance_K: Tensor | None = None
+) -> PackedWeight:
     """Round a weight with the best scale for each group.
 
     NVFP4's tensor scale is the better of two: the one of rounding to nearest, whose largest block
@@ -35,21 +38,28 @@ def scale_search(weight: Tensor, format: BlockFormat) -> PackedWeight:
     Args:
         weight: [N, K], see `BlockFormat.quantize`.
         format: NVFP4 or MXFP4.
+        importance_K: what the squared error of each column counts, such as the mean square of its
+            input; all alike if None.
 
     Raises:
         WeightError: see `BlockFormat.quantize`.
     """
     w_NGB, amax_NG = format.groups(weight)
     shape = (weight.shape[0], weight.shape[1])
+    importance: Tensor | float = 1.0
+    if importance_K is not None:
+        padded_K = pad(importance_K.to(torch.float32), (0, w_NGB[0].numel() - len(importance_K)))
+        importance = padded_K.reshape(w_NGB.shape[1:])
     if not format.has_per_tensor_scale:
         codes, _ = format.scale_codec.encode(amax_NG)
-        scale, _ = best_scales(w_NGB, _around(codes, _E8M0_WINDOW, _E8M0_CODES), None, format)
+        candidates = _around(codes, _E8M0_WINDOW, _E8M0_CODES)
+        scale, _ = best_scales(w_NGB, candidates, None, format, importance)
         return format.pack(w_NGB, scale, None, shape)
     found = []
     for largest in (E4M3.max, LARGEST_SCALE):
         codes, per_tensor_scale = format.scale_codec.encode(amax_NG, largest)
         candidates = _around(codes, _E4M3_WINDOW, _E4M3_CODES)
-        scale, errors = best_scales(w_NGB, candidates, per_tensor_scale, format)
+        scale, errors = best_scales(w_NGB, candidates, per_tensor_scale, format, importance)
         found.append((float(errors.double().sum()), scale, per_tensor_scale))
     _, scale, per_tensor_scale = min(found, key=lambda each: each[0])
     return format.pack(w_NGB, scale, per_tensor_scale, shape)

@@ -46,7 +46,7 @@ def quantize(
             raise WeightError(problem)
         weight = rotate(weight.detach().to(torch.float32), found.rotation)
     if found.grid != "rtn":
-        return GRIDS[found.grid](weight, block_format)
+        return GRIDS[found.grid](weight, block_format, None)
     served = is_plain(weight) and weight.device.type == "cpu" and weight.dtype in _NATIVE
     if served and weight.ndim == 2 and weight.numel() and library.find() and library.native():
         return ops.quantize(weight, block_format)

@@ -103,7 +103,7 @@ class Ablation:
         }
         with torch.no_grad():
             self._logits(0)
-        self._replay = Replay(self._traced, lambda out: out.logits, len(self._rows))
+        self._replay = self._new_replay()
 
     def report(self, selector: str = "all") -> Report:
         """Say which linears a selector picks in this model."""
@@ -176,7 +176,12 @@ class Ablation:
         """Why every trial runs the whole model, and not only what comes after its first change."""
         return self._replay.refusal
 
+    def _new_replay(self) -> Replay:
+        return Replay(self._traced, lambda out: out.logits, len(self._rows))
+
     def _reference(self, progress: Progress) -> _Dense:
+        self._replay = self._new_replay()  # which keeps the values of one run
+
         def run(index: int) -> Tensor:
             return self._replay.dense(**self._inputs(index))
 

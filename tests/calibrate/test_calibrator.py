@@ -11,7 +11,7 @@ from support.closer import relative_l2
 from support.models import tiny, tokens
 
 import fp4graph
-from fp4graph.calibrate import GRIDS, Hessian, gptq, output_error, rotate
+from fp4graph.calibrate import Hessian, gptq, output_error, rotate
 from fp4graph.errors import CalibrationError, OptionError, SelectorError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def test_a_block_sees_what_the_rounded_blocks_before_it_give() -> None:
         before = copy.copy(found)
         object.__setattr__(before, "packed", {fqn: found.packed[fqn] for fqn in first})
         seen = inputs_of(rounded(model, before) if propagate else model, name)
-        alone = gptq(weight.detach(), fp4graph.NVFP4, seen, GRIDS["rtn"])
+        alone = gptq(weight.detach(), seen, fp4graph.quantize(weight))
         same = (alone.qdata == found.packed[name].qdata).double().mean()
         assert same > 0.999, "but for rounding of sums"
 
@@ -126,7 +126,7 @@ def test_goes_on_where_it_was_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [None, "same"])
-@pytest.mark.parametrize("quantizer", ["mr-gptq", "gptq:scale-search@32"])
+@pytest.mark.parametrize("quantizer", ["mr-gptq", "weighted-scale-search@32"])
 def test_rotated_codes_run_on_rotated_inputs(mode: str | None, quantizer: str) -> None:
     model = tiny("llama")
     found = fp4graph.calibrate(model, BATCHES, format="mxfp4", quantizer=quantizer)
@@ -162,7 +162,7 @@ def test_a_weight_that_was_not_calibrated_is_an_error() -> None:
 
 def test_options_that_do_not_fit(tmp_path: Path) -> None:
     model = tiny("llama")
-    with pytest.raises(OptionError, match="expected gptq, gptq:four-over-six"):
+    with pytest.raises(OptionError, match="needs no data: expected weighted-scale-search"):
         fp4graph.calibrate(model, BATCHES, quantizer="rtn")
     with pytest.raises(OptionError, match="is for nvfp4"):
         fp4graph.calibrate(model, BATCHES, quantizer="gptq:four-over-six", format="mxfp4")
