@@ -204,6 +204,15 @@ def test_as_many_rows_for_each_expert() -> None:
         assert relative_l2(out, twin(model, backend.report)(x)) < 1e-6
 
 
+def test_a_stack_whose_name_says_nothing_is_known_by_its_use() -> None:
+    torch.manual_seed(0)
+    model, x = Indexed(), torch.randn(5, K)
+    backend = fp4graph.backend("expert:up", inner="eager", model=model)
+    with torch.no_grad():
+        torch.compile(model, backend=backend)(x, 1)
+    assert [row.path for row in backend.report.selected] == ["up"]
+
+
 def test_what_reads_a_stack_otherwise_is_refused() -> None:
     class Other(nn.Module):
         def __init__(self) -> None:

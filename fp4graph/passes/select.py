@@ -47,8 +47,9 @@ class SelectLinears:
         """See the class."""
         found = list(sites(gm))
         if found and self.universe is not None:
-            seen = {site.tag.fqn: site.tag for _, site in found}  # which know more than names tell
-            self.policy.check([seen.get(tag.fqn, tag) for tag in self.universe])
+            tags = {tag.fqn: tag for tag in self.universe}
+            tags.update({site.tag.fqn: site.tag for _, site in found})  # which names tell less of
+            self.policy.check(tuple(tags.values()))
         decisions = {node: self.policy.decide(site.tag) for node, site in found}
         beside: dict[str, str] = {}
         for node, site in found:
