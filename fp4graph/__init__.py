@@ -25,6 +25,7 @@ from fp4graph.formats import (
     dequantize,
     get_format,
 )
+from fp4graph.inputs import InputTap
 from fp4graph.kernels import quantize
 from fp4graph.policy import Policy, Scheme
 from fp4graph.replay import Replay
@@ -43,6 +44,7 @@ __all__ = [
     "CorpusError",
     "Fp4GraphError",
     "GradientError",
+    "InputTap",
     "LinearRow",
     "ModelError",
     "OptionError",

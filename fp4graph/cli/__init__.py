@@ -1,4 +1,4 @@
-"""The command line: `fp4graph doctor | inspect | ablate | export-results | calibrate | latency`."""
+"""The command line: `fp4graph COMMAND`, one file each."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fp4graph.cli.doctor import doctor_command
 from fp4graph.cli.export import export_command
 from fp4graph.cli.inspect import inspect_command
 from fp4graph.cli.latency import latency_command
+from fp4graph.cli.outliers import outliers_command
 
 
 class _Group(click.Group):
@@ -42,4 +43,5 @@ main.add_command(inspect_command)
 main.add_command(ablate_command)
 main.add_command(export_command)
 main.add_command(calibrate_command)
+main.add_command(outliers_command)
 main.add_command(latency_command)

@@ -1,0 +1,178 @@
+"""Outliers of linears' inputs and weights: the statistics of 2603.08747's Table 1, and more."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fp4graph import InputTap, TracedModel
+from fp4graph.models import check_length
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from fp4graph.models import LoadedModel
+    from fp4graph.study.evaluate import Windows
+
+_BINS = 1 << 15  # the upper half of a float32 without its sign
+_QUANTILE = 0.999
+_FAR = 10.0
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """How far the values of a tensor reach.
+
+    Attributes:
+        p999: the magnitude that 99.9 % of values stay below, to 1 part in 256.
+        max: the largest magnitude.
+        ratio: max over p999.
+        kurtosis: of the values, 3 for a normal distribution.
+        rms: root of the mean square.
+        outlier_channels: columns whose largest magnitude is above 10 times the median column's.
+    """
+
+    p999: float
+    max: float
+    ratio: float
+    kurtosis: float
+    rms: float
+    outlier_channels: int
+
+
+class Accumulator:
+    """Takes in a tensor piece by piece.
+
+    Args:
+        channels: size of the last dimension.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self._counts = torch.zeros(_BINS, dtype=torch.int64)
+        self._powers = torch.zeros(4, dtype=torch.float64)  # sums of x, x^2, x^3, x^4
+        self._largest_K = torch.zeros(channels)
+
+    def add(self, x: Tensor) -> None:
+        """Take in values, [..., K]."""
+        x_MK = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        magnitude_MK = x_MK.abs().contiguous()
+        bits = magnitude_MK.view(torch.int32) >> 16
+        self._counts += bits.flatten().bincount(minlength=_BINS)
+        wide = x_MK.double()
+        square = wide * wide
+        sums = wide.sum(), square.sum(), (square * wide).sum(), (square * square).sum()
+        self._powers += torch.stack(sums)
+        self._largest_K = torch.maximum(self._largest_K, magnitude_MK.amax(0))
+
+    def result(self) -> Outliers:
+        """Return what was seen."""
+        total = int(self._counts.sum())
+        below = self._counts.cumsum(0)
+        bin_ = int((below < _QUANTILE * total).sum())
+        edges = torch.tensor([bin_, bin_ + 1], dtype=torch.int32) << 16
+        p999 = float(edges.view(torch.float32).mean())
+        largest = float(self._largest_K.max())
+        mean, square, cube, fourth = (self._powers / max(total, 1)).tolist()
+        variance = square - mean**2
+        central = fourth - 4 * mean * cube + 6 * mean**2 * square - 3 * mean**4
+        median = float(self._largest_K.median())
+        return Outliers(
+            p999=min(p999, largest),
+            max=largest,
+            ratio=largest / min(p999, largest) if largest else 1.0,
+            kurtosis=central / variance**2 if variance > 0 else 0.0,
+            rms=square**0.5,
+            outlier_channels=int((self._largest_K > _FAR * median).sum()),
+        )
+
+
+@dataclass(frozen=True)
+class OutlierRow:
+    """One linear; the fields are the keys of the JSON lines.
+
+    Attributes:
+        path: module path.
+        role: role by its selector name.
+        block: block index, None outside the blocks.
+        shape: of the weight.
+        tokens: rows of input that were seen.
+        input: of its input.
+        weight: of its weight.
+    """
+
+    path: str
+    role: str
+    block: int | None
+    shape: tuple[int, ...]
+    tokens: int
+    input: Outliers
+    weight: Outliers
+
+
+@torch.no_grad()
+def outliers(
+    loaded: LoadedModel, windows: Windows, progress: Callable[[], None]
+) -> list[OutlierRow]:
+    """Measure the inputs and weights of a model's linears, experts left out.
+
+    Raises:
+        ModelError: a window is longer than the model's positions.
+        StudyError: the model hides its linears inside higher-order ops.
+    """
+    check_length(loaded.model, windows.ids.shape[1])
+    traced = TracedModel(loaded.model)
+    traced(input_ids=windows.ids[:1], use_cache=False)
+    tap = InputTap(traced)
+    seen: dict[str, Accumulator] = {}
+    tokens: dict[str, int] = defaultdict(int)
+    tags = {}
+    for ids in windows.ids.split(1):
+        own: dict[tuple[int, int], Accumulator] = {}  # q, k and v have one input between them
+        for tag, x in tap(input_ids=ids, use_cache=False).items():
+            if len(tag.shape) != 2:
+                continue
+            tags[tag.fqn] = tag
+            tokens[tag.fqn] += x.numel() // x.shape[-1]
+            key = (x.data_ptr(), x.shape[-1])
+            if key not in own:
+                own[key] = seen.setdefault(tag.fqn, Accumulator(tag.shape[1]))
+                own[key].add(x)
+            seen[tag.fqn] = own[key]
+        progress()
+    parameters = dict(loaded.model.named_parameters(remove_duplicate=False))
+    found = []
+    for fqn, tag in tags.items():
+        weight = Accumulator(tag.shape[1])
+        parameter = parameters[fqn if fqn in parameters else f"{fqn}.weight"]
+        weight.add(parameter if tuple(parameter.shape) == tag.shape else parameter.T)
+        row = (fqn, str(tag.role), tag.block, tag.shape, tokens[fqn])
+        found.append(OutlierRow(*row, seen[fqn].result(), weight.result()))
+    return found
+
+
+def by_role(rows: Sequence[OutlierRow]) -> dict[str, tuple[Outliers, Outliers]]:
+    """Return means over the linears of each role: of inputs, of weights."""
+    groups: dict[str, list[OutlierRow]] = defaultdict(list)
+    for row in rows:
+        groups[row.role].append(row)
+    return {
+        role: (_mean(row.input for row in group), _mean(row.weight for row in group))
+        for role, group in groups.items()
+    }
+
+
+def _mean(found: Iterable[Outliers]) -> Outliers:
+    each = list(found)
+    return Outliers(
+        p999=fmean(one.p999 for one in each),
+        max=fmean(one.max for one in each),
+        ratio=fmean(one.ratio for one in each),
+        kurtosis=fmean(one.kurtosis for one in each),
+        rms=fmean(one.rms for one in each),
+        outlier_channels=round(fmean(one.outlier_channels for one in each)),
+    )
