@@ -67,9 +67,9 @@ def _ends(node: Node) -> dict[Node, Tensor]:
         each = waiting.pop(0)
         for user in each.users:
             name = called(user)
-            if name in _SAME and user.args[0] is each:
+            if name in _SAME and user.args[:1] == (each,):
                 sent[user] = sent[each]
-            elif name in _VIEWS and user.args[0] is each:
+            elif name in _VIEWS and user.args[:1] == (each,):
                 try:
                     sent[user] = _run(user, sent)
                 except (RuntimeError, IndexError, TypeError, KeyError):

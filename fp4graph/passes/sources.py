@@ -35,11 +35,9 @@ def entry_of(node: Node) -> tuple[Node, object] | None:
     if node.target is operator.getitem or node.target in ("select", torch.select):
         stack, *place = node.args
         if node.target is not operator.getitem:
-            dim, *place = place
-            if dim != 0:
-                return None
-        if isinstance(stack, Node) and _ndim(stack) == 3 and _is_single(place[0]):
-            return stack, place[0]
+            place = place[1:] if place[:1] == [0] else []
+        if len(place) == 1 and isinstance(stack, Node) and _ndim(stack) == 3:
+            return (stack, place[0]) if _is_single(place[0]) else None
     return None
 
 

@@ -142,7 +142,8 @@ class TagLinears:
     ) -> None:
         """Mark the first reader of stacked experts, or of a matrix the first product."""
         for user, alias in _readers(placeholder):
-            is_addend = called(user) in ("addmm", "baddbmm", "addmv") and user.args[0] is alias
+            first = (*user.args, user.kwargs.get("input"))[0]
+            is_addend = called(user) in ("addmm", "baddbmm", "addmv") and first is alias
             if site_of(user) is not None or user.op == "output" or is_addend:
                 continue
             tag = self._tag(user, source, weight, tuple(weight.shape), region)

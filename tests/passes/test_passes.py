@@ -53,8 +53,15 @@ def test_rewrite_trades_each_selected_linear_for_one_op_and_touches_nothing_else
 
 def test_only_rewrite_changes_ops() -> None:
     recorder = record("llama")
-    assert [r.name for r in recorder.records] == ["tag", "select", "choose", "pack", "rewrite"]
-    assert [bool(r.changes) for r in recorder.records] == [False, False, False, False, True]
+    assert [r.name for r in recorder.records] == [
+        "tag",
+        "select",
+        "choose",
+        "pack",
+        "rotate_inputs",
+        "rewrite",
+    ]
+    assert [bool(r.changes) for r in recorder.records] == [False] * 5 + [True]
 
 
 def test_none_changes_no_op() -> None:
