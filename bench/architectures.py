@@ -167,7 +167,7 @@ def page(found: list[dict[str, Any]]) -> str:
         "",
         "    make architectures",
         "",
-        "| | of", "|---|---|",
+        "| | of |", "|---|---|",
         f"| builds, runs and compiles | {len(ran)} of {len(found)} |",
         *(f"| {name} | {count} of {len(ran)} |" for name, count in good.items()),
         "",

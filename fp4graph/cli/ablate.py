@@ -207,7 +207,7 @@ def _groups(
 ) -> tuple[Group, ...]:
     """Return what the options ask for, checked; a plan's own stands where nothing is given."""
     given = {name: value for name, value in combinations.items() if not _is_default(name)}
-    if calibrations:  # they are what is to be measured
+    if calibrations and not (plan or "").endswith(".toml"):  # they are what is to be measured
         formats, quantizers = zip(*calibrations, strict=True)
         given = {"format": _once(formats), "quantizer": _once(quantizers), **given}
     if bool(selects) + bool(by) + bool(plan) != 1:
