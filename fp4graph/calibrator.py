@@ -24,7 +24,7 @@ from fp4graph.calibrate import (
     gptq,
     rotate,
 )
-from fp4graph.errors import CalibrationError, OptionError
+from fp4graph.errors import CalibrationError, OptionError, WeightError
 from fp4graph.fingerprint import fingerprint
 from fp4graph.formats import get_format
 from fp4graph.passes.base import run_passes
@@ -107,13 +107,17 @@ def calibrate(
         file = None if kept is None else kept / f"{number}.safetensors"
         found = _load(file, key)
         if found is None:
-            found = {}
-            for linear, hessian in blocks.see(number):
-                fqn, w_NK = linear.tag.fqn, blocks.turned(blocks.weight(linear))
-                mean_KK = hessian.mean
-                found[fqn] = GRIDS[how.grid](w_NK, block_format, mean_KK.diagonal())
-                if how.solver == "gptq":
-                    found[fqn] = gptq(w_NK, mean_KK, found[fqn], damping=damping, name=fqn)
+            found = {
+                site.tag.fqn: _round(
+                    site.tag.fqn,
+                    blocks.turned(blocks.weight(site)),
+                    block_format,
+                    how,
+                    hessian.mean,
+                    damping,
+                )
+                for site, hessian in blocks.see(number)
+            }
             if file is not None:
                 Calibration(str(block_format), quantizer, found, {}, {"key": key}).save(file)
         packed.update(found)
@@ -122,8 +126,23 @@ def calibrate(
     result = Calibration(str(block_format), quantizer, packed, blocks.fingerprints(), facts)
     if out is not None:
         result.save(out)
-        shutil.rmtree(Path(f"{out}.blocks"), ignore_errors=True)
+        shutil.rmtree(f"{out}.blocks", ignore_errors=True)
     return result
+
+
+def _round(
+    fqn: str,
+    w_NK: Tensor,
+    format: BlockFormat,
+    how: Quantizer,
+    mean_KK: Tensor,
+    damping: float,
+) -> PackedWeight:
+    try:
+        base = GRIDS[how.grid](w_NK, format, mean_KK.diagonal())
+    except WeightError as error:
+        raise WeightError(f"{fqn}: {error}") from None
+    return gptq(w_NK, mean_KK, base, damping=damping, name=fqn) if how.solver == "gptq" else base
 
 
 def _load(file: Path | None, key: str) -> dict[str, PackedWeight] | None:
@@ -181,8 +200,9 @@ class _Blocks:
             form = match_linear(node)
             assert form is not None
             source = (form.x, form.x_dim)
-            hessian = inputs.setdefault(source, Hessian(site.tag.shape[1]))
-            linears.append((site, hessian))
+            if source not in inputs:
+                inputs[source] = Hessian(site.tag.shape[1])
+            linears.append((site, inputs[source]))
         sources = [x for x, _ in inputs]
         seen = segment(self._gm, self._starts[number], self._end(number), sources)
         for args, live in zip(self._args, self._live, strict=True):
@@ -234,7 +254,7 @@ class _Blocks:
 
 
 class _Recorded(Exception):
-    pass
+    """Ends a call of the model early: what its graph is given is known."""
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from fp4graph.calibrate import Quantizer
@@ -95,14 +95,13 @@ class Scheme:
             if isinstance(self.activations, BlockFormat)
             else self.activations,
             "kernel": self.kernel,
-            "calibration": self.calibration,
         }
         given = value if isinstance(value, Mapping) else {"format": value}
         unknown = sorted(set(given) - set(options))
         if unknown:
-            known = ", ".join(field.name for field in fields(self))
+            known = ", ".join(options)
             raise OptionError(f"unknown option {unknown[0]!r} in select; options are {known}")
-        return Scheme.of(**{**options, **given})  # type: ignore[arg-type]
+        return Scheme.of(**{**options, **given}, calibration=self.calibration)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         if self.activations == "int8":

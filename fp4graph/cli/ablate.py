@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich import box
-from rich.table import Table
 
-from fp4graph import Calibration, OptionError, models
+from fp4graph import Calibration, OptionError
 from fp4graph.calibrate import DATA_FREE
+from fp4graph.cli.ablation_table import table_of
 from fp4graph.cli.common import (
-    DTYPES,
     CommaList,
     check_interrupt,
+    check_trained,
     dtype_option,
     json_option,
+    load_model,
     output,
     print_json,
     progress_bar,
+    read_text,
     stderr,
 )
 from fp4graph.study.ablate import Ablation
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from fp4graph.study.trial import Calibrations, Row, Trial
 
 _WIKITEXT2_WINDOW = 2048
-_SHOWN = 40
-_CHARACTERS_A_TOKEN = 256  # more than any text has; so much of a corpus is read
 
 
 class _Bar:
@@ -155,18 +154,17 @@ def ablate_command(
     calibrations = _calibrations(calibration_files)
     groups = _groups(selects, by, plan, combinations, calibrations)
     corpus = _text_beside(corpus, calibrations)
-    if model in models.RANDOM_MODELS:
-        raise OptionError(f"{model} has random weights: its accuracy means nothing")
+    check_trained(model)
     whole = protocol == "wikitext2"
     if whole:
         seq_len = _WIKITEXT2_WINDOW if _is_default("seq_len") else seq_len
         whole = _is_default("tokens")
-    text = models.corpus(corpus, None if whole else tokens * _CHARACTERS_A_TOKEN)
+    wanted = None if whole else tokens
+    text = read_text(corpus, wanted)
     out = out or Path("fp4graph-out") / Path(model).name
     store = Store(out / "trials.sqlite")
-    with stderr.status(f"loading {model}"):
-        loaded = models.load(model, DTYPES[dtype])
-    windows = cut(text, loaded.tokenizer, None if whole else tokens, seq_len)
+    loaded = load_model(model, dtype)
+    windows = cut(text, loaded.tokenizer, wanted, seq_len)
     length = windows.ids.shape[1]
     questions = None if probe is None else read_probe(probe, loaded.tokenizer, length)
     with stderr.status(f"tracing {model}"):
@@ -183,7 +181,7 @@ def ablate_command(
     store.close()
     title = f"{model}, {corpus}, {provenance['scored_tokens']} tokens, {dtype}"
     console = output(as_json=as_json)
-    console.print(_table(rows, title))
+    console.print(table_of(rows, title))
     if len(rows) > 1:
         draw(rows, title, out / "ablation.png")
         console.print(f"picture: {out / 'ablation.png'}")
@@ -251,51 +249,3 @@ def _todo(
 def _is_default(name: str) -> bool:
     source = click.get_current_context().get_parameter_source(name)
     return source is not click.core.ParameterSource.COMMANDLINE
-
-
-def _table(rows: list[Row], title: str) -> Table:
-    table = Table(title=title, caption=_caption(rows), box=box.SIMPLE_HEAD)
-    table.add_column("selector", no_wrap=True)
-    for name in ("format", "mode", "quantizer"):
-        table.add_column(name, no_wrap=True)
-    dense, *rest = rows
-    probed = dense.probe is not None
-    names = ("ppl", "dNLL", "+-", "KL", "p99", "top-1", "Mparam", "dNLL/MB")
-    for name in (*names, "probe") if probed else names:
-        table.add_column(name, justify="right", no_wrap=True)
-    worst = sorted(rest, key=lambda row: row.dnll, reverse=True)
-    for row in [dense, *worst[:_SHOWN]]:
-        mode = "dense" if row.format is None else "W4A16" if row.activations == "none" else "W4A4"
-        table.add_row(
-            f"all but {row.selector}" if row.direction == "except" else row.selector,
-            row.format or "",
-            mode,
-            "" if row.format is None else row.quantizer,
-            "> 1e308" if row.ppl is None else f"{row.ppl:.3f}",
-            f"{row.dnll:+.4f}",
-            "" if row.dnll_se is None else f"{row.dnll_se:.4f}",
-            f"{row.kl:.4f}",
-            f"{row.kl_p99:.3f}",
-            f"{row.top1:.1%}",
-            f"{row.parameters / 1e6:.1f}",
-            "" if row.dnll_per_mb is None else f"{row.dnll_per_mb:.5f}",
-            *([] if row.probe is None else [f"{row.probe:.1%}"]),
-        )
-    return table
-
-
-def _caption(rows: list[Row]) -> str:
-    lines = [
-        "dNLL, KL: nats a token above the dense model on the same tokens; +-: standard error, "
-        "windows being independent; p99: of KL over tokens; MB: saved by FP4"
-    ]
-    if rows[0].noise is not None:
-        lines.append(
-            f"from one half of the text to the other the dense model's NLL moves by "
-            f"{rows[0].noise:.4f} +- {rows[0].noise_se:.4f}"
-        )
-    if len(rows) > _SHOWN + 1:
-        lines.append(f"the {_SHOWN} most damaging of {len(rows) - 1}; all are in the JSON lines")
-    if rows[0].dnll_se is None:
-        lines.append("one window gives no error: take more --tokens or a smaller --seq-len")
-    return "\n".join(lines)

@@ -8,19 +8,18 @@ from typing import Any
 import click
 
 import fp4graph
-from fp4graph import OptionError, models
+from fp4graph import models
 from fp4graph.calibrate import DAMPING, NEED_DATA, Quantizer
 from fp4graph.cli.common import (
-    DTYPES,
     check_interrupt,
+    check_trained,
     dtype_option,
+    load_model,
     output,
     progress_bar,
-    stderr,
+    read_text,
 )
 from fp4graph.study.evaluate import cut
-
-_CHARACTERS_A_TOKEN = 256
 
 
 @click.command("calibrate")
@@ -39,7 +38,7 @@ _CHARACTERS_A_TOKEN = 256
     show_default=True,
     help="pydoc-first, a file, or hf:DATASET; never what is measured on later.",
 )
-@click.option("--samples", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True)
 @click.option("--damping", type=click.FloatRange(0, 1), default=DAMPING, show_default=True)
 @click.option(
@@ -75,14 +74,11 @@ def calibrate_command(
     """
     fp4graph.Selector(select)
     Quantizer.parse(quantizer, fp4graph.get_format(format))
-    if model in models.RANDOM_MODELS:
-        raise OptionError(f"{model} has random weights: its accuracy means nothing")
-    tokens = samples * seq_len
-    text = models.corpus(corpus, tokens * _CHARACTERS_A_TOKEN)
-    with stderr.status(f"loading {model}"):
-        loaded = models.load(model, DTYPES[dtype])
+    check_trained(model)
+    text = read_text(corpus, samples * seq_len)
+    loaded = load_model(model, dtype)
     models.check_length(loaded.model, seq_len)
-    windows = cut(text, loaded.tokenizer, tokens, seq_len)
+    windows = cut(text, loaded.tokenizer, samples * seq_len, seq_len)
     with progress_bar() as bar:
         task = bar.add_task("blocks", total=None)
 

@@ -22,7 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fp4graph import Fp4GraphError
+from fp4graph import Fp4GraphError, OptionError, models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,6 +78,34 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help=text)(command)
 
 
+def read_text(corpus: str, tokens: int | None) -> str:
+    """Return a corpus, or as much of its beginning as so many tokens can take."""
+    return models.corpus(corpus, None if tokens is None else tokens * _CHARACTERS_A_TOKEN)
+
+
+_CHARACTERS_A_TOKEN = 256  # more than any text has
+
+
+def load_model(model: str, dtype: str) -> models.LoadedModel:
+    """Load a model by its name, and say so while it takes.
+
+    Raises:
+        ModelError: nothing loads by that name.
+    """
+    with stderr.status(f"loading {model}"):
+        return models.load(model, DTYPES[dtype])
+
+
+def check_trained(model: str) -> None:
+    """Check that a name is not one of random weights.
+
+    Raises:
+        OptionError: it is.
+    """
+    if model in models.RANDOM_MODELS:
+        raise OptionError(f"{model} has random weights: its accuracy means nothing")
+
+
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
     """Turn what a user can mend into one line on stderr and exit status 2, Ctrl-C into 130."""
@@ -92,7 +120,7 @@ def readable_errors() -> Iterator[None]:
         click.echo(f"fp4graph: {error}", err=True)
         sys.exit(USAGE)
     except KeyboardInterrupt:
-        kept = "trials that ended are kept: the same ablate command goes on where it was"
+        kept = "what ended is kept: the same ablate or calibrate command goes on where it was"
         click.echo(f"fp4graph: interrupted; {kept}", err=True)
         sys.exit(INTERRUPTED)
     finally:

@@ -8,8 +8,14 @@ import click
 import torch
 
 import fp4graph
-from fp4graph import models
-from fp4graph.cli.common import DTYPES, json_option, output, print_json, stderr
+from fp4graph.cli.common import (
+    DTYPES,
+    json_option,
+    load_model,
+    output,
+    print_json,
+    stderr,
+)
 from fp4graph.kernels import parse_target
 
 if TYPE_CHECKING:
@@ -54,8 +60,7 @@ def inspect_command(
     fp4graph.Scheme.of(format_name, kernel=kernel)
     on_gpu = device is not None and parse_target(device).backend != "cpu"
     dtype = dtype or ("bfloat16" if on_gpu else "float32")
-    with stderr.status(f"loading {model}"):
-        loaded = models.load(model, DTYPES[dtype])
+    loaded = load_model(model, dtype)
     with stderr.status(f"tracing {model}"):
         report: Report = fp4graph.explain(
             loaded.model,

@@ -9,17 +9,16 @@ import click
 from rich import box
 from rich.table import Table
 
-from fp4graph import Scheme, Selector, models
+from fp4graph import Scheme, Selector
 from fp4graph.cli.common import (
-    DTYPES,
     CommaList,
     check_interrupt,
     dtype_option,
     json_option,
+    load_model,
     output,
     print_json,
     progress_bar,
-    stderr,
 )
 from fp4graph.study.latency import LatencyRow, Variant, measure
 
@@ -73,8 +72,7 @@ def latency_command(
         selector, format = str(Selector(text)), Scheme.of(name).format.name
         if selector != "none":
             variants.append(Variant(selector, format, inner, mode))
-    with stderr.status(f"loading {model}"):
-        loaded = models.load(model, DTYPES[dtype])
+    loaded = load_model(model, dtype)
     with progress_bar() as bar:
         rows = measure(
             loaded.model,

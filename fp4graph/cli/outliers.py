@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 from rich import box
 from rich.table import Table
 
-from fp4graph import OptionError, models
 from fp4graph.cli.common import (
-    DTYPES,
     check_interrupt,
+    check_trained,
     dtype_option,
     json_option,
+    load_model,
     output,
     print_json,
     progress_bar,
-    stderr,
+    read_text,
 )
 from fp4graph.study.evaluate import cut
 from fp4graph.study.outliers import Outliers, by_role, outliers
-
-_CHARACTERS_A_TOKEN = 256
 
 
 @click.command("outliers")
@@ -36,11 +32,9 @@ def outliers_command(
     model: str, corpus: str, tokens: int, seq_len: int, dtype: str, as_json: bool
 ) -> None:
     """Show the outliers of MODEL's linears' inputs and weights, on a text, by role."""
-    if model in models.RANDOM_MODELS:
-        raise OptionError(f"{model} has random weights: its activations mean nothing")
-    text = models.corpus(corpus, tokens * _CHARACTERS_A_TOKEN)
-    with stderr.status(f"loading {Path(model).name}"):
-        loaded = models.load(model, DTYPES[dtype])
+    check_trained(model)
+    text = read_text(corpus, tokens)
+    loaded = load_model(model, dtype)
     windows = cut(text, loaded.tokenizer, tokens, seq_len)
     with progress_bar() as bar:
         task = bar.add_task("windows", total=len(windows.ids))

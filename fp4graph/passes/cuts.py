@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fp4graph.passes.regions import regions
 from fp4graph.passes.site import site_of, sites
-from fp4graph.passes.writes import written
+from fp4graph.passes.writes import writes_in_place, written
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -55,8 +55,8 @@ def cuts(gm: GraphModule) -> list[Cut] | str:
     overwritten = written(gm.graph)
     if any(node.op == "placeholder" for node in overwritten):
         return "the graph writes to its inputs in place"
-    place = {node: index for index, node in enumerate(nodes)}
-    last_use = {node: max((place[user] for user in node.users), default=-1) for node in nodes}
+    position = {node: index for index, node in enumerate(nodes)}
+    last_use = {node: max((position[user] for user in node.users), default=-1) for node in nodes}
     found: list[Cut] = []
     before, seen = None, 0
     for index, site in own:
@@ -102,8 +102,13 @@ def segment(
         new.meta = dict(old.meta)
     if outputs is not None:
         graph.output(tuple(copies[node] for node in outputs))
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code(_matters)
     return GraphModule(gm, graph)
+
+
+def _matters(node: Node) -> bool:
+    """Whether a node does something though nobody takes its result."""
+    return node.is_impure() or writes_in_place(node)
 
 
 def tapped(gm: GraphModule, nodes: Collection[Node]) -> GraphModule:

@@ -16,6 +16,7 @@ from torch.fx import Node, map_arg
 
 from fp4graph.passes.match import called
 from fp4graph.passes.origins import ACTIVATIONS, ATTENTION, Flow, tensors
+from fp4graph.passes.writes import VIEWS
 from fp4graph.tags import Role
 
 if TYPE_CHECKING:
@@ -23,11 +24,7 @@ if TYPE_CHECKING:
 
 Parts = dict[Role, tuple[int, ...]]
 
-_VIEWS = {
-    *("view", "reshape", "unflatten", "flatten", "squeeze", "unsqueeze", "contiguous", "select"),
-    *("transpose", "permute", "movedim", "swapaxes", "swapdims", "t", "mT", "T", "getattr"),
-    *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "narrow", "getitem"),
-}
+_MOVES = VIEWS | {"contiguous", "getattr"}
 _SAME = {"to", "float", "type_as", "clone", "clamp", "clip", "dropout", "detach"}
 _MOST = 1 << 24  # values that numbers are sent for
 
@@ -69,7 +66,7 @@ def _ends(node: Node) -> dict[Node, Tensor]:
             name = called(user)
             if name in _SAME and user.args[:1] == (each,):
                 sent[user] = sent[each]
-            elif name in _VIEWS and user.args[:1] == (each,):
+            elif name in _MOVES and user.args[:1] == (each,):
                 try:
                     sent[user] = _run(user, sent)
                 except (RuntimeError, IndexError, TypeError, KeyError):

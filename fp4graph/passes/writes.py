@@ -17,11 +17,13 @@ _IN_PLACE_OPERATORS = {
     *("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
     *("iand", "ior", "ixor", "ilshift", "irshift"),
 }
-_VIEWS = {
+VIEWS = {
     *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "narrow"),
-    *("select", "index_select", "chunk", "split", "unbind", "getitem", "diagonal", "as_strided"),
-    *("t", "transpose", "permute", "swapaxes", "movedim", "view_as", "expand_as", "ravel"),
+    *("select", "index_select", "unbind", "getitem", "diagonal", "as_strided", "view_as"),
+    *("chunk", "split", "split_with_sizes", "tensor_split", "expand_as", "ravel"),
+    *("t", "transpose", "permute", "swapaxes", "swapdims", "movedim"),
 }
+"""Names of what returns a part of a tensor's memory, or may."""
 
 
 def writes_in_place(node: Node) -> bool:
@@ -71,4 +73,4 @@ def is_view(node: Node) -> bool:
     if not node.args:
         return False
     name = called(node)
-    return is_transpose(node) or is_copy(node) or name in _VIEWS or _named_in_place(name)
+    return is_transpose(node) or is_copy(node) or name in VIEWS or _named_in_place(name)

@@ -141,7 +141,8 @@ class Ablation:
         Args:
             plan: the trials.
             progress: is told how far it is.
-            seconds: after so long no further trial is begun; what the store has is still yielded.
+            seconds: after so long no further trial is begun, but always one; what the store has is
+                still yielded.
 
         Raises:
             StudyError: the store or the scratch file cannot be written; nothing that was
@@ -155,7 +156,7 @@ class Ablation:
         start = time.monotonic()
         for trial in plan:
             result = known[trial]
-            if result is None and time.monotonic() - start > seconds:
+            if result is None and reference and time.monotonic() - start > seconds:
                 continue
             if result is None:
                 try:

@@ -129,6 +129,7 @@ def test_the_error_names_the_linears_and_the_way_out() -> None:
         ({"all": "fp5"}, "formats are"),
         ({"all": {"fromat": "nvfp4"}}, "unknown option 'fromat'"),
         ({"all": {"quantizer": "magic"}}, "quantizers are rtn"),
+        ({"all": {"calibration": "file"}}, "options are format, quantizer, activations, kernel"),
         ({"all": {"activations": "int3"}}, "expected None or 'same'"),
         ({"all": {"kernel": "warp"}}, "kernels are"),
         ({}, "expected a selector or a mapping"),
