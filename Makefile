@@ -28,7 +28,7 @@ demo: install  ## the main job on a real model: what FP4 costs by role, and what
 test: install  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-quick: install  ## style, types and the quick tests, in one to six minutes
+quick: install  ## style, types and the quick tests, in four to six minutes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
