@@ -25,7 +25,7 @@ from fp4graph.formats import (
     dequantize,
     get_format,
 )
-from fp4graph.inputs import InputTap
+from fp4graph.inputs import LinearTap
 from fp4graph.kernels import quantize
 from fp4graph.policy import Policy, Scheme
 from fp4graph.replay import Replay
@@ -44,8 +44,8 @@ __all__ = [
     "CorpusError",
     "Fp4GraphError",
     "GradientError",
-    "InputTap",
     "LinearRow",
+    "LinearTap",
     "ModelError",
     "OptionError",
     "PackedWeight",

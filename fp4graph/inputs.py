@@ -1,10 +1,12 @@
-"""What goes into a model's linears, seen in one pass."""
+"""What goes into a model's linears and comes out, seen in one pass, with gradients if asked."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from fp4graph.errors import StudyError
 from fp4graph.passes.cuts import tapped
@@ -12,18 +14,48 @@ from fp4graph.passes.match import match_linear
 from fp4graph.passes.site import site_of, sites
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.fx import Node
+    from torch.fx import GraphModule, Node
 
     from fp4graph.tags import LinearTag
     from fp4graph.trace import TracedModel
 
 
-class InputTap:
-    """Runs a traced model and returns the inputs of its linears beside.
+@dataclass(frozen=True)
+class Seen:
+    """A linear in one run of the model; where it is called more than once, the last call.
+
+    Attributes:
+        x: its input, [..., K].
+        weight: [N, K].
+    """
+
+    x: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a linear's input, weight and output are found in its graph."""
+
+    x: Node
+    x_dim: int
+    y: Node
+    y_dim: int
+    weight: int
+    transposed: bool
+
+
+class LinearTap:
+    """Runs a traced model and keeps what its plain linears work on; stacks of experts are left out.
+
+    A model whose gradients are wanted has to be traced with gradients enabled: code that turns them
+    off for a while, as rotary embeddings do, turns them back to what they were while tracing.
 
     Args:
         traced: the model, traced; its dense form is run.
+
+    Attributes:
+        seen: of the last run, what each linear saw.
 
     Raises:
         StudyError: a graph has linears inside higher-order ops.
@@ -31,36 +63,80 @@ class InputTap:
 
     def __init__(self, traced: TracedModel) -> None:
         self._traced = traced
-        self._found: dict[LinearTag, Tensor] = {}
+        self.seen: dict[LinearTag, Seen] = {}
+        self._outputs: dict[LinearTag, tuple[Tensor, int]] = {}
         for graph in traced.graphs:
-            taken: dict[LinearTag, tuple[Node, int]] = {}
-            for node in graph.tagged.graph.nodes:
-                site, form = site_of(node), match_linear(node)
-                if site is not None and form is not None:
-                    taken[site.tag] = form.x, form.x_dim
-            if len(taken) < len({site.tag for _, site in sites(graph.tagged)}):
-                raise StudyError(
-                    "linears are inside higher-order ops, so their inputs are not seen"
-                )
-            nodes = list({node: None for node, _ in taken.values()})
-            run = tapped(graph.tagged, nodes)
-            graph.run = self._keeping(run, taken, nodes)
+            places = _places(graph.tagged)
+            nodes = list(dict.fromkeys(n for place in places.values() for n in (place.x, place.y)))
+            graph.run = self._keeping(tapped(graph.tagged, nodes), places, nodes)
 
-    def _keeping(
-        self, run: Any, taken: dict[LinearTag, tuple[Node, int]], nodes: list[Node]
-    ) -> Any:
+    def __call__(self, **inputs: Any) -> Any:
+        """Run the model; with gradients enabled its output has them by every linear's output.
+
+        Raises:
+            StudyError: Dynamo traced it anew, so that nothing was seen.
+        """
+        self.seen.clear()
+        self._outputs.clear()
+        graphs = len(self._traced.graphs)
+        out = self._traced(**inputs)
+        if len(self._traced.graphs) > graphs:
+            raise StudyError(
+                "the model was traced anew: inputs of another shape, or gradients on that were off"
+            )
+        return out
+
+    def gradients(self, loss: Tensor) -> dict[LinearTag, Tensor]:
+        """Return the gradient of something computed from the last run's output.
+
+        Args:
+            loss: a scalar. More losses may follow; what the run computed is kept for them.
+
+        Returns:
+            for each linear that the loss hangs on its gradient by that linear's output, [..., N].
+        """
+        tags = list(self._outputs)
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            loss, [self._outputs[tag][0] for tag in tags], retain_graph=True, allow_unused=True
+        )
+        return {
+            tag: gradient.movedim(self._outputs[tag][1], -1)
+            for tag, gradient in zip(tags, found, strict=True)
+            if gradient is not None
+        }
+
+    def _keeping(self, run: Any, places: dict[LinearTag, _Place], nodes: list[Node]) -> Any:
         def kept(*args: Any) -> Any:
+            if torch.is_grad_enabled():
+                args = tuple(map(_with_gradient, args))
             own, values = run(*args)
             by_node = dict(zip(nodes, values, strict=True))
-            for tag, (node, dim) in taken.items():
-                self._found[tag] = by_node[node].movedim(dim, -1)
+            for tag, place in places.items():
+                weight = args[place.weight].detach()
+                weight_NK = weight.T if place.transposed else weight
+                x = by_node[place.x].detach().movedim(place.x_dim, -1)
+                self.seen[tag] = Seen(x, weight_NK)
+                self._outputs[tag] = by_node[place.y], place.y_dim
             return own
 
         return kept
 
-    @torch.no_grad()
-    def __call__(self, **inputs: Any) -> dict[LinearTag, Tensor]:
-        """Return the input of every linear, [..., K]."""
-        self._found.clear()
-        self._traced(**inputs)
-        return dict(self._found)
+
+def _places(gm: GraphModule) -> dict[LinearTag, _Place]:
+    found: dict[LinearTag, _Place] = {}
+    for node in gm.graph.nodes:
+        site, form = site_of(node), match_linear(node)
+        if site is None or form is None or site.weight is None or len(site.tag.shape) != 2:
+            continue
+        found[site.tag] = _Place(form.x, form.x_dim, node, form.y_dim, site.weight, site.transposed)
+    own = sum(site_of(node) is not None for node in gm.graph.nodes)
+    if own < len(list(sites(gm))):
+        raise StudyError("linears are inside higher-order ops, so their inputs are not seen")
+    return found
+
+
+def _with_gradient(arg: Any) -> Any:
+    """Return a weight as a leaf of its own, so that gradients pass whatever the model's say."""
+    if isinstance(arg, nn.Parameter) and arg.is_floating_point():
+        return arg.detach().requires_grad_()
+    return arg

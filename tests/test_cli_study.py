@@ -98,3 +98,35 @@ def test_what_needs_a_trained_model_says_so(tmp_path: Path) -> None:
         result = run(command, "qwen2.5-0.5b-random", *out)
         assert result.exit_code == 2
         assert "random weights" in result.stderr
+
+
+def test_scores_and_sums_beside_what_was_measured(tiny_folder: Path, tmp_path: Path) -> None:
+    text = ["--tokens", "64", "--seq-len", "16"]
+    folder, out = str(tiny_folder), str(tmp_path)
+    ablate = ["ablate", folder, *text, "--out", out]
+    assert run(*ablate, "--plan", "grid").exit_code == 0
+    assert run(*ablate, "--plan", "roles", "--direction", "both").exit_code == 0
+    found = rows(run("sensitivity", folder, *text, "--samples", "2", "--against", out, "--json"))
+    assert len([row for row in found if "sqnr" in row]) == 14
+    scores = {(row["predictor"], row["target"]): row for row in found if "spearman" in row}
+    assert scores["kl_window", "kl"]["linears"] == 14
+    assert ("fisher", "dnll") in scores
+
+    found = rows(run("outliers", folder, *text, "--against", out, "--json"))
+    withouts = {row["without"] for row in found if row.get("predictor") == "input ratio"}
+    assert withouts == {None, "down"}
+
+    found = rows(run("additivity", folder, out, "--json"))
+    everything = next(row for row in found if row.get("name") == "all")
+    assert everything["linears"] == 14
+    assert any(row.get("second") == "q" and row["first"] == "all but q" for row in found)
+    table = run("additivity", folder, out).stdout
+    assert "the largest interactions" in table
+
+
+def test_results_that_are_not_there(tiny_folder: Path, tmp_path: Path) -> None:
+    for command in ("sensitivity", "outliers"):
+        result = run(command, str(tiny_folder), "--against", str(tmp_path))
+        assert result.exit_code == 2
+        assert f"there are no results in {tmp_path}" in result.stderr
+    assert run("additivity", str(tiny_folder), str(tmp_path)).exit_code == 2

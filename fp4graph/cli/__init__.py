@@ -10,6 +10,7 @@ import click
 
 import fp4graph
 from fp4graph.cli.ablate import ablate_command
+from fp4graph.cli.additivity import additivity_command
 from fp4graph.cli.calibrate import calibrate_command
 from fp4graph.cli.common import readable_errors
 from fp4graph.cli.doctor import doctor_command
@@ -17,6 +18,7 @@ from fp4graph.cli.export import export_command
 from fp4graph.cli.inspect import inspect_command
 from fp4graph.cli.latency import latency_command
 from fp4graph.cli.outliers import outliers_command
+from fp4graph.cli.sensitivity import sensitivity_command
 
 
 class _Group(click.Group):
@@ -44,4 +46,6 @@ main.add_command(ablate_command)
 main.add_command(export_command)
 main.add_command(calibrate_command)
 main.add_command(outliers_command)
+main.add_command(sensitivity_command)
+main.add_command(additivity_command)
 main.add_command(latency_command)

@@ -22,10 +22,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from fp4graph import Fp4GraphError, OptionError, models
+from fp4graph import Fp4GraphError, OptionError, StudyError, models
+from fp4graph.study.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 USAGE = 2
 INTERRUPTED = 130
@@ -96,6 +98,18 @@ def load_model(model: str, dtype: str) -> models.LoadedModel:
         return models.load(model, DTYPES[dtype])
 
 
+def open_results(path: Path) -> Store:
+    """Open a results folder, or its trials.sqlite.
+
+    Raises:
+        StudyError: there is none.
+    """
+    file = path / "trials.sqlite" if path.is_dir() else path
+    if not file.is_file():
+        raise StudyError(f"there are no results in {path}")
+    return Store(file)
+
+
 def check_trained(model: str) -> None:
     """Check that a name is not one of random weights.
 
@@ -143,8 +157,8 @@ def check_interrupt() -> None:
 
 
 def print_json(row: Any) -> None:
-    """Print a dataclass as one line of JSON, at once, for whoever reads along."""
-    click.echo(json.dumps(asdict(row)))
+    """Print a dataclass or a dict as one line of JSON, at once, for whoever reads along."""
+    click.echo(json.dumps(row if isinstance(row, dict) else asdict(row)))
     sys.stdout.flush()
 
 

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import click
 
-from fp4graph import StudyError
-from fp4graph.cli.common import output
+from fp4graph.cli.common import open_results, output
 from fp4graph.study.export import export
-from fp4graph.study.store import Store
 
 
 @click.command("export-results")
@@ -21,9 +19,6 @@ def export_command(store: Path, file: Path) -> None:
     The name of FILE says the format: .jsonl, .csv or .parquet. Each row has the trial's result and
     all that it hangs on: model, text, dtype, versions.
     """
-    path = store / "trials.sqlite" if store.is_dir() else store
-    if not path.is_file():
-        raise StudyError(f"there are no results in {store}")
-    rows = [{**identity, **result} for identity, result in Store(path).all()]
+    rows = [{**identity, **result} for identity, result in open_results(store).all()]
     export(rows, file)
     output(as_json=False).print(f"{len(rows)} trials: {file}")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 from rich import box
 from rich.table import Table
@@ -12,13 +16,21 @@ from fp4graph.cli.common import (
     dtype_option,
     json_option,
     load_model,
+    open_results,
     output,
     print_json,
     progress_bar,
     read_text,
 )
+from fp4graph.cli.correlation_table import correlation_table
+from fp4graph.study.correlation import correlate
 from fp4graph.study.evaluate import cut
-from fp4graph.study.outliers import Outliers, by_role, outliers
+from fp4graph.study.measured import Measured, measured
+from fp4graph.study.outliers import OutlierRow, Outliers, by_role, outliers
+from fp4graph.tags import Role
+
+if TYPE_CHECKING:
+    from fp4graph.study.correlation import Correlation
 
 
 @click.command("outliers")
@@ -26,13 +38,25 @@ from fp4graph.study.outliers import Outliers, by_role, outliers
 @click.option("--corpus", default="pydoc", show_default=True, help="pydoc, a file, or hf:DATASET.")
 @click.option("--tokens", type=click.IntRange(min=2), default=4096, show_default=True)
 @click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="Results of `ablate --plan grid`: say how outliers and damage go together.",
+)
 @dtype_option
 @json_option
 def outliers_command(
-    model: str, corpus: str, tokens: int, seq_len: int, dtype: str, as_json: bool
+    model: str,
+    corpus: str,
+    tokens: int,
+    seq_len: int,
+    against: Path | None,
+    dtype: str,
+    as_json: bool,
 ) -> None:
     """Show the outliers of MODEL's linears' inputs and weights, on a text, by role."""
     check_trained(model)
+    store = None if against is None else open_results(against)
     text = read_text(corpus, tokens)
     loaded = load_model(model, dtype)
     windows = cut(text, loaded.tokenizer, tokens, seq_len)
@@ -43,7 +67,8 @@ def outliers_command(
             check_interrupt()
             bar.advance(task)
 
-        rows = outliers(loaded, windows, progress)
+        found = outliers(loaded, windows, progress)
+    rows = list(found.values())
     if as_json:
         for row in rows:
             print_json(row)
@@ -55,9 +80,41 @@ def outliers_command(
     for role, (inputs, weights) in by_role(rows).items():
         table.add_row(role, *_cells(inputs), str(inputs.outlier_channels), *_cells(weights))
     table.caption = "inputs first, then weights; means over the linears of a role"
-    output(as_json=as_json).print(table)
+    console = output(as_json=as_json)
+    console.print(table)
+    if store is None:
+        return
+    scores = _scores(rows, measured(store, loaded.revision(), list(found)))
+    if as_json:
+        for score in scores:
+            print_json(score)
+    console.print(correlation_table(scores, "outliers against measured trials of one linear"))
 
 
 def _cells(found: Outliers) -> list[str]:
     values = (found.p999, found.max, found.ratio, found.kurtosis, found.rms)
     return [f"{value:.3g}" for value in values]
+
+
+def _scores(rows: list[OutlierRow], settings: list[Measured]) -> list[Correlation]:
+    """Compare every statistic with the damage, with and without the role whose outliers stand out.
+
+    2603.08747 takes outliers to explain `down` and nothing else.
+    """
+    roles = {row.path: row.role for row in rows}
+    inputs = {row.path: asdict(row.input) for row in rows}
+    weights = {row.path: asdict(row.weight) for row in rows}
+    predictors = {
+        f"{what} {name}": {path: float(values[name]) for path, values in statistics.items()}
+        for what, statistics in (("input", inputs), ("weight", weights))
+        for name in _STATISTICS
+    }
+    return [
+        score
+        for setting in settings
+        for without in (None, Role.DOWN)
+        for score in correlate(predictors, setting, roles, without)
+    ]
+
+
+_STATISTICS = ("p999", "max", "ratio", "kurtosis", "rms")

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fp4graph import InputTap, TracedModel
+from fp4graph import LinearTap, TracedModel
 from fp4graph.models import check_length
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from fp4graph.models import LoadedModel
     from fp4graph.study.evaluate import Windows
+    from fp4graph.tags import LinearTag
 
 _BINS = 1 << 15  # the upper half of a float32 without its sign
 _QUANTILE = 0.999
@@ -117,7 +118,7 @@ class OutlierRow:
 @torch.no_grad()
 def outliers(
     loaded: LoadedModel, windows: Windows, progress: Callable[[], None]
-) -> list[OutlierRow]:
+) -> dict[LinearTag, OutlierRow]:
     """Measure the inputs and weights of a model's linears, experts left out.
 
     Raises:
@@ -127,16 +128,14 @@ def outliers(
     check_length(loaded.model, windows.ids.shape[1])
     traced = TracedModel(loaded.model)
     traced(input_ids=windows.ids[:1], use_cache=False)
-    tap = InputTap(traced)
+    tap = LinearTap(traced)
     seen: dict[str, Accumulator] = {}
     tokens: dict[str, int] = defaultdict(int)
-    tags = {}
     for ids in windows.ids.split(1):
+        tap(input_ids=ids, use_cache=False)
         own: dict[tuple[int, int], Accumulator] = {}  # q, k and v have one input between them
-        for tag, x in tap(input_ids=ids, use_cache=False).items():
-            if len(tag.shape) != 2:
-                continue
-            tags[tag.fqn] = tag
+        for tag, linear in tap.seen.items():
+            x = linear.x
             tokens[tag.fqn] += x.numel() // x.shape[-1]
             key = (x.data_ptr(), x.shape[-1])
             if key not in own:
@@ -144,18 +143,16 @@ def outliers(
                 own[key].add(x)
             seen[tag.fqn] = own[key]
         progress()
-    parameters = dict(loaded.model.named_parameters(remove_duplicate=False))
-    found = []
-    for fqn, tag in tags.items():
+    found = {}
+    for tag, linear in tap.seen.items():
         weight = Accumulator(tag.shape[1])
-        parameter = parameters[fqn if fqn in parameters else f"{fqn}.weight"]
-        weight.add(parameter if tuple(parameter.shape) == tag.shape else parameter.T)
-        row = (fqn, str(tag.role), tag.block, tag.shape, tokens[fqn])
-        found.append(OutlierRow(*row, seen[fqn].result(), weight.result()))
+        weight.add(linear.weight)
+        row = (tag.fqn, str(tag.role), tag.block, tag.shape, tokens[tag.fqn])
+        found[tag] = OutlierRow(*row, seen[tag.fqn].result(), weight.result())
     return found
 
 
-def by_role(rows: Sequence[OutlierRow]) -> dict[str, tuple[Outliers, Outliers]]:
+def by_role(rows: Iterable[OutlierRow]) -> dict[str, tuple[Outliers, Outliers]]:
     """Return means over the linears of each role: of inputs, of weights."""
     groups: dict[str, list[OutlierRow]] = defaultdict(list)
     for row in rows:

@@ -1,0 +1,151 @@
+"""fp4graph sensitivity: what FP4 in each linear will cost, from one run of the model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich import box
+from rich.table import Table
+
+from fp4graph import Scheme
+from fp4graph.cli.common import (
+    CommaList,
+    check_interrupt,
+    check_trained,
+    dtype_option,
+    json_option,
+    load_model,
+    open_results,
+    output,
+    print_json,
+    progress_bar,
+    read_text,
+)
+from fp4graph.cli.correlation_table import correlation_table
+from fp4graph.study.correlation import correlate
+from fp4graph.study.evaluate import cut
+from fp4graph.study.measured import Measured, measured
+from fp4graph.study.sensitivity import PREDICTORS, Sensitivity, SensitivityRow
+
+if TYPE_CHECKING:
+    from fp4graph.study.correlation import Correlation
+
+_SHOWN = 20
+
+
+@click.command("sensitivity")
+@click.argument("model")
+@click.option("--format", "formats", type=CommaList(), default="nvfp4", show_default=True)
+@click.option("--activations", type=CommaList("none", "same"), default="none", show_default=True)
+@click.option("--quantizer", default="rtn", show_default=True, help="One that needs no data.")
+@click.option("--corpus", default="pydoc", show_default=True, help="pydoc, a file, or hf:DATASET.")
+@click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True)
+@click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Random backward passes a window.",
+)
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    help="Results of `ablate --plan grid`: say how well each score tells what was measured.",
+)
+@dtype_option
+@json_option
+def sensitivity_command(
+    model: str,
+    formats: tuple[str, ...],
+    activations: tuple[str, ...],
+    quantizer: str,
+    corpus: str,
+    tokens: int,
+    seq_len: int,
+    samples: int,
+    against: Path | None,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Score MODEL's block linears by what FP4 in them will cost, without trying each.
+
+    One run over the text and a few backward passes take the place of a run for every linear.
+    """
+    check_trained(model)
+    schemes = [
+        Scheme.of(format, quantizer, None if mode == "none" else mode)
+        for format in formats
+        for mode in activations
+    ]
+    store = None if against is None else open_results(against)
+    text = read_text(corpus, tokens)
+    loaded = load_model(model, dtype)
+    windows = cut(text, loaded.tokenizer, tokens, seq_len)
+    with progress_bar() as bar:
+        task = bar.add_task("windows", total=len(windows.ids))
+
+        def progress() -> None:
+            check_interrupt()
+            bar.advance(task)
+
+        found = Sensitivity(loaded, windows, schemes, samples, progress)
+    if as_json:
+        for row in found.rows:
+            print_json(row)
+    console = output(as_json=as_json)
+    title = f"{model}, {corpus}, {tokens} tokens: the most sensitive linears"
+    console.print(_table(found.rows, title))
+    console.print(f"cost: {found.forwards:.1f} runs of the dense model over the text")
+    if store is None:
+        return
+    scores = _scores(found, measured(store, loaded.revision(), found.tags))
+    if as_json:
+        for score in scores:
+            print_json(score)
+    console.print(correlation_table(scores, "the scores against measured trials of one linear"))
+
+
+def _scores(found: Sensitivity, settings: list[Measured]) -> list[Correlation]:
+    by_scheme: dict[tuple[str, str, str], list[SensitivityRow]] = defaultdict(list)
+    for row in found.rows:
+        by_scheme[row.format, row.activations, row.quantizer].append(row)
+    roles = {row.path: row.role for row in found.rows}
+    scores = []
+    for setting in settings:
+        rows = by_scheme[setting.format, setting.activations, setting.quantizer]
+        names = (*PREDICTORS, "dnll")
+        predictors = {name: {row.path: asdict(row)[name] for row in rows} for name in names}
+        scores += correlate(predictors, setting, roles)
+    return scores
+
+
+def _table(rows: list[SensitivityRow], title: str) -> Table:
+    """Return the most sensitive linears, a table for a terminal."""
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for name in ("linear", "format", "mode"):
+        table.add_column(name, no_wrap=True)
+    names = ("SQNR dB", "Fisher", "KL by element", "KL by token", "KL by window", "dNLL")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    worst = sorted(rows, key=lambda row: -row.kl_token)
+    for row in worst[:_SHOWN]:
+        table.add_row(
+            f"{row.role},blocks={row.block}",
+            row.format,
+            "W4A16" if row.activations == "none" else "W4A4",
+            f"{row.sqnr:.1f}",
+            f"{row.fisher:.3g}",
+            f"{row.kl_element:.3g}",
+            f"{row.kl_token:.3g}",
+            f"{row.kl_window:.3g}",
+            f"{row.dnll:+.3g}",
+        )
+    table.caption = "KL, dNLL: nats a token, estimated; by element, token, window: what is summed"
+    if len(rows) > _SHOWN:
+        table.caption += f"\nthe first {_SHOWN} of {len(rows)}; --json has all"
+    return table

@@ -1,0 +1,249 @@
+"""What FP4 in each linear will cost, told from one run of the model instead of one run a linear.
+
+With ΔY what FP4 changes in a linear's output and J the model's logits by it, the KL divergence of
+the changed model from the dense one is ½ (J ΔY)ᵀ F (J ΔY) up to third order, F = diag(p) - p pᵀ at
+each position. F = E[v vᵀ] for v = √p ∘ r - p (√p · r), r normal: one backward pass from v gives
+Jᵀ v for every linear at once, and ½ (v · J ΔY)² on average the divergence.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fp4graph import LinearTap, OptionError, StudyError, TracedModel, quantize
+from fp4graph.models import check_length
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from fp4graph import PackedWeight, Scheme
+    from fp4graph.inputs import Seen
+    from fp4graph.models import LoadedModel
+    from fp4graph.study.evaluate import Windows
+    from fp4graph.tags import LinearTag
+
+PREDICTORS = ("weight_error", "output_error", "fisher", "kl_element", "kl_token", "kl_window")
+"""Fields of `SensitivityRow` that say how much a linear's FP4 will cost; the last three in nats."""
+
+
+@dataclass(frozen=True)
+class SensitivityRow:
+    """One linear in one format; the fields are the keys of the JSON lines.
+
+    Attributes:
+        path: module path.
+        role: role by its selector name.
+        block: block index.
+        format: of its weight.
+        activations: `none` or `same`.
+        quantizer: how the codes are found.
+        parameters: values in the weight.
+        weight_error: squared error of the weight over its square.
+        output_error: squared error of the output over its square, on the text.
+        sqnr: the same in dB, of signal over noise.
+        fisher: (∂L/∂Y)² (ΔY)², added up over a text's outputs, a token; L is the text's NLL. It is
+            the score of ModelOpt's auto_quantize.
+        kl_element: ½ (Jᵀv)² (ΔY)², likewise, which takes every output for itself.
+        kl_token: ½ (Jᵀv · ΔY)² with the product taken over a token's outputs.
+        kl_window: with the product taken over a window's, which is the divergence itself to
+            second order, but for the noise of a few samples.
+        dnll: first-order change of the NLL, ∂L/∂Y · ΔY, and kl_token, nats a token.
+    """
+
+    path: str
+    role: str
+    block: int | None
+    format: str
+    activations: str
+    quantizer: str
+    parameters: int
+    weight_error: float
+    output_error: float
+    sqnr: float
+    fisher: float
+    kl_element: float
+    kl_token: float
+    kl_window: float
+    dnll: float
+
+
+@dataclass
+class _Sums:
+    """What is added up over windows for a linear and a scheme."""
+
+    error: float = 0.0
+    power: float = 0.0
+    fisher: float = 0.0
+    first: float = 0.0
+    element: float = 0.0
+    token: float = 0.0
+    products: list[float] = field(default_factory=list)  # v · J ΔY, a window and a sample each
+
+
+class Sensitivity:
+    """Scores of a model's block linears on a text.
+
+    Args:
+        loaded: the model; its gradients are taken, its weights stay as they are.
+        windows: the text.
+        schemes: formats, quantisers and activation modes.
+        samples: backward passes a window from random v.
+        progress: called once after each window.
+
+    Attributes:
+        tags: the model's linears.
+        rows: one a linear and scheme, scheme by scheme.
+        products: for each format and activation mode, and each linear's path, v · J ΔY for all
+            samples, float64 [windows * samples]. What a set of linears will cost is ½ the mean
+            square of their sum over the tokens of a window.
+        forwards: the time of it all, in runs of the dense model over the same text.
+
+    Raises:
+        OptionError: a scheme whose codes need a calibration or a rotation.
+        ModelError: a window is longer than the model's positions.
+        StudyError: the model's weights are random; Dynamo made no graph that gradients pass.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        windows: Windows,
+        schemes: Sequence[Scheme],
+        samples: int = 1,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        if loaded.is_random:
+            raise StudyError(f"{loaded.name} has random weights: its accuracy means nothing")
+        for scheme in schemes:
+            if scheme.rotation or scheme.calibration is not None:
+                raise OptionError(f"quantizer {scheme.quantizer!r}: only those without data or @")
+        check_length(loaded.model, windows.ids.shape[1])
+        self._windows = windows
+        self._samples = samples
+        traced = TracedModel(loaded.model)
+        with torch.enable_grad():
+            traced(input_ids=windows.ids[:1], use_cache=False)
+        self._tap = LinearTap(traced)
+        self.tags = traced.tags
+        self._packed: dict[tuple[Scheme, LinearTag], PackedWeight] = {}
+        self._weight_errors: dict[tuple[Scheme, LinearTag], float] = {}
+        self._sums: dict[tuple[Scheme, LinearTag], _Sums] = defaultdict(_Sums)
+        generator = torch.Generator().manual_seed(0)
+        dense = _seconds(loaded, windows)
+        start = time.perf_counter()
+        for ids in windows.ids.split(1):
+            self._window(ids, schemes, generator)
+            progress()
+        self.forwards = (time.perf_counter() - start) / dense
+        self.rows = [self._row(*key) for key in self._sums]
+        self.products: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+        for (scheme, tag), sums in self._sums.items():
+            products = torch.tensor(sums.products, dtype=torch.float64)
+            self.products[scheme.format.name, _mode(scheme)][tag.fqn] = products
+
+    def _window(self, ids: Tensor, schemes: Sequence[Scheme], generator: torch.Generator) -> None:
+        first = self._windows.first
+        with torch.enable_grad():
+            out = self._tap(input_ids=ids, use_cache=False)
+            logits_TV = out.logits[0, first - 1 : -1].float()
+            logp_TV = logits_TV.log_softmax(-1)
+            nll = -logp_TV.gather(1, ids[0, first:, None]).sum()
+        by_nll = self._tap.gradients(nll)
+        root_TV = (logp_TV.detach() / 2).exp()
+        by_sample = []
+        for _ in range(self._samples):
+            r_TV = torch.randn(root_TV.shape, generator=generator) * root_TV
+            v_TV = r_TV - root_TV.square() * r_TV.sum(-1, keepdim=True)
+            with torch.enable_grad():
+                product = (logits_TV * v_TV).sum()
+            by_sample.append(self._tap.gradients(product))
+        with torch.no_grad():
+            for scheme in schemes:
+                for tag, gradient in by_nll.items():
+                    if tag.is_block_linear:
+                        samples = [each[tag] for each in by_sample]
+                        self._add(scheme, tag, self._tap.seen[tag], gradient, samples)
+
+    def _add(
+        self, scheme: Scheme, tag: LinearTag, seen: Seen, g: Tensor, samples: Sequence[Tensor]
+    ) -> None:
+        key = (scheme, tag)
+        w_NK = seen.weight.float()
+        if key not in self._packed:
+            self._packed[key] = quantize(w_NK, scheme.format, scheme.quantizer)
+        rounded_NK = self._packed[key].dequantize()
+        if key not in self._weight_errors:
+            self._weight_errors[key] = _relative(rounded_NK - w_NK, w_NK)
+        x_MK = seen.x.reshape(-1, seen.x.shape[-1]).float()
+        y_MN = x_MK @ w_NK.T
+        if scheme.activations is None:
+            change_MN = x_MK @ (rounded_NK - w_NK).T
+        else:
+            change_MN = scheme.format.fake_quantize(x_MK) @ rounded_NK.T - y_MN
+        sums = self._sums[key]
+        square_MN = change_MN.square()
+        sums.error += float(square_MN.double().sum())
+        sums.power += float(y_MN.square().double().sum())
+        g_MN = g.reshape(change_MN.shape)
+        sums.fisher += float((g_MN.square() * square_MN).double().sum())
+        sums.first += float((g_MN * change_MN).double().sum())
+        for sample in samples:
+            v_MN = sample.reshape(change_MN.shape)
+            product_M = (v_MN * change_MN).double().sum(-1)
+            share = 0.5 / len(samples)
+            sums.element += share * float((v_MN.square() * square_MN).double().sum())
+            sums.token += share * float(product_M.square().sum())
+            sums.products.append(float(product_M.sum()))
+
+    def _row(self, scheme: Scheme, tag: LinearTag) -> SensitivityRow:
+        sums = self._sums[scheme, tag]
+        tokens = len(self._windows.ids) * self._windows.scored
+        error = sums.error / sums.power if sums.power else 0.0
+        token = sums.token / tokens
+        return SensitivityRow(
+            path=tag.fqn,
+            role=str(tag.role),
+            block=tag.block,
+            format=scheme.format.name,
+            activations=_mode(scheme),
+            quantizer=scheme.quantizer,
+            parameters=tag.parameters,
+            weight_error=self._weight_errors[scheme, tag],
+            output_error=error,
+            sqnr=-10 * math.log10(error) if error else math.inf,
+            fisher=sums.fisher / tokens,
+            kl_element=sums.element / tokens,
+            kl_token=token,
+            kl_window=kl_of(torch.tensor(sums.products), self._windows),
+            dnll=sums.first / tokens + token,
+        )
+
+
+def kl_of(products: Tensor, windows: Windows) -> float:
+    """Return the divergence, nats a token, from v · J ΔY over windows: of a set, from their sum."""
+    return float(products.double().square().mean() / (2 * windows.scored))
+
+
+@torch.no_grad()
+def _seconds(loaded: LoadedModel, windows: Windows) -> float:
+    """Return how long the dense model takes for all windows; the first run warms up."""
+    for ids in (windows.ids[:1], windows.ids[:1]):
+        start = time.perf_counter()
+        loaded.model(input_ids=ids, use_cache=False)
+    return (time.perf_counter() - start) * len(windows.ids)
+
+
+def _mode(scheme: Scheme) -> str:
+    return "none" if scheme.activations is None else "same"
+
+
+def _relative(change: Tensor, whole: Tensor) -> float:
+    power = float(whole.double().square().sum())
+    return float(change.double().square().sum()) / power if power else 0.0
