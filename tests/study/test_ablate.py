@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import signal
-import sqlite3
-import subprocess
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -238,40 +232,3 @@ def test_after_the_budget_no_trial_begins_and_the_next_run_goes_on(tmp_path: Pat
     assert [row.selector for row in rest] == ["none", "q", "v", "down"]
     again = list(ablation(tmp_path).run(plan, Silent(), seconds=0))
     assert again == rest
-
-
-def command(folder: Path, out: Path) -> list[str]:
-    return [
-        sys.executable, "-m", "fp4graph.cli", "ablate", str(folder), "--by", "role,block",
-        "--format", "nvfp4,mxfp4", "--tokens", "128", "--seq-len", "32", "--json",
-        "--out", str(out),
-    ]  # fmt: skip
-
-
-@pytest.mark.slow
-def test_kill_9_loses_at_most_the_trial_in_flight(tiny_folder: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    undisturbed = subprocess.run(
-        command(tiny_folder, tmp_path / "a"), capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert len(undisturbed) == 1 + 2 * 14
-    seen: list[str] = []
-    with subprocess.Popen(
-        command(tiny_folder, tmp_path / "b"), stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            seen.append(line.strip())
-            if len(seen) == 9:
-                process.send_signal(signal.SIGKILL)
-                break
-    with contextlib.closing(sqlite3.connect(tmp_path / "b" / "trials.sqlite")) as db:
-        (kept,) = db.execute("SELECT count(*) FROM trials").fetchone()
-    assert kept >= 9
-    again = subprocess.run(
-        command(tiny_folder, tmp_path / "b"), capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert again == undisturbed
-    assert again[:9] == seen
-    left = {path.name for path in (tmp_path / "b").iterdir()}
-    assert left == {path.name for path in (tmp_path / "a").iterdir()}
