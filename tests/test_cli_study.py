@@ -106,13 +106,17 @@ def test_scores_and_sums_beside_what_was_measured(tiny_folder: Path, tmp_path: P
     ablate = ["ablate", folder, *text, "--out", out]
     assert run(*ablate, "--plan", "grid").exit_code == 0
     assert run(*ablate, "--plan", "roles", "--direction", "both").exit_code == 0
-    found = rows(run("sensitivity", folder, *text, "--samples", "2", "--against", out, "--json"))
+    pictures = {name: tmp_path / f"{name}.png" for name in ("scores", "cells", "outliers", "sums")}
+    sensitivity = ["sensitivity", folder, *text, "--samples", "2", "--json", "--picture"]
+    assert len(rows(run(*sensitivity, str(pictures["cells"])))) == 14
+    found = rows(run(*sensitivity, str(pictures["scores"]), "--against", out))
     assert len([row for row in found if "sqnr" in row]) == 14
     scores = {(row["predictor"], row["target"]): row for row in found if "spearman" in row}
     assert scores["kl_window", "kl"]["linears"] == 14
     assert ("fisher", "dnll") in scores
 
-    found = rows(run("outliers", folder, *text, "--against", out, "--json"))
+    outliers = ["outliers", folder, *text, "--against", out, "--json", "--picture"]
+    found = rows(run(*outliers, str(pictures["outliers"])))
     withouts = {row["without"] for row in found if row.get("predictor") == "input ratio"}
     assert withouts == {None, "down"}
 
@@ -120,8 +124,9 @@ def test_scores_and_sums_beside_what_was_measured(tiny_folder: Path, tmp_path: P
     everything = next(row for row in found if row.get("name") == "all")
     assert everything["linears"] == 14
     assert any(row.get("second") == "q" and row["first"] == "all but q" for row in found)
-    table = run("additivity", folder, out).stdout
+    table = run("additivity", folder, out, "--picture", str(pictures["sums"])).stdout
     assert "the largest interactions" in table
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures.values())
 
 
 def test_results_that_are_not_there(tiny_folder: Path, tmp_path: Path) -> None:
@@ -130,3 +135,5 @@ def test_results_that_are_not_there(tiny_folder: Path, tmp_path: Path) -> None:
         assert result.exit_code == 2
         assert f"there are no results in {tmp_path}" in result.stderr
     assert run("additivity", str(tiny_folder), str(tmp_path)).exit_code == 2
+    result = run("outliers", str(tiny_folder), "--picture", str(tmp_path / "a.jpg"))
+    assert "expected a name that ends with .png" in result.stderr

@@ -18,20 +18,26 @@ from fp4graph.cli.common import (
     load_model,
     open_results,
     output,
+    picture_option,
     print_json,
 )
 from fp4graph.study.additivity import PairRow, SetRow, pairs, sets
 from fp4graph.study.measured import measured, setting_of
+from fp4graph.study.plot_scores import draw_points
 
 _SHOWN = 40
+_MANY = 30
 
 
 @click.command("additivity")
 @click.argument("model")
 @click.argument("results", type=click.Path(path_type=Path))
+@picture_option
 @dtype_option
 @json_option
-def additivity_command(model: str, results: Path, dtype: str, as_json: bool) -> None:
+def additivity_command(
+    model: str, results: Path, picture: Path | None, dtype: str, as_json: bool
+) -> None:
     """Compare what RESULTS (a folder of `ablate`) have of sets of MODEL's linears with sums.
 
     A trial of several linears is set beside the sum of its linears' own trials (`--plan grid`
@@ -43,6 +49,7 @@ def additivity_command(model: str, results: Path, dtype: str, as_json: bool) -> 
     with torch.no_grad():
         traced(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)
     console = output(as_json=as_json)
+    points = {}
     for found in measured(store, loaded.revision(), traced.tags):
         whole, two = sets(found), pairs(found)
         if as_json:
@@ -51,9 +58,16 @@ def additivity_command(model: str, results: Path, dtype: str, as_json: bool) -> 
         mode = "W4A16" if found.activations == "none" else "W4A4"
         title = f"{found.format} {mode} {found.quantizer}, text {found.text}"
         if whole:
+            points[title] = [(row.kl_sum, row.kl, _size(row)) for row in whole]
             console.print(_sets(whole, title))
         if two:
             console.print(_pairs(two, title))
+    if picture is not None and points:
+        draw_points(points, "KL, nats, over the sum of the linears' own", picture, equal=True)
+
+
+def _size(row: SetRow) -> str:
+    return f"2 to {_MANY - 1} linears" if row.linears < _MANY else f"{_MANY} and more"
 
 
 def _sets(rows: list[SetRow], title: str) -> Table:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -27,7 +28,6 @@ from fp4graph.study.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 USAGE = 2
 INTERRUPTED = 130
@@ -78,6 +78,19 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--json`."""
     text = "Print one JSON object a line on stdout; progress and tables stay on stderr."
     return click.option("--json", "as_json", is_flag=True, help=text)(command)
+
+
+def picture_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--picture`."""
+    path = click.Path(path_type=Path, dir_okay=False)
+    text = "Draw it into a PNG."
+    return click.option("--picture", type=path, callback=_check_picture, help=text)(command)
+
+
+def _check_picture(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    if path is not None and path.suffix != ".png":
+        raise OptionError(f"--picture {path}: expected a name that ends with .png")
+    return path
 
 
 def read_text(corpus: str, tokens: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from fp4graph.cli.common import (
     load_model,
     open_results,
     output,
+    picture_option,
     print_json,
     progress_bar,
     read_text,
@@ -27,6 +29,7 @@ from fp4graph.study.correlation import correlate
 from fp4graph.study.evaluate import cut
 from fp4graph.study.measured import Measured, measured
 from fp4graph.study.outliers import OutlierRow, Outliers, by_role, outliers
+from fp4graph.study.plot_scores import draw_cells
 from fp4graph.tags import Role
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Results of `ablate --plan grid`: say how outliers and damage go together.",
 )
+@picture_option
 @dtype_option
 @json_option
 def outliers_command(
@@ -51,6 +55,7 @@ def outliers_command(
     tokens: int,
     seq_len: int,
     against: Path | None,
+    picture: Path | None,
     dtype: str,
     as_json: bool,
 ) -> None:
@@ -72,7 +77,8 @@ def outliers_command(
     if as_json:
         for row in rows:
             print_json(row)
-    table = Table(title=f"{model}, {corpus}, {tokens} tokens", box=box.SIMPLE_HEAD)
+    title = f"{model}, {corpus}, {tokens} tokens"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("role")
     names = ("P99.9", "max", "max/P99.9", "kurtosis", "RMS", "outlier channels")
     for name in (*names, *(f"weight {name}" for name in names[:-1])):
@@ -82,6 +88,9 @@ def outliers_command(
     table.caption = "inputs first, then weights; means over the linears of a role"
     console = output(as_json=as_json)
     console.print(table)
+    if picture is not None:
+        cells = {(r.role, r.block): math.log10(r.input.ratio) for r in rows if r.block is not None}
+        draw_cells({title: cells}, "log10 of max/P99.9", picture)
     if store is None:
         return
     scores = _scores(rows, measured(store, loaded.revision(), list(found)))

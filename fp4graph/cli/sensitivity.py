@@ -21,6 +21,7 @@ from fp4graph.cli.common import (
     load_model,
     open_results,
     output,
+    picture_option,
     print_json,
     progress_bar,
     read_text,
@@ -29,6 +30,7 @@ from fp4graph.cli.correlation_table import correlation_table
 from fp4graph.study.correlation import correlate
 from fp4graph.study.evaluate import cut
 from fp4graph.study.measured import Measured, measured
+from fp4graph.study.plot_scores import draw_cells, draw_points
 from fp4graph.study.sensitivity import PREDICTORS, Sensitivity, SensitivityRow
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ _SHOWN = 20
     type=click.Path(path_type=Path),
     help="Results of `ablate --plan grid`: say how well each score tells what was measured.",
 )
+@picture_option
 @dtype_option
 @json_option
 def sensitivity_command(
@@ -69,6 +72,7 @@ def sensitivity_command(
     seq_len: int,
     samples: int,
     against: Path | None,
+    picture: Path | None,
     dtype: str,
     as_json: bool,
 ) -> None:
@@ -101,13 +105,43 @@ def sensitivity_command(
     title = f"{model}, {corpus}, {tokens} tokens: the most sensitive linears"
     console.print(_table(found.rows, title))
     console.print(f"cost: {found.forwards:.1f} runs of the dense model over the text")
+    settings = [] if store is None else measured(store, loaded.revision(), found.tags)
+    if picture is not None:
+        _draw(found.rows, settings, picture)
     if store is None:
         return
-    scores = _scores(found, measured(store, loaded.revision(), found.tags))
+    scores = _scores(found, settings)
     if as_json:
         for score in scores:
             print_json(score)
     console.print(correlation_table(scores, "the scores against measured trials of one linear"))
+
+
+def _draw(rows: list[SensitivityRow], settings: list[Measured], path: Path) -> None:
+    """Draw every score over the measured damage, or, without any, one score by role and block."""
+    if not settings:
+        cells: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)
+        for row in rows:
+            if row.block is not None:
+                cells[_title(row)][row.role, row.block] = row.kl_token
+        draw_cells(cells, "KL, estimated, nats", path)
+        return
+    points = {
+        f"{name}, {_title(setting)}": [
+            (asdict(row)[name], setting.singles[row.path].kl, row.role)
+            for row in rows
+            if _title(row) == _title(setting) and row.path in setting.singles
+        ]
+        for setting in settings
+        for name in PREDICTORS
+    }
+    draw_points(
+        {name: each for name, each in points.items() if each}, "KL, nats", path, equal=False
+    )
+
+
+def _title(what: SensitivityRow | Measured) -> str:
+    return f"{what.format} {'W4A16' if what.activations == 'none' else 'W4A4'} {what.quantizer}"
 
 
 def _scores(found: Sensitivity, settings: list[Measured]) -> list[Correlation]:

@@ -12,7 +12,7 @@ mpl.use("Agg")  # before pyplot; there may be no screen
 import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -78,14 +78,20 @@ def _bars(axis: Axes, group: Sequence[Row]) -> None:
 
 
 def _heat_map(axis: Axes, group: Sequence[Row]) -> None:
-    cells = {m.groups(): row.dnll for row in group if (m := _CELL.fullmatch(row.selector))}
+    found = ((row, _CELL.fullmatch(row.selector)) for row in group)
+    cells = {(m[1], int(m[2])): row.dnll for row, m in found if m}
+    heat_map(axis, cells, "NLL above dense, nats")
+
+
+def heat_map(axis: Axes, cells: Mapping[tuple[str, int], float], label: str) -> None:
+    """Draw values by role and block, colours symmetric about 0."""
     roles = list(dict.fromkeys(role for role, _ in cells))
-    blocks = sorted({int(block) for _, block in cells})
-    grid = np.array([[cells.get((r, str(b)), _NO_NUMBER) for b in blocks] for r in roles])
+    blocks = sorted({block for _, block in cells})
+    grid = np.array([[cells.get((r, b), _NO_NUMBER) for b in blocks] for r in roles])
     bound = float(np.nanmax(np.abs(grid))) or 1.0
     image = axis.imshow(grid, aspect="auto", cmap="RdBu_r", vmin=-bound, vmax=bound)
     axis.set_yticks(range(len(roles)), roles)
     step = max(1, len(blocks) // 16)
     axis.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])
     axis.set_xlabel("block")
-    axis.figure.colorbar(image, ax=axis, label="NLL above dense, nats", shrink=0.9)
+    axis.figure.colorbar(image, ax=axis, label=label, shrink=0.9)
