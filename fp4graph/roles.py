@@ -167,6 +167,8 @@ def role_of(fqn: str) -> Role:
     """Return the role that the tables give to a module path, `Role.OTHER` if none knows it."""
     fqn = fqn.removesuffix(".base_layer")  # peft keeps the dense linear under its own name
     fqn = _SHARED.sub("", fqn)  # a shared expert is a dense MLP
+    if "." in below_block(fqn):
+        fqn = fqn.removesuffix(".linear")  # a wrapper's own, as Moshi's `q_proj.linear`
     names = (below_block(fqn), fqn.rpartition(".")[2])
     for table in FAMILIES.values():
         for pattern, role in table.items():

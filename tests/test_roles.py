@@ -58,6 +58,8 @@ def test_tags_from_modules_agree_with_tags_from_the_graph(family: str) -> None:
         ("model.layers.0.mlp.experts.gate_up_proj", Role.EXPERT, 0),
         ("model.layers.0.mlp.router", Role.ROUTER, 0),
         ("transformer.h.0.mystery", Role.OTHER, 0),
+        ("decoder.layers.3.self_attn.q_proj.linear", Role.Q, 3),
+        ("model.layers.3.linear", Role.RESIDUAL, 3),
         ("score", Role.OTHER, None),
         ("embed_out", Role.LM_HEAD, None),
         ("self_attn.q_proj", Role.Q, None),
