@@ -4,6 +4,7 @@ from fp4graph.calibrate.calibration import Calibration
 from fp4graph.calibrate.four_over_six import four_over_six
 from fp4graph.calibrate.gptq import DAMPING, gptq
 from fp4graph.calibrate.hessian import Hessian, output_error
+from fp4graph.calibrate.learned import learn
 from fp4graph.calibrate.quantizer import DATA_FREE, GRIDS, NEED_DATA, Quantizer
 from fp4graph.calibrate.rotation import ROTATIONS, rotate
 from fp4graph.calibrate.scale_search import scale_search
@@ -19,6 +20,7 @@ __all__ = [
     "Quantizer",
     "four_over_six",
     "gptq",
+    "learn",
     "output_error",
     "rotate",
     "scale_search",

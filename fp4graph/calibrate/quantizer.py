@@ -37,7 +37,12 @@ GRIDS: dict[str, Grid] = {
 The third argument is the mean square of each column's input; only the weighted search asks for it.
 """
 DATA_FREE = tuple(grid for grid in GRIDS if grid != _WEIGHTED)
-NEED_DATA = (_WEIGHTED, "gptq", *(f"gptq:{grid}" for grid in GRIDS if grid != "rtn"), "mr-gptq")
+_SOLVERS = ("gptq", "learned")
+NEED_DATA = (
+    _WEIGHTED,
+    *(solver if grid == "rtn" else f"{solver}:{grid}" for solver in _SOLVERS for grid in GRIDS),
+    "mr-gptq",
+)
 _NAME = re.compile(r"(?P<base>[a-z:-]+)(@(?P<rotation>\d+))?")
 
 
@@ -46,7 +51,7 @@ class Quantizer:
     """How the codes of a weight are found.
 
     Attributes:
-        solver: `rtn`, or `gptq`.
+        solver: `rtn`, `gptq`, or `learned`, which begins with what gptq gives.
         grid: what chooses the scales, one of `GRIDS`.
         rotation: block of the Hadamard rotation of weight and input; 0 for none.
     """
@@ -77,7 +82,9 @@ class Quantizer:
             if rotation == 0:
                 rotation = format.block_size
             return cls("gptq", "scale-search" if format.has_per_tensor_scale else "rtn", rotation)
-        solver, _, grid = base.partition(":") if base.startswith("gptq") else ("rtn", "", base)
+        solver, _, grid = base.partition(":")
+        if solver not in _SOLVERS:
+            solver, grid = "rtn", base
         if grid == "four-over-six" and not format.has_per_tensor_scale:
             problem = f"is for nvfp4: {format} has powers of two alone"
             raise OptionError(f"quantizer {name!r} {problem}")
@@ -86,4 +93,4 @@ class Quantizer:
     @property
     def needs_data(self) -> bool:
         """Whether its codes come from a calibration."""
-        return self.solver == "gptq" or self.grid == _WEIGHTED
+        return self.solver in _SOLVERS or self.grid == _WEIGHTED

@@ -1,0 +1,247 @@
+"""A model that is run block by block: what comes into each is seen, what goes out goes on.
+
+At any moment there are the values between two blocks, so that a model needs little more memory than
+it takes anyway.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fp4graph.calibrate import Hessian, rotate
+from fp4graph.errors import CalibrationError
+from fp4graph.fingerprint import fingerprint
+from fp4graph.passes.base import run_passes
+from fp4graph.passes.cuts import Cut, cuts, segment
+from fp4graph.passes.match import match_linear
+from fp4graph.passes.regions import copy_graph
+from fp4graph.passes.select import SelectLinears
+from fp4graph.passes.site import LinearSite, site_of
+from fp4graph.trace import TracedModel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from torch.fx import Node
+
+    from fp4graph.formats import PackedWeight
+    from fp4graph.policy import Policy
+
+    Args = tuple[Any, ...]
+
+
+class Blocks:
+    """A model in blocks, and for each batch the values that come into the next one.
+
+    Args:
+        model: the model.
+        batches: its inputs, see `fp4graph.calibrate`.
+        policy: which linears are selected.
+        rotation: block of the rotation of weight and input; 0 for none.
+        dense: whether to keep what the dense model has between two blocks too, for `error`.
+
+    Raises:
+        CalibrationError: the model cannot be run block by block; no batches, or of several shapes;
+            a linear that cannot be calibrated.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Tensor | Mapping[str, Any]],
+        policy: Policy,
+        rotation: int,
+        *,
+        dense: bool = False,
+    ) -> None:
+        self._rotation = rotation
+        traced = TracedModel(model)
+        self._args = _record(traced, batches)
+        if len(traced.graphs) != 1:
+            raise CalibrationError(
+                f"Dynamo made {len(traced.graphs)} graphs of the model, and calibration needs one: "
+                "give batches of one shape, and a model without graph breaks"
+            )
+        self._gm = copy_graph(traced.graphs[0].tagged)
+        run_passes(self._gm, self._args[0], (SelectLinears(policy, traced.tags),))
+        found = cuts(self._gm)
+        if isinstance(found, str):
+            raise CalibrationError(f"the model cannot be run block by block: {found}")
+        self._starts = found
+        nodes = list(self._gm.graph.nodes)
+        self._linears: list[dict[Node, LinearSite]] = [{} for _ in found]
+        for index, node in enumerate(nodes):
+            site = site_of(node)
+            if site is not None and site.scheme is not None:
+                _check(site, rotation)
+                number = max(i for i, cut in enumerate(found) if cut.index <= index)
+                self._linears[number][node] = site
+        first = segment(self._gm, Cut(0, ()), found[0])
+        self._live = [first(*args) for args in self._args]
+        self._dense_live = list(self._live) if dense else []
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return len(self._args)
+
+    @torch.no_grad()
+    def see(self, number: int) -> list[tuple[LinearSite, Hessian]]:
+        """Return a block's selected linears, each with the Hessian of its input."""
+        inputs: dict[tuple[Node, int], Hessian] = {}
+        linears = []
+        for node, site in self._linears[number].items():
+            form = match_linear(node)
+            assert form is not None
+            source = (form.x, form.x_dim)
+            if source not in inputs:
+                inputs[source] = Hessian(site.tag.shape[1])
+            linears.append((site, inputs[source]))
+        sources = [x for x, _ in inputs]
+        seen = segment(self._gm, self._starts[number], self._end(number), sources)
+        for args, live in zip(self._args, self._live, strict=True):
+            for ((_, dim), hessian), x in zip(inputs.items(), seen(*args, *live), strict=True):
+                hessian.add(self.turned(x.movedim(dim, -1)))
+        return linears
+
+    @torch.no_grad()
+    def advance(self, number: int, packed: Mapping[str, PackedWeight]) -> None:
+        """Run a block with rounded weights, up to the next."""
+        end = self._end(number)
+        if end is None:
+            return
+        rounded = {fqn: each.dequantize() for fqn, each in packed.items()}
+        changed = self._in_place_of_weights(number, rounded)
+        run = segment(self._gm, self._starts[number], end)
+        for batch, (args, live) in enumerate(zip(self._args, self._live, strict=True)):
+            self._live[batch] = run(*_replaced(args, changed), *live)
+        for batch, (args, live) in enumerate(zip(self._args, self._dense_live, strict=False)):
+            self._dense_live[batch] = run(*args, *live)
+
+    def error(self, number: int) -> Callable[[Mapping[str, Tensor], int], Tensor]:
+        """Return what a block's output errs by, as a function of its weights.
+
+        It takes weights as `weight` gives them turned, by path, and the number of a batch, and
+        returns the squared error of what the block gives for what comes into it, over the square,
+        by what the dense model has there. Gradients pass.
+        """
+        end = self._end(number)
+        outputs = None if end is not None else self._after_last()
+        run = segment(self._gm, self._starts[number], end, outputs)
+        for node in list(run.graph.nodes):
+            if node.target is torch._C._set_grad_enabled:  # of code that was traced without
+                run.graph.erase_node(node)
+        run.recompile()
+        with torch.no_grad():
+            both = zip(self._args, self._dense_live, strict=True)
+            targets = [_floats(run(*args, *live)) for args, live in both]
+
+        def error(weights: Mapping[str, Tensor], batch: int) -> Tensor:
+            args = _replaced(self._args[batch], self._in_place_of_weights(number, weights))
+            found = _floats(run(*args, *self._live[batch]))
+            pairs = list(zip(found, targets[batch], strict=True))
+            power = sum(float(target.square().sum()) for target in targets[batch])
+            return torch.stack([(y - target).square().sum() for y, target in pairs]).sum() / power
+
+        return error
+
+    def _in_place_of_weights(self, number: int, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Return what stands in a block's weights' places among the graph's inputs."""
+        changed = {}
+        for site in self._linears[number].values():
+            if site.tag.fqn in weights:
+                assert site.weight is not None
+                w_NK = self.turned(weights[site.tag.fqn])  # and so turned back
+                w_NK = w_NK.to(self._args[0][site.weight].dtype)
+                changed[site.weight] = w_NK.T if site.transposed else w_NK
+        return changed
+
+    def _after_last(self) -> list[Node] | None:
+        """Return what the linears after the last block take, for heads are not worth their time."""
+        nodes = list(self._gm.graph.nodes)[self._starts[-1].index :]
+        heads = [n for n in nodes if (site := site_of(n)) and site.tag.block is None]
+        forms = [form for node in heads if (form := match_linear(node))]
+        return list(dict.fromkeys(form.x for form in forms)) or None
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Rotate the last dimension, if that is to be."""
+        return rotate(x.to(torch.float32), self._rotation) if self._rotation else x
+
+    def weight(self, site: LinearSite) -> Tensor:
+        """Return a linear's dense weight, [N, K]."""
+        assert site.weight is not None
+        weight: Tensor = self._args[0][site.weight].detach()
+        return weight.T if site.transposed else weight
+
+    def fingerprints(self) -> dict[str, int]:
+        """Return a hash of each selected linear's weight."""
+        linears = (site for block in self._linears for site in block.values())
+        return {site.tag.fqn: fingerprint(self.weight(site).contiguous()) for site in linears}
+
+    def digest(self) -> str:
+        """Return a hash of the weights and of the batches."""
+        tensors = (each for args in self._args for each in args if isinstance(each, Tensor))
+        hashes = {id(each): fingerprint(each) for each in tensors if each.numel()}
+        return repr(list(hashes.values()))
+
+    def _end(self, number: int) -> Cut | None:
+        return self._starts[number + 1] if number + 1 < len(self._starts) else None
+
+
+class _Recorded(Exception):
+    """Ends a call of the model early: what its graph is given is known."""
+
+
+@torch.no_grad()
+def _record(traced: TracedModel, batches: Iterable[Tensor | Mapping[str, Any]]) -> list[Args]:
+    """Return the inputs of the model's graph for each batch; but for the first it is not run."""
+    found: list[Args] = []
+
+    def record(*args: Any) -> Any:
+        found.append(args)
+        raise _Recorded
+
+    for batch in batches:
+        inputs = {"input_ids": batch, "use_cache": False} if isinstance(batch, Tensor) else batch
+        if not traced.graphs:
+            traced(**inputs)
+        traced.graphs[0].run = record
+        try:
+            traced(**inputs)
+        except _Recorded:
+            continue
+        break  # another graph ran, which the caller notices
+    if not found:
+        raise CalibrationError("there are no batches to calibrate with")
+    return found
+
+
+def _check(site: LinearSite, rotation: int) -> None:
+    """Check that a linear can be calibrated.
+
+    Raises:
+        CalibrationError: it cannot.
+    """
+    reason = site.unsupported
+    if len(site.tag.shape) != 2:
+        reason = "experts are not calibrated yet"
+    elif site.rows is not None:
+        reason = f"it is fused: select all of {','.join(site.tag.parts)}"
+    elif rotation and site.tag.shape[1] % rotation:
+        reason = f"K={site.tag.shape[1]} is no multiple of the rotation's {rotation}"
+    if reason is not None:
+        raise CalibrationError(f"{site.tag.fqn}: {reason}")
+
+
+def _replaced(args: Args, changed: Mapping[int, Tensor]) -> Args:
+    return tuple(changed.get(index, each) for index, each in enumerate(args))
+
+
+def _floats(values: Any) -> list[Tensor]:
+    return [each for each in values if isinstance(each, Tensor) and each.is_floating_point()]
