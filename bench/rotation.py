@@ -7,8 +7,7 @@ ones like the normal, and that rotation therefore hurts small groups and helps l
 without it the largest value of a group is kept exactly. Checked on both distributions, and by role
 on the weights and inputs of a model. Writes docs/studies/rotation.md and its picture.
 
-Rotations are as wide as the group. `mse` is the squared error over the square. `top` is the same of
-the largest value of each group alone, both as they were before rotation.
+Rotations are as wide as the group; errors are those of the values as they were before.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import torch
+from markdown import table
 from torch import Tensor
 
 from fp4graph import MXFP4, NVFP4, LinearTap, TracedModel, models
@@ -31,8 +31,6 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from fp4graph import BlockFormat
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -120,13 +118,6 @@ def least_in_bold(values: list[float]) -> list[str]:
     return [f"**{each:.5f}**" if each == min(values) else f"{each:.5f}" for each in values]
 
 
-def table(names: Iterable[str], head: Iterable[str], rows: dict[str, list[str]]) -> str:
-    """Write a table in Markdown."""
-    head = list(head)
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    return "\n".join([*lines, *(f"| {name} | {' | '.join(rows[name])} |" for name in names)])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Where rotation helps FP4, by the group's size.")
     parser.add_argument("model", nargs="?", default=models.SMOLLM2)
@@ -142,12 +133,12 @@ def main() -> None:
     }
     tables = []
     for scale in SCALES:
-        rows = {}
+        rows = []
         for name in data:
             pairs = [[found[scale, name, size, r][0] for r in (False, True)] for size in SIZES]
-            rows[name] = [cell for pair in pairs for cell in least_in_bold(pair)]
+            rows.append([name, *(cell for pair in pairs for cell in least_in_bold(pair))])
         head = [f"{scale}", *(text for size in SIZES for text in (str(size), f"{size} H"))]
-        tables.append(table(data, head, rows))
+        tables.append(table(head, rows))
     ratios = {
         (scale, name): [
             found[scale, name, s, True][0] / found[scale, name, s, False][0] for s in SIZES
@@ -155,15 +146,11 @@ def main() -> None:
         for scale in SCALES
         for name in data
     }
-    crossovers = {name: [crossover(ratios[scale, name]) for scale in SCALES] for name in data}
-    tops = {
-        name: [
-            f"{found[scale, name, format.block_size, rotated][1]:.5f}"
-            for scale, format in SCALES.items()
-            for rotated in (False, True)
-        ]
-        for name in data
-    }
+    crossovers = [[name, *(crossover(ratios[scale, name]) for scale in SCALES)] for name in data]
+    tops = []
+    for name in data:
+        keys = [(k, name, f.block_size, r) for k, f in SCALES.items() for r in (False, True)]
+        tops.append([name, *(f"{found[key][1]:.5f}" for key in keys)])
     arguments = f"{options.model} --corpus {Path(options.corpus).name}"
     page = PAGE.format(
         arguments=arguments,
@@ -171,8 +158,8 @@ def main() -> None:
         model=options.model,
         rows=ROWS,
         tables="\n\n".join(tables),
-        crossovers=table(data, ("", *SCALES), crossovers),
-        tops=table(data, ("", "E4M3", "E4M3 H", "E8M0", "E8M0 H"), tops),
+        crossovers=table(("", *SCALES), crossovers),
+        tops=table(("", "E4M3", "E4M3 H", "E8M0", "E8M0 H"), tops),
     )
     (DOCS / "studies").mkdir(exist_ok=True)
     (DOCS / "studies/rotation.md").write_text(page, encoding="utf-8")

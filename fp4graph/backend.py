@@ -254,9 +254,8 @@ def backend(
         select: a selector, or a mapping from selector to a format's name, to a dict of `format`,
             `quantizer`, `activations`, `kernel`, or to None for dense; later entries win.
         format: `nvfp4`, `mxfp4`, or `mxfp4:RULE` with a scale rule (floor, ceil, rceil, even).
-        quantizer: how codes are found: `rtn`, round to nearest; `four-over-six` (NVFP4);
-            `scale-search`, the best scale for each group. None of these needs data; with a
-            calibration it is the calibration's own.
+        quantizer: how codes are found: `rtn`, round to nearest; `scale-search`, the best
+            scale for each group; docs/numerics.md has all. With a calibration it is that one's own.
         activations: None for W4A16; `same` to quantise and dequantise each linear's input in the
             weight's format, at each call (W4A4); `int8` to let the kernel round it to 8 bits in
             groups, an approximation (W4A8).

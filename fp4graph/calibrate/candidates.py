@@ -1,4 +1,4 @@
-"""The best of several scales for each group, by the squared error of its values."""
+"""The best of several scales for each group, by the error of its values."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def best_scales(
     per_tensor_scale: Tensor | None,
     format: BlockFormat,
     importance_GB: Tensor | float = 1.0,
+    power: float = 2.0,
 ) -> tuple[Tensor, Tensor]:
     """Choose a scale for each group.
 
@@ -32,10 +33,11 @@ def best_scales(
         candidates: scale codes, uint8 [N, G] each; of equally good ones the first wins.
         per_tensor_scale: of the whole weight, or None.
         format: what codes mean.
-        importance_GB: what the squared error of each column counts, or of all alike.
+        importance_GB: what the error of each column counts, or of all alike.
+        power: that errors are raised to.
 
     Returns:
-        the chosen codes, uint8 [N, G], and the squared error of each group, float32 [N, G].
+        the chosen codes, uint8 [N, G], and the error of each group, float32 [N, G].
     """
     chosen = torch.empty_like(candidates[0])
     errors = torch.empty(w_NGB.shape[:2], dtype=torch.float32, device=w_NGB.device)
@@ -43,24 +45,26 @@ def best_scales(
     for first in range(0, len(w_NGB), rows):
         slab = slice(first, first + rows)
         best = candidates[0][slab]
-        least = _squared_error(w_NGB[slab], best, per_tensor_scale, format, importance_GB)
+        least = _error(w_NGB[slab], best, per_tensor_scale, format, importance_GB, power)
         for each in candidates[1:]:
-            error = _squared_error(w_NGB[slab], each[slab], per_tensor_scale, format, importance_GB)
+            error = _error(w_NGB[slab], each[slab], per_tensor_scale, format, importance_GB, power)
             better = error < least
             best, least = torch.where(better, each[slab], best), torch.where(better, error, least)
         chosen[slab], errors[slab] = best, least
     return chosen, errors
 
 
-def _squared_error(
+def _error(
     w_NGB: Tensor,
     codes_NG: Tensor,
     per_tensor_scale: Tensor | None,
     format: BlockFormat,
     importance_GB: Tensor | float,
+    power: float,
 ) -> Tensor:
     codec = format.scale_codec
     up = codec.reciprocal(codes_NG, per_tensor_scale)[..., None]
     down = codec.decode(codes_NG, per_tensor_scale)[..., None]
     error = E2M1.decode(E2M1.encode(w_NGB * up)) * down - w_NGB
-    return (error.square() * importance_GB).sum(-1)
+    raised = error.square() if power == 2 else error.abs() ** power
+    return (raised * importance_GB).sum(-1)

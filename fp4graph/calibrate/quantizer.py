@@ -11,7 +11,9 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fp4graph.calibrate.alternating_search import alternating_search
 from fp4graph.calibrate.four_over_six import four_over_six
+from fp4graph.calibrate.grid_search import grid_search
 from fp4graph.calibrate.rotation import ROTATIONS
 from fp4graph.calibrate.scale_search import scale_search
 from fp4graph.errors import OptionError
@@ -29,6 +31,8 @@ _WEIGHTED = "weighted-scale-search"
 GRIDS: dict[str, Grid] = {
     "rtn": lambda weight, format, _: format.quantize(weight),
     "four-over-six": lambda weight, format, _: four_over_six(weight, format),
+    "alternating-search": lambda weight, format, _: alternating_search(weight, format),
+    "grid-search": lambda weight, format, _: grid_search(weight, format),
     "scale-search": lambda weight, format, _: scale_search(weight, format),
     _WEIGHTED: scale_search,
 }
@@ -37,6 +41,7 @@ GRIDS: dict[str, Grid] = {
 The third argument is the mean square of each column's input; only the weighted search asks for it.
 """
 DATA_FREE = tuple(grid for grid in GRIDS if grid != _WEIGHTED)
+_FOR_NVFP4 = ("four-over-six", "alternating-search", "grid-search")
 _SOLVERS = ("gptq", "learned")
 NEED_DATA = (
     _WEIGHTED,
@@ -85,7 +90,7 @@ class Quantizer:
         solver, _, grid = base.partition(":")
         if solver not in _SOLVERS:
             solver, grid = "rtn", base
-        if grid == "four-over-six" and not format.has_per_tensor_scale:
+        if grid in _FOR_NVFP4 and not format.has_per_tensor_scale:
             problem = f"is for nvfp4: {format} has powers of two alone"
             raise OptionError(f"quantizer {name!r} {problem}")
         return cls(solver, grid or "rtn", rotation)

@@ -52,20 +52,22 @@ def scale_search(
         importance = padded_K.reshape(w_NGB.shape[1:])
     if not format.has_per_tensor_scale:
         codes, _ = format.scale_codec.encode(amax_NG)
-        candidates = _around(codes, _E8M0_WINDOW, _E8M0_CODES)
+        candidates = around(codes, format)
         scale, _ = best_scales(w_NGB, candidates, None, format, importance)
         return format.pack(w_NGB, scale, None, shape)
     found = []
     for largest in (E4M3.max, LARGEST_SCALE):
         codes, per_tensor_scale = format.scale_codec.encode(amax_NG, largest)
-        candidates = _around(codes, _E4M3_WINDOW, _E4M3_CODES)
+        candidates = around(codes, format)
         scale, errors = best_scales(w_NGB, candidates, per_tensor_scale, format, importance)
         found.append((float(errors.double().sum()), scale, per_tensor_scale))
     _, scale, per_tensor_scale = min(found, key=lambda each: each[0])
     return format.pack(w_NGB, scale, per_tensor_scale, shape)
 
 
-def _around(codes: Tensor, window: range, legal: tuple[int, int]) -> list[Tensor]:
+def around(codes: Tensor, format: BlockFormat) -> list[Tensor]:
     """Return candidates, the given codes first: they win where none is better."""
-    steps = sorted(window, key=abs)
+    e4m3 = format.has_per_tensor_scale
+    steps = sorted(_E4M3_WINDOW if e4m3 else _E8M0_WINDOW, key=abs)
+    legal = _E4M3_CODES if e4m3 else _E8M0_CODES
     return [(codes.to(torch.int16) + step).clamp(*legal).to(torch.uint8) for step in steps]

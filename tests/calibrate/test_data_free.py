@@ -42,6 +42,25 @@ def test_four_over_six_lies_between(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_paper_s_search_and_its_code_s(kind: str) -> None:
+    torch.manual_seed(0)
+    weight = WEIGHTS[kind](64, 320)
+    rtn, alternating, best = (
+        error(weight, "nvfp4", each) for each in ("rtn", "alternating-search", "scale-search")
+    )
+    assert alternating <= rtn
+    assert alternating < 1.05 * best, "which tries two scales of the tensor"
+    nvfp4 = get_format("nvfp4")
+    groups, amax = nvfp4.groups(weight)
+    first, tensor = nvfp4.scale_codec.encode(amax)
+    below = [(first.to(torch.int16) - step).clamp(min=1).to(torch.uint8) for step in range(19)]
+    _, errors = best_scales(groups, below, tensor, nvfp4, power=2.4)
+    change = fp4graph.quantize(weight, "nvfp4", "grid-search").dequantize() - weight
+    assert float(change.abs().pow(2.4).sum()) == pytest.approx(float(errors.sum()), rel=2e-3)
+    assert error(weight, "nvfp4", "grid-search") >= best
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("format", ["mxfp4", "mxfp4:even", "mxfp4:rceil"])
 def test_search_among_powers_of_two_is_no_worse_than_any_rule(kind: str, format: str) -> None:
     torch.manual_seed(0)
@@ -74,8 +93,8 @@ def test_the_window_holds_the_best_of_all_scales(kind: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_odd_shapes_and_dtypes(quantizer: str, name: str, dtype: torch.dtype) -> None:
-    if (quantizer, name) == ("four-over-six", "mxfp4"):
-        with pytest.raises(OptionError, match="'four-over-six' is for nvfp4"):
+    if name == "mxfp4" and quantizer not in ("rtn", "scale-search"):
+        with pytest.raises(OptionError, match=f"'{quantizer}' is for nvfp4"):
             fp4graph.quantize(torch.zeros(1, 1), name, quantizer)
         return
     for shape in ((1, 1), (3, 33), (0, 16), (2, 0)):
@@ -118,7 +137,7 @@ def test_a_backend_runs_what_the_mapping_says() -> None:
 
 
 def test_unknown_quantizer() -> None:
-    with pytest.raises(OptionError, match="quantizers are rtn, four-over-six, scale-search"):
+    with pytest.raises(OptionError, match="quantizers are rtn, four-over-six, alternating-search"):
         fp4graph.backend(quantizer="magic")
     with pytest.raises(OptionError, match="is for nvfp4"):
         fp4graph.backend(format="mxfp4", quantizer="four-over-six")

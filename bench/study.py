@@ -1,0 +1,249 @@
+"""Writes the tables of docs/studies/smollm2-135m.md from what `make study` measured.
+
+    python bench/study.py
+
+The results are in docs/studies/smollm2-135m/: trials.sqlite, and the JSON lines of `sensitivity`
+and `outliers` with their correlations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from markdown import fill, table
+from scipy.stats import spearmanr
+
+from fp4graph import TracedModel, models
+from fp4graph.study.additivity import pairs, sets
+from fp4graph.study.measured import Measured, measured
+from fp4graph.study.plot import draw
+from fp4graph.study.plot_scores import draw_points
+from fp4graph.study.store import Store
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "studies/smollm2-135m.md"
+DATA = DOCS / "studies/smollm2-135m"
+ROLES = ("down", "up", "gate", "v", "k", "q", "o")
+SETTINGS = [(f, a) for a in ("none", "same") for f in ("nvfp4", "mxfp4")]
+ENDS = 3  # blocks
+
+# 2603.08747, appendix B, tables 2 to 4: how much lower the perplexity is with the role left dense
+PAPER = {  # in the order of ROLES
+    ("0.5B", "nvfp4"): (1.16, 1.23, 0.90, 0.64, 0.34, 0.26, 0.59),
+    ("0.5B", "mxfp4"): (7.92, 8.25, 5.47, 5.26, 3.25, 1.98, 4.94),
+    ("7B", "nvfp4"): (0.11, 0.10, 0.08, 0.03, 0.02, 0.02, 0.04),
+    ("7B", "mxfp4"): (0.50, 0.31, 0.23, 0.15, 0.10, 0.07, 0.13),
+    ("14B", "nvfp4"): (0.16, 0.14, 0.12, 0.03, 0.02, 0.02, 0.05),
+    ("14B", "mxfp4"): (0.39, 0.24, 0.20, 0.07, 0.10, 0.08, 0.13),
+}
+
+
+class Results:
+    """What was measured, by text: `grid` is the one that single linears were measured on."""
+
+    def __init__(self) -> None:
+        loaded = models.load(models.SMOLLM2, torch.float32)
+        traced = TracedModel(loaded.model)
+        with torch.no_grad():
+            traced(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)
+        self.tags = {tag.fqn: tag for tag in traced.tags}
+        everything = measured(Store(DATA / "trials.sqlite"), loaded.revision(), traced.tags)
+        grid_texts = {each.text for each in everything if each.singles}
+        self.grid = {key(each): each for each in everything if each.text in grid_texts}
+        self.roles = {key(each): each for each in everything if each.text not in grid_texts}
+
+    def role(self, found: Measured, role: str, direction: str) -> Any:
+        """Return the trial of a role, or None."""
+        rows = found.trials.values()
+        return next((r for r in rows if (r.selector, r.direction) == (role, direction)), None)
+
+
+def key(found: Measured) -> tuple[str, str]:
+    return found.format, found.activations
+
+
+def name(setting: tuple[str, str]) -> str:
+    return f"{setting[0].upper()} {'W4A16' if setting[1] == 'none' else 'W4A4'}"
+
+
+def roles(results: Results) -> str:
+    """Write the damage of each role, alone and left out."""
+    source = results.roles or results.grid
+    there = [setting for setting in SETTINGS if setting in source]
+    rows = []
+    for role in ROLES:
+        cells = []
+        for setting in there:
+            only = results.role(source[setting], role, "only")
+            but = results.role(source[setting], role, "except")
+            every = results.role(source[setting], "all", "only")
+            cells.append(f"{only.dnll:.4f} +- {only.dnll_se:.4f}" if only else "")
+            cells.append(f"{every.dnll - but.dnll:.4f}" if but and every else "")
+            cells.append(f"{1000 * only.dnll_per_mb:.2f}" if only else "")
+        rows.append((f"`{role}`", *cells))
+    alls = [results.role(source[setting], "all", "only") for setting in there]
+    cells = [
+        c
+        for each in alls
+        for c in (
+            (f"{each.dnll:.4f} +- {each.dnll_se:.4f}", "", f"{1000 * each.dnll_per_mb:.2f}")
+            if each
+            else ("", "", "")
+        )
+    ]
+    rows.append(("all", *cells))
+    head = [text for setting in there for text in (f"{name(setting)} only", "left out", "per GB")]
+    return table(["role", *head], rows)
+
+
+def order(results: Results) -> str:
+    """Write how the order of roles agrees with the paper's."""
+    source = results.roles or results.grid
+    rows = []
+    for (size, format), gains in PAPER.items():
+        cells = []
+        for mode in ("none", "same"):
+            if (format, mode) not in source:
+                cells += ["", ""]
+                continue
+            found = source[format, mode]
+            every = results.role(found, "all", "only")
+            for direction in ("only", "except"):
+                each = {role: results.role(found, role, direction) for role in ROLES}
+                if not all(each.values()) or every is None:
+                    cells.append("")
+                    continue
+                sign = 1 if direction == "only" else -1
+                ours = [sign * each[role].dnll for role in ROLES]
+                cells.append(f"{spearmanr(ours, gains).statistic:.2f}")
+        rows.append((f"{size} {format.upper()}", *cells))
+    return table(["the paper's", "W4A16 only", "left out", "W4A4 only", "left out"], rows)
+
+
+def cells(results: Results, found: Measured) -> dict[tuple[str, int], Any]:
+    """Return the trials of single linears by role and block."""
+    tags = results.tags
+    return {(str(tags[p].role), tags[p].block or 0): row for p, row in found.singles.items()}
+
+
+def grid(results: Results) -> str:
+    """Write where in the model the damage is."""
+    parts = []
+    for setting, found in results.grid.items():
+        grid = cells(results, found)
+        blocks = 1 + max(block for _, block in grid)
+        whole = sum(row.kl for row in grid.values())
+        ends = [
+            sum(row.kl for (_, block), row in grid.items() if block in which) / whole
+            for which in (range(ENDS), range(blocks - ENDS, blocks))
+        ]
+        worst = sorted(grid.items(), key=lambda item: -item[1].kl)[:10]
+        parts.append(
+            f"{name(setting)}, {len(grid)} linears: blocks 0 to {ENDS - 1} have {ends[0]:.0%} of "
+            f"the sum of KL, the last {ENDS} {ends[1]:.0%}; an even share is {ENDS / blocks:.0%}. "
+            f"{sum(row.dnll < 0 for row in grid.values())} linears lower the NLL.\n\n"
+            + table(
+                ["linear", "KL", "dNLL", "+-"],
+                [
+                    (
+                        f"`{role},blocks={block}`",
+                        f"{r.kl:.4f}",
+                        f"{r.dnll:+.4f}",
+                        f"{r.dnll_se:.4f}",
+                    )
+                    for (role, block), r in worst
+                ],
+            )
+        )
+        rows = [row for row in found.trials.values() if row.linears == 1]
+        draw(rows, f"SmolLM2-135M, {name(setting)}", DOCS / f"images/grid-{setting[0]}.png")
+    return "\n\n".join(parts)
+
+
+def lines(file: str) -> list[dict[str, Any]]:
+    """Return JSON lines that are correlations."""
+    text = (DATA / file).read_text(encoding="utf-8")
+    return [row for row in map(json.loads, text.splitlines()) if "spearman" in row]
+
+
+def correlations(file: str) -> str:
+    """Write correlations with measured damage, KL and dNLL beside each other."""
+    found: dict[tuple[str, str, str], dict[str, Any]] = defaultdict(dict)
+    for row in lines(file):
+        setting = name((row["format"], row["activations"]))
+        found[row["predictor"], setting, row["without"] or ""][row["target"]] = row
+    rows = [
+        (f"`{predictor}`", setting, without, *(_both(each[target]) for target in ("kl", "dnll")))
+        for (predictor, setting, without), each in found.items()
+    ]
+    return table(["score", "setting", "without", "KL: Spearman, Pearson", "dNLL"], rows)
+
+
+def _both(row: dict[str, Any]) -> str:
+    return "{spearman:.2f} [{spearman_low:.2f}, {spearman_high:.2f}], {pearson:.2f}".format(**row)
+
+
+def additivity(results: Results) -> str:
+    """Write sets beside sums."""
+    parts = []
+    points = {}
+    for setting, found in results.grid.items():
+        whole, two = sets(found), pairs(found)
+        if not whole:
+            continue
+        points[name(setting)] = [(row.kl_sum, row.kl, "sets") for row in whole]
+        ratios = sorted(row.kl / row.kl_sum for row in whole)
+        rank = spearmanr([row.kl for row in whole], [row.kl_sum for row in whole]).statistic
+        named = [row for row in whole if row.name in ("all", "attn", "mlp", *ROLES)]
+        parts.append(
+            f"{name(setting)}: {len(whole)} sets, measured KL over the sum: median "
+            f"{ratios[len(ratios) // 2]:.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f}; Spearman "
+            f"{rank:.3f}.\n\n"
+            + table(
+                ["set", "linears", "KL", "sum", "ratio"],
+                [
+                    (
+                        f"`{r.name}`",
+                        str(r.linears),
+                        f"{r.kl:.4f}",
+                        f"{r.kl_sum:.4f}",
+                        f"{r.kl / r.kl_sum:.2f}",
+                    )
+                    for r in named
+                ],
+            )
+            + "\n\nThe largest interactions:\n\n"
+            + table(
+                ["one", "other", "KL of both", "above the sum"],
+                [
+                    (f"`{r.first}`", f"`{r.second}`", f"{r.kl:.4f}", f"{r.kl_interaction:+.4f}")
+                    for r in two[:8]
+                ],
+            )
+        )
+    if points:
+        draw_points(points, "KL, nats, over the sum", DOCS / "images/additivity.png", equal=True)
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    results = Results()
+    fill(
+        PAGE,
+        {
+            "roles": roles(results),
+            "order": order(results),
+            "grid": grid(results),
+            "outliers": correlations("outliers.jsonl"),
+            "sensitivity": correlations("sensitivity.jsonl"),
+            "additivity": additivity(results),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
