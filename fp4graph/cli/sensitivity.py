@@ -46,11 +46,17 @@ _SHOWN = 20
 @click.option("--quantizer", default="rtn", show_default=True, help="One that needs no data.")
 @click.option("--corpus", default="pydoc", show_default=True, help="pydoc, a file, or hf:DATASET.")
 @click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True)
-@click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True)
+@click.option(
+    "--seq-len",
+    type=click.IntRange(min=2),
+    default=128,
+    show_default=True,
+    help="Short windows give more samples.",
+)
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
-    default=1,
+    default=2,
     show_default=True,
     help="Random backward passes a window.",
 )
@@ -123,7 +129,7 @@ def _draw(rows: list[SensitivityRow], settings: list[Measured], path: Path) -> N
         cells: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)
         for row in rows:
             if row.block is not None:
-                cells[_title(row)][row.role, row.block] = row.kl_token
+                cells[_title(row)][row.role, row.block] = row.kl
         draw_cells(cells, "KL, estimated, nats", path)
         return
     points = {
@@ -163,10 +169,10 @@ def _table(rows: list[SensitivityRow], title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD)
     for name in ("linear", "format", "mode"):
         table.add_column(name, no_wrap=True)
-    names = ("SQNR dB", "Fisher", "KL by element", "KL by token", "KL by window", "dNLL")
+    names = ("SQNR dB", "Fisher", "KL by element", "by token", "by window", "KL", "dNLL")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    worst = sorted(rows, key=lambda row: -row.kl_token)
+    worst = sorted(rows, key=lambda row: -row.kl)
     for row in worst[:_SHOWN]:
         table.add_row(
             f"{row.role},blocks={row.block}",
@@ -177,9 +183,12 @@ def _table(rows: list[SensitivityRow], title: str) -> Table:
             f"{row.kl_element:.3g}",
             f"{row.kl_token:.3g}",
             f"{row.kl_window:.3g}",
+            f"{row.kl:.3g}",
             f"{row.dnll:+.3g}",
         )
-    table.caption = "KL, dNLL: nats a token, estimated; by element, token, window: what is summed"
+    table.caption = (
+        "KL, dNLL: nats a token, estimated; by element, token, window: what is summed first"
+    )
     if len(rows) > _SHOWN:
         table.caption += f"\nthe first {_SHOWN} of {len(rows)}; --json has all"
     return table

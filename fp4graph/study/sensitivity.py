@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import fmean, variance
 from typing import TYPE_CHECKING
 
 import torch
+from scipy.special import digamma, polygamma
 from torch import Tensor
 
 from fp4graph import LinearTap, OptionError, StudyError, TracedModel, quantize
@@ -29,8 +31,11 @@ if TYPE_CHECKING:
     from fp4graph.study.evaluate import Windows
     from fp4graph.tags import LinearTag
 
-PREDICTORS = ("weight_error", "output_error", "fisher", "kl_element", "kl_token", "kl_window")
-"""Fields of `SensitivityRow` that say how much a linear's FP4 will cost; the last three in nats."""
+PREDICTORS = (
+    *("weight_error", "output_error", "fisher"),
+    *("kl_element", "kl_token", "kl_window", "kl"),
+)
+"""Fields of `SensitivityRow` that say how much a linear's FP4 will cost."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ class SensitivityRow:
         kl_token: ½ (Jᵀv · ΔY)² with the product taken over a token's outputs.
         kl_window: with the product taken over a window's, which is the divergence itself to
             second order, but for the noise of a few samples.
-        dnll: first-order change of the NLL, ∂L/∂Y · ΔY, and kl_token, nats a token.
+        kl: what to go by, nats a token: `kl_window`, drawn to what `kl_element` and `kl_token` say
+            of the linear and `kl_window` of its role, by as much as it is noise.
+        dnll: first-order change of the NLL, ∂L/∂Y · ΔY, and `kl`, nats a token.
     """
 
     path: str
@@ -71,6 +78,7 @@ class SensitivityRow:
     kl_element: float
     kl_token: float
     kl_window: float
+    kl: float
     dnll: float
 
 
@@ -94,7 +102,7 @@ class Sensitivity:
         loaded: the model; its gradients are taken, its weights stay as they are.
         windows: the text.
         schemes: formats, quantisers and activation modes.
-        samples: backward passes a window from random v.
+        samples: backward passes a window from random v; what a window gives is one value each.
         progress: called once after each window.
 
     Attributes:
@@ -116,7 +124,7 @@ class Sensitivity:
         loaded: LoadedModel,
         windows: Windows,
         schemes: Sequence[Scheme],
-        samples: int = 1,
+        samples: int = 2,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
         if loaded.is_random:
@@ -142,7 +150,7 @@ class Sensitivity:
             self._window(ids, schemes, generator)
             progress()
         self.forwards = (time.perf_counter() - start) / dense
-        self.rows = [self._row(*key) for key in self._sums]
+        self.rows = _pooled([self._row(*key) for key in self._sums], samples * len(windows.ids))
         self.products: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
         for (scheme, tag), sums in self._sums.items():
             products = torch.tensor(sums.products, dtype=torch.float64)
@@ -206,7 +214,6 @@ class Sensitivity:
         sums = self._sums[scheme, tag]
         tokens = len(self._windows.ids) * self._windows.scored
         error = sums.error / sums.power if sums.power else 0.0
-        token = sums.token / tokens
         return SensitivityRow(
             path=tag.fqn,
             role=str(tag.role),
@@ -220,10 +227,42 @@ class Sensitivity:
             sqnr=-10 * math.log10(error) if error else math.inf,
             fisher=sums.fisher / tokens,
             kl_element=sums.element / tokens,
-            kl_token=token,
+            kl_token=sums.token / tokens,
             kl_window=kl_of(torch.tensor(sums.products), self._windows),
-            dnll=sums.first / tokens + token,
+            kl=math.sqrt(sums.element * sums.token) / tokens,
+            dnll=sums.first / tokens,
         )
+
+
+def _pooled(rows: Sequence[SensitivityRow], samples: int) -> list[SensitivityRow]:
+    """Return rows whose `kl` is the best of their estimates together.
+
+    `kl_element` and `kl_token` hardly vary from sample to sample but leave out what tokens have in
+    common; `kl_window` has it and, a mean of a few squares of normal values, is noisy. How far it
+    is above their geometric mean is alike within a role: what a linear has of its own there is
+    drawn to the role's mean by the share of noise in the variance (empirical Bayes).
+    """
+    noise = float(polygamma(1, samples / 2))  # variance of the logarithm of that mean
+    low = float(digamma(samples / 2)) - math.log(samples / 2)  # its expectation
+    above: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for row in rows:
+        if row.kl and row.kl_window:
+            above[_group(row)].append(math.log(row.kl_window / row.kl) - low)
+    pooled = []
+    for row in rows:
+        kl = row.kl
+        if row.kl and row.kl_window:
+            group = above[_group(row)]
+            spread = variance(group) if len(group) > 1 else 0.0
+            own = max(spread - noise, 0.0) / spread if spread else 0.0
+            mean = fmean(group)
+            kl *= math.exp(mean + own * (math.log(row.kl_window / row.kl) - low - mean))
+        pooled.append(replace(row, kl=kl, dnll=row.dnll + kl))
+    return pooled
+
+
+def _group(row: SensitivityRow) -> tuple[str, ...]:
+    return row.format, row.activations, row.quantizer, row.role
 
 
 def kl_of(products: Tensor, windows: Windows) -> float:

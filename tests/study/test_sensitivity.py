@@ -12,7 +12,7 @@ import fp4graph
 from fp4graph import OptionError, Scheme, StudyError
 from fp4graph.models import LoadedModel
 from fp4graph.study.evaluate import Windows
-from fp4graph.study.sensitivity import Sensitivity, kl_of
+from fp4graph.study.sensitivity import Sensitivity, SensitivityRow, _pooled, kl_of
 
 WINDOWS = Windows(tokens(12, batch=3), first=1)
 
@@ -60,11 +60,28 @@ def test_first_order_is_the_derivative_of_the_loss() -> None:
     change = fp4graph.quantize(weight, "nvfp4").dequantize() - weight.detach()
     assert weight.grad is not None
     expected = float((weight.grad * change).sum())
-    assert row.dnll - row.kl_token == pytest.approx(expected, rel=1e-3)
+    assert row.dnll - row.kl == pytest.approx(expected, rel=1e-3)
     assert row.weight_error == pytest.approx(
         float(change.square().sum() / weight.detach().square().sum())
     )
     assert row.sqnr == pytest.approx(-10 * math.log10(row.output_error))
+
+
+def row(path: str, window: float, role: str = "q") -> SensitivityRow:
+    scheme = ("nvfp4", "none", "rtn")
+    return SensitivityRow(path, role, 0, *scheme, 1, 0, 0, 0, 0, 1.0, 4.0, window, 2.0, 0.5)
+
+
+def test_noise_is_drawn_to_the_role_s_mean() -> None:
+    alike = [row("a", 3.9), row("b", 4.1)]
+    many, few = (_pooled(alike, samples) for samples in (100_000, 4))
+    assert [each.kl for each in many] == pytest.approx([3.9, 4.1], rel=1e-3), "all is signal"
+    assert few[0].kl == pytest.approx(few[1].kl), "all is noise"
+    assert few[0].kl > 4, "the logarithm of a noisy mean is too low on average"
+    assert few[0].dnll == 0.5 + few[0].kl
+    others = _pooled([*alike, row("c", 100.0, "v")], 4)
+    assert others[:2] == few
+    assert _pooled([row("a", 0.0)], 4)[0].kl == 2.0
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
