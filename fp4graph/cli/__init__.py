@@ -19,6 +19,7 @@ from fp4graph.cli.inspect import inspect_command
 from fp4graph.cli.latency import latency_command
 from fp4graph.cli.outliers import outliers_command
 from fp4graph.cli.sensitivity import sensitivity_command
+from fp4graph.cli.tasks import tasks_command
 
 
 class _Group(click.Group):
@@ -48,4 +49,5 @@ main.add_command(calibrate_command)
 main.add_command(outliers_command)
 main.add_command(sensitivity_command)
 main.add_command(additivity_command)
+main.add_command(tasks_command)
 main.add_command(latency_command)
