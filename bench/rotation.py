@@ -5,7 +5,7 @@
 2509.23202 section 3 holds that values as they are look like Laplace's distribution and rotated
 ones like the normal, and that rotation therefore hurts small groups and helps large ones; and that
 without it the largest value of a group is kept exactly. Checked on both distributions, and by role
-on the weights and inputs of a model. Writes docs/studies/rotation.md and its picture.
+on the weights and inputs of a model. Writes the tables of docs/studies/rotation.md and its picture.
 
 Rotations are as wide as the group; errors are those of the values as they were before.
 """
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import torch
-from markdown import table
+from markdown import fill, table
 from torch import Tensor
 
 from fp4graph import MXFP4, NVFP4, LinearTap, TracedModel, models
@@ -40,28 +40,7 @@ SAMPLES = 1 << 22
 CLEAR = 0.005
 ROWS = 128  # of each weight and each input, spread evenly
 
-PAGE = """# Rotation by the size of the group
-
-    python bench/rotation.py {arguments}
-
-Squared error over the square of FP4 in groups of 8 to 256, as it is and after a Hadamard rotation
-as wide as the group ("H"), with E4M3 scales (NVFP4's, and a scale for the tensor) and E8M0 scales
-(MXFP4's, rule `floor`). Laplace and Normal: {samples} draws. Weights and inputs by role are
-{model}'s, {rows} rows of each linear's in every block. In bold the smaller of both.
-
-{tables}
-
-![ratio of the errors with and without rotation](../images/rotation.png)
-
-**Crossover**, the smallest group from which on rotation lowers the error by 0.5 % or more:
-
-{crossovers}
-
-**The largest value of a group**, its squared error over its square, in groups of 16 (E4M3) and 32
-(E8M0); without rotation only the rounding of the scale errs, and with `floor` what is clipped:
-
-{tops}
-"""
+PAGE = DOCS / "studies/rotation.md"
 
 
 @torch.no_grad()
@@ -151,18 +130,12 @@ def main() -> None:
     for name in data:
         keys = [(k, name, f.block_size, r) for k, f in SCALES.items() for r in (False, True)]
         tops.append([name, *(f"{found[key][1]:.5f}" for key in keys)])
-    arguments = f"{options.model} --corpus {Path(options.corpus).name}"
-    page = PAGE.format(
-        arguments=arguments,
-        samples=SAMPLES,
-        model=options.model,
-        rows=ROWS,
-        tables="\n\n".join(tables),
-        crossovers=table(("", *SCALES), crossovers),
-        tops=table(("", "E4M3", "E4M3 H", "E8M0", "E8M0 H"), tops),
-    )
-    (DOCS / "studies").mkdir(exist_ok=True)
-    (DOCS / "studies/rotation.md").write_text(page, encoding="utf-8")
+    parts = {
+        "errors": "\n\n".join(tables),
+        "crossover": table(("", *SCALES), crossovers),
+        "tops": table(("", "E4M3", "E4M3 H", "E8M0", "E8M0 H"), tops),
+    }
+    fill(PAGE, parts)
     draw(ratios, DOCS / "images/rotation.png")
 
 

@@ -30,6 +30,7 @@ DATA = DOCS / "studies/smollm2-135m"
 ROLES = ("down", "up", "gate", "v", "k", "q", "o")
 SETTINGS = [(f, a) for a in ("none", "same") for f in ("nvfp4", "mxfp4")]
 ENDS = 3  # blocks
+STATISTICS = ("input ratio", "input max", "input kurtosis", "weight ratio", "weight kurtosis")
 
 # 2603.08747, appendix B, tables 2 to 4: how much lower the perplexity is with the role left dense
 PAPER = {  # in the order of ROLES
@@ -170,10 +171,17 @@ def lines(file: str) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, text.splitlines()) if "spearman" in row]
 
 
-def correlations(file: str) -> str:
-    """Write correlations with measured damage, KL and dNLL beside each other."""
+def correlations(file: str, predictors: tuple[str, ...] = ()) -> str:
+    """Write correlations with measured damage, KL and dNLL beside each other.
+
+    Args:
+        file: JSON lines.
+        predictors: which, all if empty.
+    """
     found: dict[tuple[str, str, str], dict[str, Any]] = defaultdict(dict)
     for row in lines(file):
+        if predictors and row["predictor"] not in predictors:
+            continue
         setting = name((row["format"], row["activations"]))
         found[row["predictor"], setting, row["without"] or ""][row["target"]] = row
     rows = [
@@ -238,7 +246,7 @@ def main() -> None:
             "roles": roles(results),
             "order": order(results),
             "grid": grid(results),
-            "outliers": correlations("outliers.jsonl"),
+            "outliers": correlations("outliers.jsonl", STATISTICS),
             "sensitivity": correlations("sensitivity.jsonl"),
             "additivity": additivity(results),
         },

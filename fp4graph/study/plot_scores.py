@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from fp4graph.study.plot import heat_map
 
@@ -13,9 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from matplotlib.axes import Axes
+
     Point = tuple[float, float, str]  # x, y, and what both belong to, such as a role
 
-_COLUMNS = 4
+_SPREADS = 8.0
 
 
 def draw_cells(
@@ -39,19 +42,25 @@ def draw_cells(
 
 
 def draw_points(
-    panels: Mapping[str, Sequence[Point]], label: str, path: Path, *, equal: bool
+    panels: Mapping[str, Sequence[Point]],
+    label: str,
+    path: Path,
+    *,
+    equal: bool = False,
+    columns: int = 4,
 ) -> None:
-    """Draw what was measured over what should tell it into a PNG, both logarithmic.
+    """Draw what was measured over what should tell it into a PNG, logarithmic where it spreads.
 
     Args:
         panels: points by title; only those above zero can be shown.
         label: what was measured.
         path: the file.
         equal: whether both axes are the same quantity, so that the line of equality is drawn.
+        columns: panels in a row.
     """
     kinds = dict.fromkeys(kind for points in panels.values() for *_, kind in points)
     colors = {kind: f"C{index % 10}" for index, kind in enumerate(kinds)}
-    columns = min(_COLUMNS, len(panels))
+    columns = min(columns, len(panels))
     rows = math.ceil(len(panels) / columns)
     size = (3.4 * columns + 1, 0.4 + 3.2 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
@@ -63,7 +72,10 @@ def draw_points(
             own = [(x, y) for x, y, each in shown if each == kind]
             if own:
                 axis.scatter(*zip(*own, strict=True), s=9, color=color)
-        axis.set(xscale="log", yscale="log", ylabel=label)
+        axis.set_ylabel(label)
+        axis.tick_params(labelsize=7)
+        _scale(axis, "x", [x for x, *_ in shown])
+        _scale(axis, "y", [y for _, y, _ in shown])
         axis.set_title(title, fontsize=9)
         if equal and shown:
             low = min(min(x, y) for x, y, _ in shown)
@@ -72,3 +84,15 @@ def draw_points(
     figure.legend(handles, list(colors), loc="outside right", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _scale(axes: Axes, name: str, values: Sequence[float]) -> None:
+    """Make an axis logarithmic if its values spread, with few labels either way."""
+    spreads = bool(values) and max(values) > _SPREADS * min(values)
+    if spreads:
+        axes.set(**{f"{name}scale": "log"})
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    if spreads:
+        axis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_major_locator(MaxNLocator(3))
