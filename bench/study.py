@@ -72,57 +72,54 @@ def name(setting: tuple[str, str]) -> str:
 
 
 def roles(results: Results) -> str:
-    """Write the damage of each role, alone and left out."""
-    source = results.roles or results.grid
-    there = [setting for setting in SETTINGS if setting in source]
-    rows = []
-    for role in ROLES:
-        cells = []
-        for setting in there:
-            only = results.role(source[setting], role, "only")
-            but = results.role(source[setting], role, "except")
-            every = results.role(source[setting], "all", "only")
-            cells.append(f"{only.dnll:.4f} +- {only.dnll_se:.4f}" if only else "")
-            cells.append(f"{every.dnll - but.dnll:.4f}" if but and every else "")
-            cells.append(f"{1000 * only.dnll_per_mb:.2f}" if only else "")
-        rows.append((f"`{role}`", *cells))
-    alls = [results.role(source[setting], "all", "only") for setting in there]
-    cells = [
-        c
-        for each in alls
-        for c in (
-            (f"{each.dnll:.4f} +- {each.dnll_se:.4f}", "", f"{1000 * each.dnll_per_mb:.2f}")
-            if each
-            else ("", "", "")
-        )
-    ]
-    rows.append(("all", *cells))
-    head = [text for setting in there for text in (f"{name(setting)} only", "left out", "per GB")]
-    return table(["role", *head], rows)
+    """Write the damage of each role, alone and left out, for each text."""
+    texts = {"20,480 tokens": results.roles, "4,096 tokens": results.grid}
+    parts = []
+    for tokens, source in texts.items():
+        there = [s for s in SETTINGS if s in source and results.role(source[s], "q", "only")]
+        if not there:
+            continue
+        found = [(*_role(results, [source[s] for s in there], role),) for role in (*ROLES, "all")]
+        head = [text for s in there for text in (f"{name(s)} only", "left out", "per GB")]
+        parts.append(f"{tokens}:\n\n{table(['role', *head], found)}")
+    return "\n\n".join(parts)
+
+
+def _role(results: Results, found: list[Measured], role: str) -> list[str]:
+    line = [f"`{role}`"]
+    for setting in found:
+        only = results.role(setting, role, "only")
+        but = results.role(setting, role, "except")
+        every = results.role(setting, "all", "only")
+        line.append(f"{only.dnll:.4f} +- {only.dnll_se:.4f}" if only else "")
+        line.append(f"{every.dnll - but.dnll:.4f}" if but and every else "")
+        line.append(f"{1000 * only.dnll_per_mb:.2f}" if only else "")
+    return line
 
 
 def order(results: Results) -> str:
     """Write how the order of roles agrees with the paper's."""
-    source = results.roles or results.grid
     rows = []
     for (size, format), gains in PAPER.items():
-        cells = []
-        for mode in ("none", "same"):
-            if (format, mode) not in source:
-                cells += ["", ""]
-                continue
-            found = source[format, mode]
-            every = results.role(found, "all", "only")
-            for direction in ("only", "except"):
-                each = {role: results.role(found, role, direction) for role in ROLES}
-                if not all(each.values()) or every is None:
-                    cells.append("")
-                    continue
-                sign = 1 if direction == "only" else -1
-                ours = [sign * each[role].dnll for role in ROLES]
-                cells.append(f"{spearmanr(ours, gains).statistic:.2f}")
-        rows.append((f"{size} {format.upper()}", *cells))
+        ranks = [
+            _rank(results, (format, mode), direction, gains)
+            for mode in ("none", "same")
+            for direction in ("only", "except")
+        ]
+        rows.append((f"{size} {format.upper()}", *ranks))
     return table(["the paper's", "W4A16 only", "left out", "W4A4 only", "left out"], rows)
+
+
+def _rank(
+    results: Results, setting: tuple[str, str], direction: str, gains: tuple[float, ...]
+) -> str:
+    for source in (results.roles, results.grid):
+        if setting in source:
+            each = [results.role(source[setting], role, direction) for role in ROLES]
+            if all(each):
+                ours = [row.dnll if direction == "only" else -row.dnll for row in each]
+                return f"{spearmanr(ours, gains).statistic:.2f}"
+    return ""
 
 
 def cells(results: Results, found: Measured) -> dict[tuple[str, int], Any]:
