@@ -22,6 +22,7 @@ def explain(
     *args: Any,
     select: Select = "all",
     format: str | BlockFormat = "nvfp4",
+    quantizer: str = "rtn",
     activations: str | None = None,
     kernel: str = "auto",
     device: str | None = None,
@@ -34,6 +35,7 @@ def explain(
         args: positional inputs, for example the token ids, int64 [batch, sequence].
         select: as in `backend`.
         format: as in `backend`.
+        quantizer: as in `backend`.
         activations: as in `backend`.
         kernel: as in `backend`.
         device: a device to choose kernels for that need not be here, `cpu` or one such as
@@ -47,7 +49,7 @@ def explain(
         SelectorError: bad text, a term that matches nothing, or a part of a fused weight.
         OptionError: an option or a device that does not exist.
     """
-    policy = Policy.of(select, Scheme.of(format, activations=activations, kernel=kernel))
+    policy = Policy.of(select, Scheme.of(format, quantizer, activations, kernel))
     target = None if device is None else parse_target(device)
     traced = TracedModel(model)
     with torch.no_grad():

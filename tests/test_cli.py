@@ -58,11 +58,13 @@ def test_inspect_json(tiny_folder: Path) -> None:
 
 
 def test_inspect_table(tiny_folder: Path) -> None:
-    result = run("inspect", str(tiny_folder), "--select", "down", "--format", "mxfp4")
+    inspect = ["inspect", str(tiny_folder), "--select", "down", "--format", "mxfp4"]
+    result = run(*inspect)
     assert result.exit_code == 0
     assert "model.layers.0.mlp.down_proj" in result.stdout
     assert "`down` as mxfp4 W4A16" in result.stdout
     assert "2 of 15 linears in FP4" in result.stdout
+    assert "mxfp4 W4A16, rtn@32" in run(*inspect, "--quantizer", "rtn@32").stdout
 
 
 @pytest.mark.slow
@@ -107,6 +109,7 @@ def test_a_bad_selector_exits_2_with_one_line(tiny_folder: Path, select: str) ->
         (["latency", "{model}", "--select", "q", "--prompt-tokens", "999"], "128 positions"),
         (["ablate", "qwen2.5-0.5b-random", "--by", "role"], "random weights"),
         (["latency", "{model}", "--select", "atn"], "did you mean 'attn'"),
+        (["latency", "{model}", "--select", "q", "--quantizer", "best"], "unknown quantizer"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(
@@ -166,10 +169,12 @@ def test_ablate_takes_selectors_and_a_text(tiny_folder: Path, tmp_path: Path) ->
 def test_latency(tiny_folder: Path) -> None:
     arguments = [
         "latency", str(tiny_folder), "--select", "all", "--select", "attn", "--inner", "eager",
-        "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "2",
+        "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "2", "--quantizer", "rtn,rtn@16",
     ]  # fmt: skip
     found = rows(run(*arguments, "--json"))
-    assert [row["selector"] for row in found] == ["none", "all", "attn"]
+    assert [(row["selector"], row["quantizer"]) for row in found] == [
+        ("none", "rtn"), ("all", "rtn"), ("all", "rtn@16"), ("attn", "rtn"), ("attn", "rtn@16"),
+    ]  # fmt: skip
     assert all(set(LATENCY_KEYS.split()) <= set(row) for row in found)
     table = run(*arguments)
     assert "decode ratio" in table.stdout

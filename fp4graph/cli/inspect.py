@@ -28,6 +28,7 @@ _LENGTH = 8
 @click.argument("model")
 @click.option("--select", default="all", show_default=True, help="Selector.")
 @click.option("--format", "format_name", default="nvfp4", show_default=True, help="FP4 format.")
+@click.option("--quantizer", default="rtn", show_default=True, help="How codes are found.")
 @click.option("--activations", type=click.Choice(["none", "same", "int8"]), default="none")
 @click.option("--kernel", default="auto", show_default=True, help="Kernel.")
 @click.option(
@@ -45,6 +46,7 @@ def inspect_command(
     model: str,
     select: str,
     format_name: str,
+    quantizer: str,
     activations: str,
     kernel: str,
     device: str | None,
@@ -57,7 +59,7 @@ def inspect_command(
     run once, dense, to trace it; nothing is packed.
     """
     fp4graph.Selector(select)  # before minutes of loading
-    fp4graph.Scheme.of(format_name, kernel=kernel)
+    fp4graph.Scheme.of(format_name, quantizer, kernel=kernel)
     on_gpu = device is not None and parse_target(device).backend != "cpu"
     dtype = dtype or ("bfloat16" if on_gpu else "float32")
     loaded = load_model(model, dtype)
@@ -67,6 +69,7 @@ def inspect_command(
             torch.arange(_LENGTH)[None],
             select=select,
             format=format_name,
+            quantizer=quantizer,
             activations=None if activations == "none" else activations,
             kernel=kernel,
             device=device,

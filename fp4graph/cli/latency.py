@@ -44,6 +44,14 @@ class _Bar:
 @click.option("--select", "selects", multiple=True, required=True, help="Selector; repeatable.")
 @click.option("--format", "formats", type=CommaList(), default="nvfp4", show_default=True)
 @click.option("--activations", type=click.Choice(["none", "same", "int8"]), default="none")
+@click.option(
+    "--quantizer",
+    "quantizers",
+    type=CommaList(),
+    default="rtn",
+    show_default=True,
+    help="Those that need no data; @32 and the like rotate inputs at each call.",
+)
 @click.option("--inner", type=click.Choice(["inductor", "eager"]), default="inductor")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True)
@@ -55,6 +63,7 @@ def latency_command(
     selects: tuple[str, ...],
     formats: tuple[str, ...],
     activations: str,
+    quantizers: tuple[str, ...],
     inner: str,
     prompt_tokens: int,
     new_tokens: int,
@@ -68,10 +77,10 @@ def latency_command(
     """
     mode = None if activations == "none" else activations
     variants = [Variant("none", None, inner)]
-    for text, name in itertools.product(selects, formats):
-        selector, format = str(Selector(text)), Scheme.of(name).format.name
+    for text, name, quantizer in itertools.product(selects, formats, quantizers):
+        selector, format = str(Selector(text)), Scheme.of(name, quantizer).format.name
         if selector != "none":
-            variants.append(Variant(selector, format, inner, mode))
+            variants.append(Variant(selector, format, inner, mode, quantizer))
     loaded = load_model(model, dtype)
     with progress_bar() as bar:
         rows = measure(
@@ -119,7 +128,7 @@ def _table(rows: list[LatencyRow], title: str) -> Table:
     for row in rows:
         table.add_row(
             row.selector,
-            row.format or "dense",
+            " ".join((row.format, row.quantizer)) if row.format else "dense",
             _ratio(row, "decode"),
             _ratio(row, "prefill"),
             f"{row.ttft_s * 1e3:.1f}",

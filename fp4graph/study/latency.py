@@ -39,13 +39,15 @@ class Variant:
         selector: canonical text; `none` is the inner compiler alone.
         format: of the FP4 weights; None for the dense model.
         inner: `inductor` or `eager`.
-        activations: None or `same`.
+        activations: None, `same` or `int8`.
+        quantizer: how codes are found; a rotation costs time at each call.
     """
 
     selector: str
     format: str | None
     inner: str
     activations: str | None = None
+    quantizer: str = "rtn"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class LatencyRow:
         recompiles: graphs compiled after the warm-up; 0 unless something is wrong.
         graph_breaks: breaks that Dynamo counted while it compiled this variant.
         ratio: of `prefill` and `decode` against the dense variant, None for itself.
+        quantizer: see `Variant`.
     """
 
     selector: str
@@ -91,6 +94,7 @@ class LatencyRow:
     recompiles: int
     graph_breaks: int
     ratio: dict[str, Ratio] | None
+    quantizer: str
 
 
 class Progress(Protocol):
@@ -115,6 +119,7 @@ class _Runner:
         backend = fp4graph.backend(
             variant.selector,
             format=variant.format or "nvfp4",
+            quantizer=variant.quantizer,
             activations=variant.activations,
             inner=variant.inner,
             model=model,
@@ -236,6 +241,7 @@ def _row(runner: _Runner, dense: _Runner, prompt_tokens: int) -> LatencyRow:
         recompiles=runner.recompiles,
         graph_breaks=runner.graph_breaks,
         ratio=None if runner is dense else ratio,
+        quantizer=variant.quantizer,
     )
 
 
