@@ -141,9 +141,8 @@ def _draw(rows: list[SensitivityRow], settings: list[Measured], path: Path) -> N
         for setting in settings
         for name in PREDICTORS
     }
-    draw_points(
-        {name: each for name, each in points.items() if each}, "KL, nats", path, equal=False
-    )
+    drawn = {name: each for name, each in points.items() if each}
+    draw_points(drawn, "KL, nats", path, columns=len(PREDICTORS))
 
 
 def _title(what: SensitivityRow | Measured) -> str:
