@@ -145,7 +145,7 @@ class Blocks:
         def error(weights: Mapping[str, Tensor], batch: int) -> Tensor:
             args = _replaced(self._args[batch], self._in_place_of_weights(number, weights))
             found = _floats(run(*args, *self._live[batch]))
-            pairs = list(zip(found, targets[batch], strict=True))
+            pairs = zip(found, targets[batch], strict=True)
             power = sum(float(target.square().sum()) for target in targets[batch])
             return torch.stack([(y - target).square().sum() for y, target in pairs]).sum() / power
 
@@ -244,4 +244,5 @@ def _replaced(args: Args, changed: Mapping[int, Tensor]) -> Args:
 
 
 def _floats(values: Any) -> list[Tensor]:
-    return [each for each in values if isinstance(each, Tensor) and each.is_floating_point()]
+    tensors = (each for each in values if isinstance(each, Tensor) and each.is_floating_point())
+    return [each.to(torch.float32) for each in tensors]

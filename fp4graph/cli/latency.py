@@ -128,7 +128,7 @@ def _table(rows: list[LatencyRow], title: str) -> Table:
     for row in rows:
         table.add_row(
             row.selector,
-            " ".join((row.format, row.quantizer)) if row.format else "dense",
+            _how(row),
             _ratio(row, "decode"),
             _ratio(row, "prefill"),
             f"{row.ttft_s * 1e3:.1f}",
@@ -140,6 +140,12 @@ def _table(rows: list[LatencyRow], title: str) -> Table:
             f"{row.peak_rss / 1e6:.0f}",
         )
     return table
+
+
+def _how(row: LatencyRow) -> str:
+    if row.format is None:
+        return "dense"
+    return row.format if row.quantizer == "rtn" else f"{row.format} {row.quantizer}"
 
 
 def _ratio(row: LatencyRow, phase: str) -> str:

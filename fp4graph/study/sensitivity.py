@@ -116,7 +116,8 @@ class Sensitivity:
     Raises:
         OptionError: a scheme whose codes need a calibration or a rotation.
         ModelError: a window is longer than the model's positions.
-        StudyError: the model's weights are random; Dynamo made no graph that gradients pass.
+        StudyError: the model's weights are random, or its logits NaN; it hides its linears inside
+            higher-order ops.
     """
 
     def __init__(
@@ -161,6 +162,8 @@ class Sensitivity:
         with torch.enable_grad():
             out = self._tap(input_ids=ids, use_cache=False)
             logits_TV = out.logits[0, first - 1 : -1].float()
+            if bool(logits_TV.isnan().any()):
+                raise StudyError("its logits hold NaN, so there is nothing to score")
             logp_TV = logits_TV.log_softmax(-1)
             nll = -logp_TV.gather(1, ids[0, first:, None]).sum()
         by_nll = self._tap.gradients(nll)
@@ -170,7 +173,7 @@ class Sensitivity:
             r_TV = torch.randn(root_TV.shape, generator=generator) * root_TV
             v_TV = r_TV - root_TV.square() * r_TV.sum(-1, keepdim=True)
             with torch.enable_grad():
-                product = (logits_TV * v_TV).sum()
+                product = (logits_TV.where(root_TV > 0, 0) * v_TV).sum()  # -Inf rules a token out
             by_sample.append(self._tap.gradients(product))
         with torch.no_grad():
             for scheme in schemes:

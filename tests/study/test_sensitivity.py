@@ -113,5 +113,9 @@ def test_says_what_it_costs() -> None:
 def test_refuses_what_it_cannot_score() -> None:
     with pytest.raises(OptionError, match="scale-search@16"):
         Sensitivity(loaded(), WINDOWS, [Scheme.of(quantizer="scale-search@16")])
+    broken = loaded()
+    broken.model.get_parameter("model.norm.weight").fill_(torch.nan)
+    with pytest.raises(StudyError, match="its logits hold NaN"):
+        Sensitivity(broken, WINDOWS, [Scheme.of()])
     with pytest.raises(StudyError, match="random weights"):
         Sensitivity(LoadedModel("tiny", tiny("llama"), None), WINDOWS, [Scheme.of()])
