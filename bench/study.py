@@ -23,6 +23,7 @@ from fp4graph.study.measured import Measured, measured
 from fp4graph.study.plot import draw
 from fp4graph.study.plot_scores import draw_points
 from fp4graph.study.store import Store
+from fp4graph.study.trial import mode_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "studies/smollm2-135m.md"
@@ -68,7 +69,7 @@ def key(found: Measured) -> tuple[str, str]:
 
 
 def name(setting: tuple[str, str]) -> str:
-    return f"{setting[0].upper()} {'W4A16' if setting[1] == 'none' else 'W4A4'}"
+    return f"{setting[0].upper()} {mode_of(setting[1])}"
 
 
 def roles(results: Results) -> str:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
+from fp4graph.study.trial import mode_of, set_of
+
 if TYPE_CHECKING:
     from fp4graph.study.trial import Row
 
@@ -26,11 +28,10 @@ def table_of(rows: list[Row], title: str) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     worst = sorted(rest, key=lambda row: row.dnll, reverse=True)
     for row in [dense, *worst[:_SHOWN]]:
-        mode = "dense" if row.format is None else "W4A16" if row.activations == "none" else "W4A4"
         table.add_row(
-            f"all but {row.selector}" if row.direction == "except" else row.selector,
+            set_of(row),
             row.format or "",
-            mode,
+            "dense" if row.format is None else mode_of(row.activations),
             "" if row.format is None else row.quantizer,
             "> 1e308" if row.ppl is None else f"{row.ppl:.3f}",
             f"{row.dnll:+.4f}",

@@ -12,14 +12,11 @@ from fp4graph import models
 from fp4graph.calibrate import DAMPING, NEED_DATA, Quantizer
 from fp4graph.cli.common import (
     check_interrupt,
-    check_trained,
     dtype_option,
-    load_model,
+    load_windows,
     output,
     progress_bar,
-    read_text,
 )
-from fp4graph.study.evaluate import cut
 
 
 @click.command("calibrate")
@@ -74,11 +71,8 @@ def calibrate_command(
     """
     fp4graph.Selector(select)
     Quantizer.parse(quantizer, fp4graph.get_format(format))
-    check_trained(model)
-    text = read_text(corpus, samples * seq_len)
-    loaded = load_model(model, dtype)
+    loaded, windows = load_windows(model, corpus, samples * seq_len, seq_len, dtype)
     models.check_length(loaded.model, seq_len)
-    windows = cut(text, loaded.tokenizer, samples * seq_len, seq_len)
     with progress_bar() as bar:
         task = bar.add_task("blocks", total=None)
 

@@ -24,10 +24,13 @@ from rich.progress import (
 )
 
 from fp4graph import Fp4GraphError, OptionError, StudyError, models
+from fp4graph.study.evaluate import cut
 from fp4graph.study.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from fp4graph.study.evaluate import Windows
 
 USAGE = 2
 INTERRUPTED = 130
@@ -121,6 +124,35 @@ def open_results(path: Path) -> Store:
     if not file.is_file():
         raise StudyError(f"there are no results in {path}")
     return Store(file)
+
+
+def load_windows(
+    model: str, corpus: str, tokens: int, seq_len: int, dtype: str
+) -> tuple[models.LoadedModel, Windows]:
+    """Load a model with trained weights, and a corpus's first tokens in windows.
+
+    Raises:
+        OptionError: the model's weights are random.
+        CorpusError: see `cut`.
+        ModelError: nothing loads by that name.
+    """
+    check_trained(model)
+    text = read_text(corpus, tokens)
+    loaded = load_model(model, dtype)
+    return loaded, cut(text, loaded.tokenizer, tokens, seq_len)
+
+
+@contextlib.contextmanager
+def windows_bar(total: int) -> Iterator[Callable[[], None]]:
+    """Show a progress bar; what is yielded is to be called after each window."""
+    with progress_bar() as bar:
+        task = bar.add_task("windows", total=total)
+
+        def advance() -> None:
+            check_interrupt()
+            bar.advance(task)
+
+        yield advance
 
 
 def check_trained(model: str) -> None:

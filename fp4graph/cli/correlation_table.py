@@ -7,14 +7,24 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
+from fp4graph.cli.common import output, print_json
+from fp4graph.study.trial import mode_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fp4graph.study.correlation import Correlation
 
 
-def correlation_table(rows: Sequence[Correlation], title: str) -> Table:
-    """Return correlations as a table for a terminal, with their intervals."""
+def show_correlations(rows: Sequence[Correlation], title: str, *, as_json: bool) -> None:
+    """Print correlations, as JSON lines if asked, and as a table."""
+    if as_json:
+        for row in rows:
+            print_json(row)
+    output(as_json=as_json).print(_table(rows, title))
+
+
+def _table(rows: Sequence[Correlation], title: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD)
     names = ("predictor", "measured", "format", "mode", "quantizer", "without", "linears")
     for name in names:
@@ -26,7 +36,7 @@ def correlation_table(rows: Sequence[Correlation], title: str) -> Table:
             row.predictor,
             row.target,
             row.format,
-            "W4A16" if row.activations == "none" else "W4A4",
+            mode_of(row.activations),
             row.quantizer,
             row.without or "",
             str(row.linears),

@@ -12,21 +12,17 @@ from rich import box
 from rich.table import Table
 
 from fp4graph.cli.common import (
-    check_interrupt,
-    check_trained,
     dtype_option,
     json_option,
-    load_model,
+    load_windows,
     open_results,
     output,
     picture_option,
     print_json,
-    progress_bar,
-    read_text,
+    windows_bar,
 )
-from fp4graph.cli.correlation_table import correlation_table
+from fp4graph.cli.correlation_table import show_correlations
 from fp4graph.study.correlation import correlate
-from fp4graph.study.evaluate import cut
 from fp4graph.study.measured import Measured, measured
 from fp4graph.study.outliers import OutlierRow, Outliers, by_role, outliers
 from fp4graph.study.plot_scores import draw_cells
@@ -60,18 +56,9 @@ def outliers_command(
     as_json: bool,
 ) -> None:
     """Show the outliers of MODEL's linears' inputs and weights, on a text, by role."""
-    check_trained(model)
     store = None if against is None else open_results(against)
-    text = read_text(corpus, tokens)
-    loaded = load_model(model, dtype)
-    windows = cut(text, loaded.tokenizer, tokens, seq_len)
-    with progress_bar() as bar:
-        task = bar.add_task("windows", total=len(windows.ids))
-
-        def progress() -> None:
-            check_interrupt()
-            bar.advance(task)
-
+    loaded, windows = load_windows(model, corpus, tokens, seq_len, dtype)
+    with windows_bar(len(windows.ids)) as progress:
         found = outliers(loaded, windows, progress)
     rows = list(found.values())
     if as_json:
@@ -94,10 +81,8 @@ def outliers_command(
     if store is None:
         return
     scores = _scores(rows, measured(store, loaded.revision(), list(found)))
-    if as_json:
-        for score in scores:
-            print_json(score)
-    console.print(correlation_table(scores, "outliers against measured trials of one linear"))
+    title = "outliers against measured trials of one linear"
+    show_correlations(scores, title, as_json=as_json)
 
 
 def _cells(found: Outliers) -> list[str]:

@@ -14,24 +14,21 @@ from rich.table import Table
 from fp4graph import Scheme
 from fp4graph.cli.common import (
     CommaList,
-    check_interrupt,
-    check_trained,
     dtype_option,
     json_option,
-    load_model,
+    load_windows,
     open_results,
     output,
     picture_option,
     print_json,
-    progress_bar,
-    read_text,
+    windows_bar,
 )
-from fp4graph.cli.correlation_table import correlation_table
+from fp4graph.cli.correlation_table import show_correlations
 from fp4graph.study.correlation import correlate
-from fp4graph.study.evaluate import cut
 from fp4graph.study.measured import Measured, measured
 from fp4graph.study.plot_scores import draw_cells, draw_points
 from fp4graph.study.sensitivity import PREDICTORS, Sensitivity, SensitivityRow
+from fp4graph.study.trial import mode_of
 
 if TYPE_CHECKING:
     from fp4graph.study.correlation import Correlation
@@ -86,23 +83,14 @@ def sensitivity_command(
 
     One run over the text and a few backward passes take the place of a run for every linear.
     """
-    check_trained(model)
     schemes = [
         Scheme.of(format, quantizer, None if mode == "none" else mode)
         for format in formats
         for mode in activations
     ]
     store = None if against is None else open_results(against)
-    text = read_text(corpus, tokens)
-    loaded = load_model(model, dtype)
-    windows = cut(text, loaded.tokenizer, tokens, seq_len)
-    with progress_bar() as bar:
-        task = bar.add_task("windows", total=len(windows.ids))
-
-        def progress() -> None:
-            check_interrupt()
-            bar.advance(task)
-
+    loaded, windows = load_windows(model, corpus, tokens, seq_len, dtype)
+    with windows_bar(len(windows.ids)) as progress:
         found = Sensitivity(loaded, windows, schemes, samples, progress)
     if as_json:
         for row in found.rows:
@@ -117,10 +105,8 @@ def sensitivity_command(
     if store is None:
         return
     scores = _scores(found, settings)
-    if as_json:
-        for score in scores:
-            print_json(score)
-    console.print(correlation_table(scores, "the scores against measured trials of one linear"))
+    title = "the scores against measured trials of one linear"
+    show_correlations(scores, title, as_json=as_json)
 
 
 def _draw(rows: list[SensitivityRow], settings: list[Measured], path: Path) -> None:
@@ -146,7 +132,7 @@ def _draw(rows: list[SensitivityRow], settings: list[Measured], path: Path) -> N
 
 
 def _title(what: SensitivityRow | Measured) -> str:
-    return f"{what.format} {'W4A16' if what.activations == 'none' else 'W4A4'} {what.quantizer}"
+    return f"{what.format} {mode_of(what.activations)} {what.quantizer}"
 
 
 def _scores(found: Sensitivity, settings: list[Measured]) -> list[Correlation]:
@@ -176,7 +162,7 @@ def _table(rows: list[SensitivityRow], title: str) -> Table:
         table.add_row(
             f"{row.role},blocks={row.block}",
             row.format,
-            "W4A16" if row.activations == "none" else "W4A4",
+            mode_of(row.activations),
             f"{row.sqnr:.1f}",
             f"{row.fisher:.3g}",
             f"{row.kl_element:.3g}",

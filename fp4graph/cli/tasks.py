@@ -21,7 +21,7 @@ from fp4graph.cli.common import (
 )
 from fp4graph.study.harness import evaluate_tasks
 from fp4graph.study.plan import DIRECTIONS
-from fp4graph.study.trial import trials
+from fp4graph.study.trial import mode_of, set_of, trials
 
 
 @click.command("tasks")
@@ -74,9 +74,9 @@ def tasks_command(
                 print_json(row)
             dense = row.format is None
             table.add_row(
-                f"all but {row.selector}" if row.direction == "except" else row.selector,
+                set_of(row),
                 row.format or "",
-                "dense" if dense else "W4A16" if row.activations == "none" else "W4A4",
+                "dense" if dense else mode_of(row.activations),
                 "" if dense else row.quantizer,
                 row.task,
                 row.metric,

@@ -6,9 +6,10 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fp4graph.study.trial import set_of
+
 if TYPE_CHECKING:
     from fp4graph.study.measured import Measured
-    from fp4graph.study.trial import Row
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def sets(found: Measured) -> list[SetRow]:
         if len(paths) > 1 and all(path in singles for path in paths):
             parts = [singles[path] for path in paths]
             kl, dnll = sum(part.kl for part in parts), sum(part.dnll for part in parts)
-            rows.append(SetRow(_name(row), len(paths), row.kl, kl, row.dnll, dnll, row.dnll_se))
+            rows.append(SetRow(set_of(row), len(paths), row.kl, kl, row.dnll, dnll, row.dnll_se))
     return sorted(rows, key=lambda row: -row.linears)
 
 
@@ -75,10 +76,6 @@ def pairs(found: Measured) -> list[PairRow]:
         if both is not None:
             kl = both.kl - first.kl - second.kl
             dnll = both.dnll - first.dnll - second.dnll
-            one, other = sorted((_name(first), _name(second)))
+            one, other = sorted((set_of(first), set_of(second)))
             rows.append(PairRow(one, other, both.kl, kl, both.dnll, dnll))
     return sorted(rows, key=lambda row: -abs(row.kl_interaction))
-
-
-def _name(row: Row) -> str:
-    return f"all but {row.selector}" if row.direction == "except" else row.selector

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import matplotlib as mpl
 import numpy as np
 
+from fp4graph.study.trial import mode_of
+
 mpl.use("Agg")  # before pyplot; there may be no screen
 import matplotlib.pyplot as plt
 
@@ -47,7 +49,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     )
     for axis, (key, group) in zip(axes[:, 0], panels.items(), strict=True):
         format, activations, quantizer, direction = key
-        mode = "W4A16" if activations == "none" else "W4A4"
+        mode = mode_of(activations)
         mode += "" if quantizer == "rtn" else f" {quantizer}"
         (_heat_map if _is_grid(group) else _bars)(axis, group)
         where = "this selection only" if direction == "only" else "all but this selection"

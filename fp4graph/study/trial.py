@@ -12,6 +12,8 @@ from fp4graph import Calibration, OptionError, Policy, Report, Scheme, Selector,
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fp4graph.study.harness import TaskRow
+
 Direction = Literal["only", "except"]
 Calibrations = Mapping[tuple[str, str], Calibration]
 """Codes found with data, by format and quantizer."""
@@ -38,9 +40,8 @@ class Trial:
     def __str__(self) -> str:
         if self.format is None:
             return "the dense model"
-        bits = "W4A16" if self.activations == "none" else "W4A4"
         how = "" if self.quantizer == "rtn" else f", {self.quantizer}"
-        return f"{self.direction} {self.selector} in {self.format} {bits}{how}"
+        return f"{self.direction} {self.selector} in {self.format} {mode_of(self.activations)}{how}"
 
     def policy(self, calibrations: Calibrations) -> Policy | None:
         """Return what to rewrite, None for nothing."""
@@ -55,6 +56,11 @@ class Trial:
 
 
 DENSE = Trial("none", None)
+
+
+def mode_of(activations: str) -> str:
+    """Return how a mode is called: `W4A16` for `none`, `W4A4` for `same`."""
+    return "W4A16" if activations == "none" else "W4A4"
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,11 @@ class Row:
     noise_se: float | None = None
     probe: float | None = None
     probe_same: float | None = None
+
+
+def set_of(row: Row | TaskRow) -> str:
+    """Return what is in FP4, for people."""
+    return f"all but {row.selector}" if row.direction == "except" else row.selector
 
 
 def trials(
