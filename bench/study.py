@@ -31,6 +31,7 @@ DATA = DOCS / "studies/smollm2-135m"
 ROLES = ("down", "up", "gate", "v", "k", "q", "o")
 SETTINGS = [(f, a) for a in ("none", "same") for f in ("nvfp4", "mxfp4")]
 ENDS = 3  # blocks
+WHAT = {"dnll": "dNLL", "kl": "KL", "left out": "left out"}
 STATISTICS = ("input ratio", "input max", "input kurtosis", "weight ratio", "weight kurtosis")
 
 # 2603.08747, appendix B, tables 2 to 4: how much lower the perplexity is with the role left dense
@@ -81,7 +82,7 @@ def roles(results: Results) -> str:
         if not there:
             continue
         found = [(*_role(results, [source[s] for s in there], role),) for role in (*ROLES, "all")]
-        head = [text for s in there for text in (f"{name(s)} only", "left out", "per GB")]
+        head = [text for s in there for text in (f"{name(s)} dNLL", "KL", "left out", "per GB")]
         parts.append(f"{tokens}:\n\n{table(['role', *head], found)}")
     return "\n\n".join(parts)
 
@@ -93,6 +94,7 @@ def _role(results: Results, found: list[Measured], role: str) -> list[str]:
         but = results.role(setting, role, "except")
         every = results.role(setting, "all", "only")
         line.append(f"{only.dnll:.4f} +- {only.dnll_se:.4f}" if only else "")
+        line.append(f"{only.kl:.4f}" if only else "")
         line.append(f"{every.dnll - but.dnll:.4f}" if but and every else "")
         line.append(f"{1000 * only.dnll_per_mb:.2f}" if only else "")
     return line
@@ -100,26 +102,24 @@ def _role(results: Results, found: list[Measured], role: str) -> list[str]:
 
 def order(results: Results) -> str:
     """Write how the order of roles agrees with the paper's."""
+    columns = [(mode, what) for mode in ("none", "same") for what in WHAT]
     rows = []
     for (size, format), gains in PAPER.items():
-        ranks = [
-            _rank(results, (format, mode), direction, gains)
-            for mode in ("none", "same")
-            for direction in ("only", "except")
-        ]
+        ranks = [_rank(results, (format, mode), what, gains) for mode, what in columns]
         rows.append((f"{size} {format.upper()}", *ranks))
-    return table(["the paper's", "W4A16 only", "left out", "W4A4 only", "left out"], rows)
+    heads = [f"{mode_of(mode)} {WHAT[what]}" for mode, what in columns]
+    return table(["the paper's", *heads], rows)
 
 
-def _rank(
-    results: Results, setting: tuple[str, str], direction: str, gains: tuple[float, ...]
-) -> str:
+def _rank(results: Results, setting: tuple[str, str], what: str, gains: tuple[float, ...]) -> str:
+    direction = "except" if what == "left out" else "only"
     for source in (results.roles, results.grid):
         if setting in source:
             each = [results.role(source[setting], role, direction) for role in ROLES]
             if all(each):
-                ours = [row.dnll if direction == "only" else -row.dnll for row in each]
-                return f"{spearmanr(ours, gains).statistic:.2f}"
+                ours = [row.kl if what == "kl" else row.dnll for row in each]
+                sign = -1 if what == "left out" else 1
+                return f"{sign * spearmanr(ours, gains).statistic:.2f}"
     return ""
 
 
