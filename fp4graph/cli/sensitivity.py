@@ -98,6 +98,8 @@ def sensitivity_command(
     console = output(as_json=as_json)
     title = f"{model}, {corpus}, {tokens} tokens: the most sensitive linears"
     console.print(_table(found.rows, title))
+    for path in found.left_out:
+        console.print(f"left out: {path}: its weight is made in the graph, or it tells on no logit")
     console.print(f"cost: {found.forwards:.1f} runs of the dense model over the text")
     settings = [] if store is None else measured(store, loaded.revision(), found.tags)
     if picture is not None:

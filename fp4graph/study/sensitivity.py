@@ -108,6 +108,8 @@ class Sensitivity:
     Attributes:
         tags: the model's linears.
         rows: one a linear and scheme, scheme by scheme.
+        left_out: paths of block linears that have no row: their weight is made in the graph, or the
+            logits do not hang on them.
         products: for each format and activation mode, and each linear's path, v · J ΔY for all
             samples, float64 [windows * samples]. What a set of linears will cost is ½ the mean
             square of their sum over the tokens of a window.
@@ -152,6 +154,8 @@ class Sensitivity:
             progress()
         self.forwards = (time.perf_counter() - start) / dense
         self.rows = _pooled([self._row(*key) for key in self._sums], samples * len(windows.ids))
+        scored = {tag for _, tag in self._sums}
+        self.left_out = [t.fqn for t in self.tags if t.is_block_linear and t not in scored]
         self.products: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
         for (scheme, tag), sums in self._sums.items():
             products = torch.tensor(sums.products, dtype=torch.float64)

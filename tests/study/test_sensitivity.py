@@ -110,6 +110,16 @@ def test_says_what_it_costs() -> None:
     assert found.forwards > 1
 
 
+def test_says_what_it_leaves_out() -> None:
+    made = loaded()
+    norm = torch.nn.utils.parametrizations.weight_norm
+    norm(made.model.get_submodule("model.layers.1.mlp.up_proj"))
+    made.model.requires_grad_(False)
+    found = Sensitivity(made, WINDOWS, [Scheme.of()])
+    assert found.left_out == ["model.layers.1.mlp.up_proj"]
+    assert len(found.rows) == 13
+
+
 def test_refuses_what_it_cannot_score() -> None:
     with pytest.raises(OptionError, match="scale-search@16"):
         Sensitivity(loaded(), WINDOWS, [Scheme.of(quantizer="scale-search@16")])
