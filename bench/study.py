@@ -81,7 +81,7 @@ def roles(results: Results) -> str:
         there = [s for s in SETTINGS if s in source and results.role(source[s], "q", "only")]
         if not there:
             continue
-        found = [(*_role(results, [source[s] for s in there], role),) for role in (*ROLES, "all")]
+        found = [_role(results, [source[s] for s in there], role) for role in (*ROLES, "all")]
         head = [text for s in there for text in (f"{name(s)} dNLL", "KL", "left out", "per GB")]
         parts.append(f"{tokens}:\n\n{table(['role', *head], found)}")
     return "\n\n".join(parts)

@@ -104,6 +104,8 @@ def test_scores_and_sums_beside_what_was_measured(tiny_folder: Path, tmp_path: P
     text = ["--tokens", "64", "--seq-len", "16"]
     folder, out = str(tiny_folder), str(tmp_path)
     ablate = ["ablate", folder, *text, "--out", out]
+    assert run(*ablate, "--select", "q").exit_code == 0
+    assert "no set to compare" in run("additivity", folder, out).stdout
     assert run(*ablate, "--plan", "grid").exit_code == 0
     assert run(*ablate, "--plan", "roles", "--direction", "both").exit_code == 0
     pictures = {name: tmp_path / f"{name}.png" for name in ("scores", "cells", "outliers", "sums")}

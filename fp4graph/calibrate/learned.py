@@ -3,8 +3,7 @@
 Needs no labels, for the target is what the dense model has after the block, and keeps all scales.
 Values move by Adam's steps on a gradient that passes the rounding as if it were not there, in units
 of the distance of two codes (as SignRound does, 2309.05516). What begins where GPTQ ended has a
-short way to go: with ten times the step, or by the gradient's sign, SmolLM2's blocks err more on
-text that they have not seen than they did before.
+short way to go. `bench/learned.py` says what it brings on text that has not been seen.
 """
 
 from __future__ import annotations

@@ -63,7 +63,9 @@ def additivity_command(
             console.print(_sets(whole, title))
         if two:
             console.print(_pairs(two, title))
-    if picture is not None and points:
+    if not points:
+        console.print("no set to compare: single linears are measured by `ablate --plan grid`")
+    elif picture is not None:
         draw_points(points, "KL, nats, over the sum of the linears' own", picture, equal=True)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fp4graph import Selector
+from fp4graph.study.ablate import PROTOCOL
 from fp4graph.study.trial import Row
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Measured:
 
 
 def measured(store: Store, revision: str, tags: Sequence[LinearTag]) -> list[Measured]:
-    """Return what was measured of a model, setting by setting.
+    """Return what was measured of a model, setting by setting, by today's protocol.
 
     Args:
         store: the results.
@@ -51,8 +52,10 @@ def measured(store: Store, revision: str, tags: Sequence[LinearTag]) -> list[Mea
     found: dict[str, Measured] = {}
     everything = frozenset(tag.fqn for tag in tags if tag.is_block_linear)
     for identity, result in store.all():
+        if identity.get("protocol") != PROTOCOL or identity["model"] != revision:
+            continue
         row = Row(**result)
-        if identity["model"] != revision or row.format is None:
+        if row.format is None:
             continue
         setting = {key: identity[key] for key in sorted(identity.keys() - _OF_A_TRIAL)}
         key = json.dumps(setting)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fp4graph.study.ablate import PROTOCOL
 from fp4graph.study.additivity import pairs, sets
 from fp4graph.study.correlation import correlate
 from fp4graph.study.measured import Measured, measured, setting_of
@@ -39,7 +40,8 @@ def kept(folder: Path, *rows: Row, **identity: object) -> Store:
     store = Store(folder / "trials.sqlite")
     for each in rows:
         trial = {name: getattr(each, name) for name in ("selector", "format", "direction")}
-        store.put({"model": "m", "text": "t", **trial, **identity}, asdict(each))
+        found = {"protocol": PROTOCOL, "model": "m", "text": "t", **trial, **identity}
+        store.put(found, asdict(each))
     return store
 
 
@@ -67,6 +69,7 @@ def test_nothing_is_mixed(tmp_path: Path) -> None:
     kept(tmp_path, row("q", 2.0), text="other")
     kept(tmp_path, row("q", 3.0), torch="another")
     kept(tmp_path, row("q", 4.0), model="another")
+    store.put({"protocol": PROTOCOL - 1, "model": "m", "text": "t"}, {"dnll": 5.0})
     found = [next(iter(each.trials.values())).kl for each in measured(store, "m", TAGS)]
     assert found == [1.0, 2.0, 3.0]
 
