@@ -113,6 +113,7 @@ def sensitivity_command(
 
 def _draw(rows: list[SensitivityRow], settings: list[Measured], path: Path) -> None:
     """Draw every score over the measured damage, or, without any, one score by role and block."""
+    settings = [each for each in settings if len(each.singles) > 1]  # of one text, as a rule
     if not settings:
         cells: dict[str, dict[tuple[str, int], float]] = defaultdict(dict)
         for row in rows:
@@ -121,7 +122,7 @@ def _draw(rows: list[SensitivityRow], settings: list[Measured], path: Path) -> N
         draw_cells(cells, "KL, estimated, nats", path)
         return
     points = {
-        f"{name}, {_title(setting)}": [
+        f"{name}, {_title(setting)}, text {setting.text}": [
             (asdict(row)[name], setting.singles[row.path].kl, row.role)
             for row in rows
             if _title(row) == _title(setting) and row.path in setting.singles
@@ -130,7 +131,8 @@ def _draw(rows: list[SensitivityRow], settings: list[Measured], path: Path) -> N
         for name in PREDICTORS
     }
     drawn = {name: each for name, each in points.items() if each}
-    draw_points(drawn, "KL, nats", path, columns=len(PREDICTORS))
+    if drawn:
+        draw_points(drawn, "KL, nats", path, columns=len(PREDICTORS))
 
 
 def _title(what: SensitivityRow | Measured) -> str:
