@@ -108,6 +108,7 @@ def test_scores_and_sums_beside_what_was_measured(tiny_folder: Path, tmp_path: P
     assert "no set to compare" in run("additivity", folder, out).stdout
     assert run(*ablate, "--plan", "grid").exit_code == 0
     assert run(*ablate, "--plan", "roles", "--direction", "both").exit_code == 0
+    assert run(*ablate, "--plan", "roles", "--tokens", "80").exit_code == 0, "another text"
     pictures = {name: tmp_path / f"{name}.png" for name in ("scores", "cells", "outliers", "sums")}
     sensitivity = ["sensitivity", folder, *text, "--samples", "2", "--json", "--picture"]
     assert len(rows(run(*sensitivity, str(pictures["cells"])))) == 14
