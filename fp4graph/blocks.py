@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fp4graph.calibrate import Hessian, rotate
+from fp4graph.calibrate import Hessian
 from fp4graph.errors import CalibrationError
 from fp4graph.fingerprint import fingerprint
+from fp4graph.kernels import ROTATE, cpu
 from fp4graph.passes.base import run_passes
 from fp4graph.passes.cuts import Cut, cuts, segment
 from fp4graph.passes.match import match_linear
@@ -23,7 +24,7 @@ from fp4graph.passes.site import LinearSite, site_of
 from fp4graph.trace import TracedModel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch.fx import Node
 
@@ -58,6 +59,8 @@ class Blocks:
         dense: bool = False,
     ) -> None:
         self._rotation = rotation
+        if rotation:
+            cpu.native()  # whose rotation is many times faster
         traced = TracedModel(model)
         self._args = _record(traced, batches)
         if len(traced.graphs) != 1:
@@ -80,7 +83,9 @@ class Blocks:
                 number = max(i for i, cut in enumerate(found) if cut.index <= index)
                 self._linears[number][node] = site
         first = segment(self._gm, Cut(0, ()), found[0])
-        self._live = [first(*args) for args in self._args]
+        self._live: list[Args] = []
+        for args in self._args:
+            self._live.append(_shared(first(*args), self._live))
         self._dense_live = list(self._live) if dense else []
 
     def __len__(self) -> int:
@@ -120,9 +125,9 @@ class Blocks:
         changed = self._in_place_of_weights(number, rounded)
         run = segment(self._gm, self._starts[number], end)
         for batch, (args, live) in enumerate(zip(self._args, self._live, strict=True)):
-            self._live[batch] = run(*_replaced(args, changed), *live)
+            self._live[batch] = _shared(run(*_replaced(args, changed), *live), self._live[:batch])
         for batch, (args, live) in enumerate(zip(self._args, self._dense_live, strict=False)):
-            self._dense_live[batch] = run(*args, *live)
+            self._dense_live[batch] = _shared(run(*args, *live), self._live)
 
     def error(self, number: int) -> Callable[[Mapping[str, Tensor], int], Tensor]:
         """Return what a block's output errs by, as a function of its weights.
@@ -171,7 +176,7 @@ class Blocks:
 
     def turned(self, x: Tensor) -> Tensor:
         """Rotate the last dimension, if that is to be."""
-        return rotate(x.to(torch.float32), self._rotation) if self._rotation else x
+        return ROTATE(x.to(torch.float32), self._rotation) if self._rotation else x
 
     def weight(self, site: LinearSite) -> Tensor:
         """Return a linear's dense weight, [N, K]."""
@@ -186,9 +191,9 @@ class Blocks:
 
     def digest(self) -> str:
         """Return a hash of the weights and of the batches."""
-        tensors = (each for args in self._args for each in args if isinstance(each, Tensor))
-        hashes = {id(each): fingerprint(each) for each in tensors if each.numel()}
-        return repr(list(hashes.values()))
+        every = (each for args in self._args for each in args if isinstance(each, Tensor))
+        tensors = {id(each): each for each in every if each.numel()}
+        return repr([fingerprint(each) for each in tensors.values()])
 
     def _end(self, number: int) -> Cut | None:
         return self._starts[number + 1] if number + 1 < len(self._starts) else None
@@ -241,6 +246,15 @@ def _check(site: LinearSite, rotation: int) -> None:
 
 def _replaced(args: Args, changed: Mapping[int, Tensor]) -> Args:
     return tuple(changed.get(index, each) for index, each in enumerate(args))
+
+
+def _shared(values: Args, before: Sequence[Args]) -> Args:
+    """Return values, those that the first batch has too, such as positions and masks, as its."""
+    firsts = before[0] if before else values
+    return tuple(
+        first if isinstance(first, Tensor) and torch.equal(first, each) else each
+        for first, each in zip(firsts, values, strict=True)
+    )
 
 
 def _floats(values: Any) -> list[Tensor]:

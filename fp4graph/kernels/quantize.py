@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp4graph.calibrate import GRIDS, Quantizer, rotate
+from fp4graph.calibrate import GRIDS, Quantizer
 from fp4graph.errors import OptionError, WeightError
 from fp4graph.formats import BlockFormat, get_format
 from fp4graph.kernels.cpu import library, ops
+from fp4graph.kernels.reference import ROTATE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,7 @@ def quantize(
         if weight.ndim == 2 and weight.shape[1] % found.rotation:
             problem = f"K={weight.shape[1]} is no multiple of the rotation's {found.rotation}"
             raise WeightError(problem)
-        weight = rotate(weight.detach().to(torch.float32), found.rotation)
+        weight = ROTATE(weight.detach().to(torch.float32), found.rotation)
     if found.grid != "rtn":
         return GRIDS[found.grid](weight, block_format, None)
     served = is_plain(weight) and weight.device.type == "cpu" and weight.dtype in _NATIVE

@@ -72,18 +72,23 @@ def _prepack(packed: PackedWeight, _: Problem) -> tuple[Tensor, ...]:
     return packed.qdata, scale, packed.per_tensor_scale
 
 
-def _fake_quantize(x: Tensor, format: str) -> Tensor:
-    return get_format(format).fake_quantize(x)
+def _fake_quantize(x: Tensor, format: str, rotation: int = 0) -> Tensor:
+    return get_format(format).fake_quantize(rotate(x, rotation) if rotation else x)
 
 
-_LIBRARY.define("fake_quantize(Tensor x, str format) -> Tensor")
+_LIBRARY.define("fake_quantize(Tensor x, str format, int rotation=0) -> Tensor")
 _LIBRARY.impl("fake_quantize", _fake_quantize, "CompositeExplicitAutograd")
 torch.library.register_fake(
-    "fp4graph::fake_quantize", lambda x, format: x.new_empty(x.shape), lib=_LIBRARY
+    "fp4graph::fake_quantize",
+    lambda x, format, rotation=0: x.new_empty(x.shape),
+    lib=_LIBRARY,
 )
 
 FAKE_QUANTIZE: Op = torch.ops.fp4graph.fake_quantize.default
-"""`fake_quantize(x, format name) -> y`: the activation half of W4A4; see `BlockFormat`."""
+"""`fake_quantize(x, format name, rotation=0) -> y`: the activation half of W4A4.
+
+See `BlockFormat`; `x` is rotated before, if `rotation` is a block and not 0.
+"""
 
 _LIBRARY.define("rotate(Tensor x, int block) -> Tensor")
 _LIBRARY.impl("rotate", rotate, "CompositeExplicitAutograd")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from fp4graph.passes.pack_cache import PackEntry
 
-    _Input = tuple[Node, int, torch.dtype, str, int]
+    _Input = tuple[Node, int, torch.dtype, tuple[str, int], int]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class RewriteLinears:
         y = torch._C._nn.linear(x, weight, bias)          # with its packed weight
     Result:
         y = fp4graph.cpu_nvfp4(x, tiles, row_scale, bias)          # or another kernel's op
-        # with activations="same" x is fp4graph.fake_quantize(x, "nvfp4"), one node a distinct x;
+        # with activations="same" x is fp4graph.fake_quantize(x, "nvfp4", rotation), one node a
+        # distinct x;
         # under autocast x and bias are first cast to the dtype that the linear would have used;
         # experts that share x by rows are fp4graph.grouped_cpu_nvfp4(x, [tiles, row_scale], offs)
 
@@ -84,9 +85,10 @@ def _replace(
             ops = site.kernel.int8_ops
         elif site.scheme.activations is not None:
             # an input that is written to in between is not the same input
-            key = (form.x, form.x_dim, site.dtype, site.scheme.activations.name, writes)
+            how = (site.scheme.activations.name, site.scheme.rotation)
+            key = (form.x, form.x_dim, site.dtype, how, writes)
             if key not in quantized:
-                quantized[key] = graph.call_function(FAKE_QUANTIZE, (x, key[3]))
+                quantized[key] = graph.call_function(FAKE_QUANTIZE, (x, *how))
                 quantized[key].meta = dict(x.meta)
             x = quantized[key]
         op = ops[site.scheme.format.base]

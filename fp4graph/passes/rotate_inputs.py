@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fp4graph.formats import BlockFormat
 from fp4graph.kernels import ROTATE
 from fp4graph.passes.emit import move
 from fp4graph.passes.match import match_linear
@@ -28,7 +29,8 @@ class RotateInputs:
         h = fp4graph.rotate(x, 32)
         q = linear(h, wq, None);  k = linear(h, wk, None)      # to be rewritten
 
-    One node a distinct input; an input that is written to in between is not the same input.
+    One node a distinct input; an input that is written to in between is not the same input. Where
+    inputs are rounded to FP4 (W4A4) nothing is added: the op that rounds them rotates them too.
     """
 
     name: ClassVar[str] = "rotate_inputs"
@@ -42,6 +44,8 @@ class RotateInputs:
                 writes += writes_in_place(node)
                 site = site_of(node)
                 if site is None or site.scheme is None or not site.scheme.rotation:
+                    continue
+                if isinstance(site.scheme.activations, BlockFormat):
                     continue
                 form = match_linear(node)
                 assert form is not None

@@ -54,12 +54,14 @@ def test_equals_rotated_weights_on_rotated_inputs(quantizer: str) -> None:
 
 
 def test_one_node_a_distinct_input() -> None:
-    policy = Policy.of("all", Scheme.of("mxfp4", "rtn@32", "same", "reference"))
-    recorder = Recorder(TagLinears(), *plan_passes(policy, "raise"), *rewrite_passes())
-    with torch.no_grad():
-        torch.compile(tiny("llama"), backend=recorder)(tokens(), use_cache=False)
-    assert recorder.after["rotate.default"] == 2 * 4, "q k v, o, gate and up, down"
-    assert recorder.after["fake_quantize.default"] == 2 * 4
+    for activations, rotates, rounds in ((None, 2 * 4, 0), ("same", 0, 2 * 4)):
+        policy = Policy.of("all", Scheme.of("mxfp4", "rtn@32", activations, "reference"))
+        recorder = Recorder(TagLinears(), *plan_passes(policy, "raise"), *rewrite_passes())
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(tiny("llama"), backend=recorder)(tokens(), use_cache=False)
+        assert recorder.after["rotate.default"] == rotates, "q k v, o, gate and up, down"
+        assert recorder.after["fake_quantize.default"] == rounds, "it rotates too"
 
 
 def test_what_does_not_fit() -> None:

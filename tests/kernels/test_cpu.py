@@ -17,8 +17,9 @@ from torch.nn.functional import linear
 
 import fp4graph
 from fp4graph import OptionError
+from fp4graph.calibrate import ROTATIONS, rotate
 from fp4graph.formats import FORMATS
-from fp4graph.kernels import FAKE_QUANTIZE, quantize
+from fp4graph.kernels import FAKE_QUANTIZE, ROTATE, quantize
 from fp4graph.kernels.cpu import CPU, Native, load, pack_tiles, unpack_tiles
 
 if TYPE_CHECKING:
@@ -138,6 +139,22 @@ def test_rounding_is_the_references_bit_for_bit(
         assert torch.equal(FAKE_QUANTIZE(x, name).nan_to_num(7), fmt.fake_quantize(x).nan_to_num(7))
     with pytest.raises(fp4graph.WeightError, match="2 of 22311 values are NaN or Inf"):
         quantize(w, fmt)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("block", ROTATIONS)
+def test_rotating_is_the_references_bit_for_bit(isa: str, block: int, dtype: torch.dtype) -> None:
+    x = weight(67, 3 * block).to(dtype)
+    x[5, 7] = torch.nan
+    for each in (x, x[:1], x[:0], x.reshape(3, block, 67).movedim(1, 2)):
+        assert torch.equal(ROTATE(each, block).nan_to_num(7), rotate(each, block).nan_to_num(7))
+        for name in NAMES:
+            expected = fp4graph.get_format(name).fake_quantize(rotate(each, block))
+            assert torch.equal(
+                FAKE_QUANTIZE(each, name, block).nan_to_num(7), expected.nan_to_num(7)
+            )
+    with pytest.raises(RuntimeError, match="no rotation of 48"):
+        ROTATE(x, 48)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -129,24 +129,27 @@ void check_linear(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M,
   expect(ran && close && whole && same, what);
 }
 
-void check_rounding(const Fp4Isa& isa, int format, int rule, int dtype, int64_t M, int64_t K) {
+void check_rounding(const Fp4Isa& isa, int format, int rule, int dtype, int64_t M, int64_t K,
+                    int rotation) {
   const int64_t group = format == FP4_NVFP4 ? 16 : 32, groups = (K + group - 1) / group;
-  Buffer x(M * K * dtype_bytes(dtype)), y[2] = {x, x};
+  Buffer x(M * K * dtype_bytes(dtype)), y[2] = {x, x}, turned[2] = {x, x};
   Buffer qdata[2] = {Buffer(M * groups * group / 2, 1), Buffer(M * groups * group / 2, 2)};
   Buffer scale[2] = {Buffer(M * groups, 1), Buffer(M * groups, 2)};
   for (int64_t i = 0; i < M * K; i++) put(x.data(), i, dtype, normal() * std::exp2f(random_bits() % 9));
-  const Fp4Matrix in{x.data(), M, K, format, rule, dtype};
+  const Fp4Matrix in{x.data(), M, K, format, rule, dtype, rotation};
   float tensor[2];
   const Fp4Isa* both[2] = {&isa, &fp4_portable};
   bool whole = true;
   for (int i = 0; i < 2; i++) {
     both[i]->quantize(in, qdata[i].data(), scale[i].data(), &tensor[i]);
     both[i]->fake_quantize(in, y[i].data());
-    whole &= qdata[i].whole() && scale[i].whole() && y[i].whole() && x.whole();
+    both[i]->rotate(in, turned[i].data());
+    whole &= qdata[i].whole() && scale[i].whole() && y[i].whole() && turned[i].whole() && x.whole();
   }
   const bool same = memcmp(qdata[0].data(), qdata[1].data(), M * groups * group / 2) == 0 &&
                     memcmp(scale[0].data(), scale[1].data(), M * groups) == 0 &&
                     memcmp(y[0].data(), y[1].data(), M * K * dtype_bytes(dtype)) == 0 &&
+                    memcmp(turned[0].data(), turned[1].data(), M * K * dtype_bytes(dtype)) == 0 &&
                     tensor[0] == tensor[1];
   expect(same && whole, std::string(isa.name) + " rounding");
 }
@@ -167,7 +170,12 @@ int main() {
         }
         check_linear(fp4_chosen(), format, dtype, FP4_EXACT, 3, 16, 0);
         for (int rule = 0; rule < (format == FP4_MXFP4 ? 4 : 1); rule++) {
-          check_rounding(fp4_chosen(), format, rule, dtype, 1 + random_bits() % 40, 1 + random_bits() % 300);
+          const int64_t M = 1 + random_bits() % 40;
+          check_rounding(fp4_chosen(), format, rule, dtype, M, 1 + random_bits() % 300, 0);
+          for (int rotation : {16, 32, 64, 128}) {
+            const int64_t K = rotation * (1 + random_bits() % 3);
+            check_rounding(fp4_chosen(), format, rule, dtype, M, K, rotation);
+          }
         }
       }
     }

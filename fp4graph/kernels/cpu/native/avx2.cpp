@@ -136,6 +136,6 @@ struct Avx2 {
 
 }  // namespace
 
-const Fp4Isa fp4_avx2 = {"avx2", linear<Avx2>, quantize<Avx2>, fake_quantize<Avx2>,
+const Fp4Isa fp4_avx2 = {"avx2", linear<Avx2>, quantize<Avx2>, fake_quantize<Avx2>, rotate<Avx2>,
                          fma_roof<Avx2>, read_roof<Avx2>};
 #endif

@@ -4,8 +4,7 @@
 #include <atomic>
 #include <vector>
 
-#include "parallel.h"
-#include "rows.h"
+#include "rotate.h"
 
 namespace {
 
@@ -77,12 +76,6 @@ FP4_INLINE float per_tensor_scale_of(uint32_t amax) {
   return scale > 0x1p-110f ? scale : 0x1p-110f;
 }
 
-constexpr int64_t kTaskBytes = 64 << 10;
-
-FP4_INLINE int64_t tasks_for(const Fp4Matrix& in) {
-  return max64(1, min64(fp4_threads(), in.M * in.K * dtype_bytes(in.dtype) / kTaskBytes));
-}
-
 // All groups of a matrix, row by row, padded with zeros; `use(row, group, values)`.
 template <class V, class Format, class Use>
 FP4_INLINE void for_groups(const Fp4Matrix& in, Use use) {
@@ -90,7 +83,7 @@ FP4_INLINE void for_groups(const Fp4Matrix& in, Use use) {
   parallel_ranges(in.M, tasks_for(in), [&](int64_t m0, int64_t m1) {
     std::vector<float> row(groups * Format::kGroup);
     for (int64_t m = m0; m < m1; m++) {
-      to_floats<V>(at(in.x, m * in.K * dtype_bytes(in.dtype)), in.dtype, in.K, row.data());
+      rotated_row<V>(in, m, row.data());
       for (int64_t g = 0; g < groups; g++) use(m, g, row.data() + g * Format::kGroup);
     }
   });
@@ -105,7 +98,7 @@ FP4_INLINE uint32_t finite_amax(const Fp4Matrix& in) {
     std::vector<float> row(groups * Format::kGroup);
     uint32_t here = 0;
     for (int64_t m = m0; m < m1; m++) {
-      to_floats<V>(at(in.x, m * in.K * dtype_bytes(in.dtype)), in.dtype, in.K, row.data());
+      rotated_row<V>(in, m, row.data());
       for (int64_t g = 0; g < groups; g++) {
         const uint32_t group = amax_bits(row.data() + g * Format::kGroup, Format::kGroup);
         if (group < 0x7F800000 && group > here) here = group;

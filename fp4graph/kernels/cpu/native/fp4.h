@@ -23,11 +23,12 @@ struct Fp4Linear {
   int format, dtype, mode;
 };
 
-// A matrix that is rounded to nearest in groups along K.
+// A matrix that is rounded to nearest in groups along K, rotated before in blocks of `rotation`
+// columns (rotate.h) unless that is 0.
 struct Fp4Matrix {
   const void* x;  // [M, K] contiguous, in `dtype`
   int64_t M, K;
-  int format, rule, dtype;
+  int format, rule, dtype, rotation;
 };
 
 // What each instruction set's file exports.
@@ -40,6 +41,8 @@ struct Fp4Isa {
   int64_t (*quantize)(const Fp4Matrix&, uint8_t* qdata, uint8_t* scale, float* per_tensor_scale);
   // Quantise and dequantise -> y [M, K] of the same dtype.
   void (*fake_quantize)(const Fp4Matrix&, void* y);
+  // Rotate alone -> y [M, K] of the same dtype.
+  void (*rotate)(const Fp4Matrix&, void* y);
   // The roof of the multiplications: does `iterations` rounds of independent FMAs on each thread
   // and returns how many floating-point operations those were.
   double (*fma)(int64_t iterations);

@@ -122,6 +122,6 @@ struct Neon {
 
 }  // namespace
 
-const Fp4Isa fp4_neon = {"neon", linear<Neon>, quantize<Neon>, fake_quantize<Neon>,
+const Fp4Isa fp4_neon = {"neon", linear<Neon>, quantize<Neon>, fake_quantize<Neon>, rotate<Neon>,
                          fma_roof<Neon>, read_roof<Neon>};
 #endif

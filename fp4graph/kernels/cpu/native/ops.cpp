@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "rotate.h"
 #include "tiles.h"
 
 using torch::headeronly::ScalarType;
@@ -125,10 +126,13 @@ std::tuple<Tensor, Tensor> unpack_tiles(const Tensor& tiles, int64_t N, int64_t 
   return {qdata, scale};
 }
 
-Fp4Matrix matrix_of(const Tensor& x, int64_t format, int64_t rule) {
+Fp4Matrix matrix_of(const Tensor& x, int64_t format, int64_t rule, int64_t rotation = 0) {
   const int64_t K = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(rotation == 0 || ((rotation == 16 || rotation == 32 || rotation == 64 ||
+                                     rotation == 128) && K % rotation == 0),
+                  "no rotation of ", rotation, " for K = ", K);
   return {x.const_data_ptr(), K == 0 ? 0 : x.numel() / K, K, static_cast<int>(format),
-          static_cast<int>(rule), dtype_of(x)};
+          static_cast<int>(rule), dtype_of(x), static_cast<int>(rotation)};
 }
 
 // -> qdata, scale, per_tensor_scale, and [1] how many groups hold NaN or Inf.
@@ -148,7 +152,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_op(const Tensor& w_in, int64
   return {qdata, scale, per_tensor_scale, broken};
 }
 
-Tensor fake_quantize_op(const Tensor& x_in, std::string format) {
+Tensor rotate_op(const Tensor& x_in, int64_t block) {
+  const Tensor x = plain(x_in);
+  Tensor y = torch::stable::new_empty(x, shape_of(x));
+  const Fp4Matrix in = matrix_of(x, FP4_NVFP4, FP4_FLOOR, block);
+  if (in.dtype == FP4_FLOAT64) {
+    auto* out = static_cast<double*>(y.mutable_data_ptr());
+    memcpy(out, in.x, x.numel() * sizeof(double));
+    rotate_row(out, x.numel(), block);
+  } else {
+    fp4_chosen().rotate(in, y.mutable_data_ptr());
+  }
+  return y;
+}
+
+Tensor fake_quantize_op(const Tensor& x_in, std::string format, int64_t rotation) {
   const bool nvfp4 = format == "nvfp4";
   int rule = FP4_FLOOR;
   if (format == "mxfp4:ceil") rule = FP4_CEIL;
@@ -156,13 +174,14 @@ Tensor fake_quantize_op(const Tensor& x_in, std::string format) {
   if (format == "mxfp4:even") rule = FP4_EVEN;
   STD_TORCH_CHECK(nvfp4 || format == "mxfp4" || rule != FP4_FLOOR, "unknown format ", format);
   if (dtype_of(x_in) == FP4_FLOAT64) {
-    const Tensor y = fake_quantize_op(torch::stable::to(x_in, ScalarType::Float), format);
+    const Tensor x = rotation ? rotate_op(x_in, rotation) : x_in;
+    const Tensor y = fake_quantize_op(torch::stable::to(x, ScalarType::Float), format, 0);
     return torch::stable::to(y, ScalarType::Double);
   }
   const Tensor x = plain(x_in);
   Tensor y = torch::stable::new_empty(x, shape_of(x));
   if (x.numel() > 0) {
-    fp4_chosen().fake_quantize(matrix_of(x, nvfp4 ? FP4_NVFP4 : FP4_MXFP4, rule),
+    fp4_chosen().fake_quantize(matrix_of(x, nvfp4 ? FP4_NVFP4 : FP4_MXFP4, rule, rotation),
                                y.mutable_data_ptr());
   }
   return y;
@@ -193,6 +212,7 @@ STABLE_TORCH_LIBRARY_IMPL(fp4graph, CPU, m) {
   m.impl("cpu_unpack_tiles", TORCH_BOX(&unpack_tiles));
   m.impl("cpu_quantize", TORCH_BOX(&quantize_op));
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize_op));
+  m.impl("rotate", TORCH_BOX(&rotate_op));
   m.impl("cpu_read", TORCH_BOX(&read_op));
   m.impl("cpu_fma", TORCH_BOX(&fma_op));
 }

@@ -100,4 +100,4 @@ struct Portable {
 }  // namespace
 
 const Fp4Isa fp4_portable = {"portable", linear<Portable>, quantize<Portable>,
-                             fake_quantize<Portable>, fma_roof<Portable>, read_roof<Portable>};
+                             fake_quantize<Portable>, rotate<Portable>, fma_roof<Portable>, read_roof<Portable>};
