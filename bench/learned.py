@@ -34,18 +34,18 @@ def main() -> None:
     windows = cut(text, loaded.tokenizer, tokens, LENGTH).ids.split(1)
     policy = Policy.of("all", Scheme.of(format))
     train, test = (
-        Blocks(loaded.model, part, policy, 0, dense=True)
+        Blocks(loaded.model, part, policy, dense=True)
         for part in (windows[:TRAIN], windows[TRAIN:])
     )
     for number in range(options.block):
         train.advance(number, {})
         test.advance(number, {})
     seen = train.see(options.block)
-    weights = {site.tag.fqn: train.weight(site) for site, _ in seen}
+    weights = {each.site.tag.fqn: train.weight(each.site) for each in seen}
     searched = {fqn: scale_search(weight, format) for fqn, weight in weights.items()}
     solved = {
-        site.tag.fqn: gptq(weights[site.tag.fqn], hessian.mean, searched[site.tag.fqn])
-        for site, hessian in seen
+        fqn: gptq(weights[fqn], each.hessian.mean, searched[fqn])
+        for fqn, each in zip(weights, seen, strict=True)
     }
     codes = {
         "rtn": {fqn: quantize(weight, format) for fqn, weight in weights.items()},

@@ -6,7 +6,7 @@ it takes anyway.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from fp4graph.calibrate import Hessian
 from fp4graph.errors import CalibrationError
 from fp4graph.fingerprint import fingerprint
-from fp4graph.kernels import ROTATE, cpu
 from fp4graph.passes.base import run_passes
 from fp4graph.passes.cuts import Cut, cuts, segment
 from fp4graph.passes.match import match_linear
 from fp4graph.passes.regions import copy_graph
 from fp4graph.passes.select import SelectLinears
 from fp4graph.passes.site import LinearSite, site_of
+from fp4graph.passes.smooth_inputs import scaled_by_norm
 from fp4graph.trace import TracedModel
 
 if TYPE_CHECKING:
@@ -28,10 +28,23 @@ if TYPE_CHECKING:
 
     from torch.fx import Node
 
-    from fp4graph.formats import PackedWeight
     from fp4graph.policy import Policy
 
     Args = tuple[Any, ...]
+
+
+class Seen(NamedTuple):
+    """A linear and what came into it.
+
+    Attributes:
+        site: the linear.
+        hessian: of its input; linears that share an input share the object.
+        from_norm: whether a norm's weight scales the input last.
+    """
+
+    site: LinearSite
+    hessian: Hessian
+    from_norm: bool
 
 
 class Blocks:
@@ -41,7 +54,6 @@ class Blocks:
         model: the model.
         batches: its inputs, see `fp4graph.calibrate`.
         policy: which linears are selected.
-        rotation: block of the rotation of weight and input; 0 for none.
         dense: whether to keep what the dense model has between two blocks too, for `error`.
 
     Raises:
@@ -54,13 +66,9 @@ class Blocks:
         model: nn.Module,
         batches: Iterable[Tensor | Mapping[str, Any]],
         policy: Policy,
-        rotation: int,
         *,
         dense: bool = False,
     ) -> None:
-        self._rotation = rotation
-        if rotation:
-            cpu.native()  # whose rotation is many times faster
         traced = TracedModel(model)
         self._args = _record(traced, batches)
         if len(traced.graphs) != 1:
@@ -79,7 +87,7 @@ class Blocks:
         for index, node in enumerate(nodes):
             site = site_of(node)
             if site is not None and site.scheme is not None:
-                _check(site, rotation)
+                _check(site)
                 number = max(i for i, cut in enumerate(found) if cut.index <= index)
                 self._linears[number][node] = site
         first = segment(self._gm, Cut(0, ()), found[0])
@@ -97,7 +105,7 @@ class Blocks:
         return len(self._args)
 
     @torch.no_grad()
-    def see(self, number: int) -> list[tuple[LinearSite, Hessian]]:
+    def see(self, number: int) -> list[Seen]:
         """Return a block's selected linears, each with the Hessian of its input."""
         inputs: dict[tuple[Node, int], Hessian] = {}
         linears = []
@@ -107,21 +115,21 @@ class Blocks:
             source = (form.x, form.x_dim)
             if source not in inputs:
                 inputs[source] = Hessian(site.tag.shape[1])
-            linears.append((site, inputs[source]))
+            from_norm = bool(scaled_by_norm(form.x)) and form.x_dim == -1
+            linears.append(Seen(site, inputs[source], from_norm))
         sources = [x for x, _ in inputs]
         seen = segment(self._gm, self._starts[number], self._end(number), sources)
         for args, live in zip(self._args, self._live, strict=True):
             for ((_, dim), hessian), x in zip(inputs.items(), seen(*args, *live), strict=True):
-                hessian.add(self.turned(x.movedim(dim, -1)))
+                hessian.add(x.movedim(dim, -1))
         return linears
 
     @torch.no_grad()
-    def advance(self, number: int, packed: Mapping[str, PackedWeight]) -> None:
+    def advance(self, number: int, rounded: Mapping[str, Tensor]) -> None:
         """Run a block with rounded weights, up to the next."""
         end = self._end(number)
         if end is None:
             return
-        rounded = {fqn: each.dequantize() for fqn, each in packed.items()}
         changed = self._in_place_of_weights(number, rounded)
         run = segment(self._gm, self._starts[number], end)
         for batch, (args, live) in enumerate(zip(self._args, self._live, strict=True)):
@@ -132,9 +140,9 @@ class Blocks:
     def error(self, number: int) -> Callable[[Mapping[str, Tensor], int], Tensor]:
         """Return what a block's output errs by, as a function of its weights.
 
-        It takes weights as `weight` gives them turned, by path, and the number of a batch, and
-        returns the squared error of what the block gives for what comes into it, over the square,
-        by what the dense model has there. Gradients pass.
+        It takes weights, [N, K] each, by path, and the number of a batch, and returns the squared
+        error of what the block gives for what comes into it, over the square, by what the dense
+        model has there. Gradients pass.
         """
         end = self._end(number)
         outputs = None if end is not None else self._after_last()
@@ -162,8 +170,10 @@ class Blocks:
         for site in self._linears[number].values():
             if site.tag.fqn in weights:
                 assert site.weight is not None
-                w_NK = self.turned(weights[site.tag.fqn])  # and so turned back
-                w_NK = w_NK.to(self._args[0][site.weight].dtype)
+                w_NK = weights[site.tag.fqn].to(self._args[0][site.weight].dtype)
+                if site.rows is not None:
+                    rows = torch.tensor(site.rows, device=w_NK.device)
+                    w_NK = self.weight(site).index_copy(0, rows, w_NK[rows])
                 changed[site.weight] = w_NK.T if site.transposed else w_NK
         return changed
 
@@ -173,10 +183,6 @@ class Blocks:
         heads = [n for n in nodes if (site := site_of(n)) and site.tag.block is None]
         forms = [form for node in heads if (form := match_linear(node))]
         return list(dict.fromkeys(form.x for form in forms)) or None
-
-    def turned(self, x: Tensor) -> Tensor:
-        """Rotate the last dimension, if that is to be."""
-        return ROTATE(x.to(torch.float32), self._rotation) if self._rotation else x
 
     def weight(self, site: LinearSite) -> Tensor:
         """Return a linear's dense weight, [N, K]."""
@@ -227,7 +233,7 @@ def _record(traced: TracedModel, batches: Iterable[Tensor | Mapping[str, Any]]) 
     return found
 
 
-def _check(site: LinearSite, rotation: int) -> None:
+def _check(site: LinearSite) -> None:
     """Check that a linear can be calibrated.
 
     Raises:
@@ -236,10 +242,6 @@ def _check(site: LinearSite, rotation: int) -> None:
     reason = site.unsupported
     if len(site.tag.shape) != 2:
         reason = "experts are not calibrated yet"
-    elif site.rows is not None:
-        reason = f"it is fused: select all of {','.join(site.tag.parts)}"
-    elif rotation and site.tag.shape[1] % rotation:
-        reason = f"K={site.tag.shape[1]} is no multiple of the rotation's {rotation}"
     if reason is not None:
         raise CalibrationError(f"{site.tag.fqn}: {reason}")
 

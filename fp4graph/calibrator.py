@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +15,18 @@ from fp4graph.calibrate import (
     NEED_DATA,
     Calibration,
     Quantizer,
+    Transform,
     gptq,
     learn,
     output_error,
+    smoothing,
 )
-from fp4graph.errors import OptionError, WeightError
+from fp4graph.errors import CalibrationError, OptionError, WeightError
 from fp4graph.formats import get_format
 from fp4graph.policy import Policy, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor, nn
 
@@ -56,7 +59,9 @@ def calibrate(
             output; `gptq`; on better scales `gptq:scale-search` and the like; with weight and input
             rotated `gptq@32`, `gptq:scale-search@16`; `mr-gptq`, what 2509.23202 prescribes for
             the format; `learned`, `learned:scale-search` and the like, which begin where gptq ends
-            and go by the gradient of each block's output error.
+            and go by the gradient of each block's output error. `+smooth` or `+smooth0.5` behind
+            any quantiser but those that rotate is SmoothQuant with alpha 0.6 or as said: inputs
+            that come from a norm are divided, channel by channel, in the norm.
         damping: see `fp4graph.calibrate.gptq`.
         propagate: whether a block sees what the rounded blocks before it give, as it will when the
             model runs, or what the dense ones give.
@@ -81,66 +86,110 @@ def calibrate(
     if not how.needs_data:
         raise OptionError(f"quantizer {quantizer!r} needs no data: expected {', '.join(NEED_DATA)}")
     policy = Policy.of(select, Scheme.of(block_format))
-    blocks = Blocks(model, batches, policy, how.rotation, dense=how.solver == "learned")
+    blocks = Blocks(model, batches, policy, dense=how.solver == "learned")
     facts = {**(about or {}), "select": str(select), "propagate": propagate, "damping": damping}
     key = hashlib.sha256(
         f"{block_format} {quantizer} {facts} {blocks.digest()}".encode()
     ).hexdigest()
     kept = None if out is None else Path(f"{out}.blocks")
     packed: dict[str, PackedWeight] = {}
+    smooth: dict[str, Tensor] = {}
     errors: dict[str, tuple[float, float]] = {}
     for number in range(len(blocks)):
         progress(number, len(blocks))
         file = None if kept is None else kept / f"{number}.safetensors"
         done = _load(file, key)
         if done is None:
-            found, erred = _block(blocks, number, block_format, how, damping)
-            done = Calibration(
-                str(block_format), quantizer, found, {}, {"key": key, "output_error": erred}
-            )
+            done = _block(blocks, number, block_format, quantizer, damping)
+            done.about["key"] = key
             if file is not None:
                 done.save(file)
         packed.update(done.packed)
+        smooth.update(done.smooth)
         errors.update(done.about["output_error"])
-        blocks.advance(number, done.packed if propagate else {})
+        rounded = {fqn: done.dequantize(fqn) for fqn in done.packed if propagate}
+        blocks.advance(number, rounded)
     progress(len(blocks), len(blocks))
     facts["output_error"] = errors
-    result = Calibration(str(block_format), quantizer, packed, blocks.fingerprints(), facts)
+    result = Calibration(str(block_format), quantizer, packed, smooth, blocks.fingerprints(), facts)
     if out is not None:
         result.save(out)
         shutil.rmtree(f"{out}.blocks", ignore_errors=True)
     return result
 
 
+@dataclass(frozen=True)
+class _Linear:
+    """A linear as it is rounded: transformed, with the mean of x x^T of its transformed input."""
+
+    transform: Transform
+    weight: Tensor
+    mean: Tensor
+    nearest: Tensor
+
+
 def _block(
-    blocks: Blocks, number: int, format: BlockFormat, how: Quantizer, damping: float
-) -> tuple[dict[str, PackedWeight], dict[str, tuple[float, float]]]:
+    blocks: Blocks, number: int, format: BlockFormat, quantizer: str, damping: float
+) -> Calibration:
     """Return codes for a block's linears, and output errors: to nearest, and with these codes."""
-    weights: dict[str, Tensor] = {}
-    means: dict[str, Tensor] = {}
-    nearest: dict[str, Tensor] = {}
+    how = Quantizer.parse(quantizer, format)
+    linears = dict(_linears(blocks, number, format, how))
     found: dict[str, PackedWeight] = {}
-    for site, hessian in blocks.see(number):
-        fqn, plain_NK = site.tag.fqn, blocks.weight(site)
-        weights[fqn], means[fqn] = blocks.turned(plain_NK), hessian.mean
-        try:
-            nearest[fqn] = blocks.turned(format.quantize(plain_NK).dequantize())
-            base = GRIDS[how.grid](weights[fqn], format, means[fqn].diagonal())
-        except WeightError as error:
-            raise WeightError(f"{fqn}: {error}") from None
+    for fqn, linear in linears.items():
+        base = GRIDS[how.grid](linear.weight, format, linear.mean.diagonal())
         found[fqn] = base
         if how.solver != "rtn":
-            found[fqn] = gptq(weights[fqn], means[fqn], base, damping=damping, name=fqn)
-    if how.solver == "learned":
-        found = learn(weights, found, blocks.error(number), blocks.batches)
+            found[fqn] = gptq(linear.weight, linear.mean, base, damping=damping, name=fqn)
+    if how.solver == "learned" and found:
+        error = blocks.error(number)
+
+        def of_transformed(weights: Mapping[str, Tensor], batch: int) -> Tensor:
+            undone = {fqn: linears[fqn].transform.undo(each) for fqn, each in weights.items()}
+            return error(undone, batch)
+
+        weights = {fqn: linear.weight for fqn, linear in linears.items()}
+        found = learn(weights, found, of_transformed, blocks.batches)
     errors = {
         fqn: (
-            output_error(weights[fqn], nearest[fqn], means[fqn]),
-            output_error(weights[fqn], found[fqn].dequantize(), means[fqn]),
+            output_error(linear.weight, linear.nearest, linear.mean),
+            output_error(linear.weight, found[fqn].dequantize(), linear.mean),
         )
-        for fqn in found
+        for fqn, linear in linears.items()
     }
-    return found, errors
+    smooth = {
+        fqn: linear.transform.smooth
+        for fqn, linear in linears.items()
+        if linear.transform.smooth is not None
+    }
+    return Calibration(str(format), quantizer, found, smooth, {}, {"output_error": errors})
+
+
+def _linears(
+    blocks: Blocks, number: int, format: BlockFormat, how: Quantizer
+) -> Iterator[tuple[str, _Linear]]:
+    seen = blocks.see(number)
+    for site, hessian, from_norm in seen:
+        fqn, plain_NK, smooth = site.tag.fqn, blocks.weight(site), None
+        if how.rotation and site.tag.shape[1] % how.rotation:
+            problem = f"K={site.tag.shape[1]} is no multiple of the rotation's {how.rotation}"
+            raise CalibrationError(f"{fqn}: {problem}")
+        if (how.rotation or how.strength) and site.rows is not None:
+            problem = f"it is fused: select all of {','.join(site.tag.parts)}"
+            raise CalibrationError(f"{fqn}: {problem}, for its quantizer changes all its input")
+        if how.strength and from_norm:
+            together = [blocks.weight(each.site) for each in seen if each.hessian is hessian]
+            smooth = smoothing(hessian.amax, together, how.strength)
+        transform = Transform(how.rotation, smooth)
+        try:
+            nearest = transform.apply(format.quantize(plain_NK).dequantize())
+        except WeightError as error:
+            raise WeightError(f"{fqn}: {error}") from None
+        yield (
+            fqn,
+            _Linear(
+                transform, transform.apply(plain_NK), transform.of_hessian(hessian.mean), nearest
+            ),
+        )
 
 
 def _load(file: Path | None, key: str) -> Calibration | None:

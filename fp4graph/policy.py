@@ -49,6 +49,11 @@ class Scheme:
         """Block of the rotation of weight and input; 0 for none."""
         return Quantizer.parse(self.quantizer, self.format).rotation
 
+    @property
+    def smooths(self) -> bool:
+        """Whether inputs that come from a norm are divided, channel by channel."""
+        return Quantizer.parse(self.quantizer, self.format).strength > 0
+
     @classmethod
     def of(
         cls,

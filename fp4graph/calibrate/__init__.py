@@ -8,6 +8,8 @@ from fp4graph.calibrate.learned import learn
 from fp4graph.calibrate.quantizer import DATA_FREE, GRIDS, NEED_DATA, Quantizer
 from fp4graph.calibrate.rotation import ROTATIONS, rotate
 from fp4graph.calibrate.scale_search import scale_search
+from fp4graph.calibrate.smoothing import smoothing
+from fp4graph.calibrate.transform import Transform
 
 __all__ = [
     "DAMPING",
@@ -18,10 +20,12 @@ __all__ = [
     "Calibration",
     "Hessian",
     "Quantizer",
+    "Transform",
     "four_over_six",
     "gptq",
     "learn",
     "output_error",
     "rotate",
     "scale_search",
+    "smoothing",
 ]

@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fp4graph.calibrate.quantizer import Quantizer
+from fp4graph.calibrate.transform import Transform
 from fp4graph.errors import CalibrationError
 from fp4graph.fingerprint import fingerprint
 from fp4graph.formats import PackedWeight, get_format
@@ -30,6 +32,7 @@ class Calibration:
         format: name of their format.
         quantizer: how the codes were found.
         packed: the weights.
+        smooth: what the columns of some of them were multiplied by, float32 [K] each.
         fingerprints: hash of each dense weight, as [N, K], that was packed.
         about: further facts for the reader: model, text, samples, versions.
     """
@@ -37,8 +40,18 @@ class Calibration:
     format: str
     quantizer: str
     packed: dict[str, PackedWeight]
+    smooth: dict[str, Tensor]
     fingerprints: dict[str, int]
     about: dict[str, Any]
+
+    def transform(self, fqn: str) -> Transform:
+        """Return what a weight was multiplied by before it was rounded."""
+        how = Quantizer.parse(self.quantizer, get_format(self.format))
+        return Transform(how.rotation, self.smooth.get(fqn))
+
+    def dequantize(self, fqn: str) -> Tensor:
+        """Return the weight that a linear's codes stand for, for inputs as they are; [N, K]."""
+        return self.transform(fqn).undo(self.packed[fqn].dequantize())
 
     def check(self, format: str) -> None:
         """Check that the codes are of a format.
@@ -83,6 +96,7 @@ class Calibration:
         for fqn, each in sorted(self.packed.items()):
             codes = (fingerprint(each.qdata), fingerprint(each.scale.view(torch.uint8)))
             parts.append(f"{fqn} {codes}")
+        parts += [f"{fqn} {fingerprint(each)}" for fqn, each in sorted(self.smooth.items())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     def save(self, path: Path | str) -> None:
@@ -98,6 +112,7 @@ class Calibration:
             tensors[f"{fqn}.scale"] = each.scale.view(torch.uint8).contiguous()
             if each.per_tensor_scale is not None:
                 tensors[f"{fqn}.per_tensor_scale"] = each.per_tensor_scale.clone()
+        tensors |= {f"{fqn}.smooth": each for fqn, each in self.smooth.items()}
         facts = {
             "format": self.format,
             "quantizer": self.quantizer,
@@ -140,6 +155,12 @@ class Calibration:
             )
             for fqn, (rows, columns) in facts["shapes"].items()
         }
+        smooth = {fqn: tensors[f"{fqn}.smooth"] for fqn in packed if f"{fqn}.smooth" in tensors}
         return cls(
-            facts["format"], facts["quantizer"], packed, facts["fingerprints"], facts["about"]
+            facts["format"],
+            facts["quantizer"],
+            packed,
+            smooth,
+            facts["fingerprints"],
+            facts["about"],
         )

@@ -15,17 +15,21 @@ class Hessian:
         in_features: K.
 
     Attributes:
+        amax: largest magnitude of each column, float32 [K].
         tokens: rows seen.
     """
 
     def __init__(self, in_features: int) -> None:
         self._sum_KK = torch.zeros(in_features, in_features)
+        self.amax = torch.zeros(in_features)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
         """Take in inputs, [..., K]."""
         x_MK = x.reshape(-1, x.shape[-1]).to(torch.float32)
         self._sum_KK.addmm_(x_MK.T, x_MK)
+        if len(x_MK):
+            self.amax = torch.maximum(self.amax, x_MK.abs().amax(0))
         self.tokens += len(x_MK)
 
     @property

@@ -1,8 +1,8 @@
-"""What a quantiser's name says: `scale-search`, `rtn@16`, `gptq:scale-search@32`, `mr-gptq`.
+"""What a quantiser's name says: `scale-search`, `rtn@16`, `gptq:scale-search+smooth`, `mr-gptq`.
 
 >>> from fp4graph.formats import MXFP4
 >>> Quantizer.parse("gptq:scale-search@32", MXFP4)
-Quantizer(solver='gptq', grid='scale-search', rotation=32)
+Quantizer(solver='gptq', grid='scale-search', rotation=32, strength=0.0)
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from fp4graph.calibrate.four_over_six import four_over_six
 from fp4graph.calibrate.grid_search import grid_search
 from fp4graph.calibrate.rotation import ROTATIONS
 from fp4graph.calibrate.scale_search import scale_search
+from fp4graph.calibrate.smoothing import STRENGTH
 from fp4graph.errors import OptionError
+from fp4graph.formats import MXFP4_FITTED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +50,10 @@ NEED_DATA = (
     *(solver if grid == "rtn" else f"{solver}:{grid}" for solver in _SOLVERS for grid in GRIDS),
     "mr-gptq",
 )
-_NAME = re.compile(r"(?P<base>[a-z:-]+)(@(?P<rotation>\d+))?")
+_SMOOTH = "+smooth"
+_NAME = re.compile(
+    r"(?P<base>[a-z:-]+)(@(?P<rotation>\d+)|(?P<smooth>\+smooth)(?P<strength>0?\.\d+|1)?)?"
+)
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,13 @@ class Quantizer:
         solver: `rtn`, `gptq`, or `learned`, which begins with what gptq gives.
         grid: what chooses the scales, one of `GRIDS`.
         rotation: block of the Hadamard rotation of weight and input; 0 for none.
+        strength: SmoothQuant's alpha for inputs that come from a norm; 0 for none.
     """
 
     solver: str
     grid: str
     rotation: int
+    strength: float = 0.0
 
     @classmethod
     def parse(cls, name: str, format: BlockFormat) -> Quantizer:
@@ -77,25 +84,34 @@ class Quantizer:
         """
         found = _NAME.fullmatch(name)
         base, rotation = (found["base"], int(found["rotation"] or 0)) if found else (name, 0)
+        strength = float(found["strength"] or STRENGTH) if found and found["smooth"] else 0.0
         if base not in (*DATA_FREE, *NEED_DATA):
             known = ", ".join((*DATA_FREE, *NEED_DATA))
-            raise OptionError(f"unknown quantizer {name!r}; quantizers are {known}")
+            raise OptionError(
+                f"unknown quantizer {name!r}; quantizers are {known}, with "
+                f"{', '.join(f'@{each}' for each in ROTATIONS)} for a rotation or {_SMOOTH} or "
+                f"{_SMOOTH}0.5 for SmoothQuant behind it"
+            )
         if rotation not in (0, *ROTATIONS):
             known = ", ".join(f"{base}@{each}" for each in ROTATIONS)
             raise OptionError(f"unknown quantizer {name!r}: rotations are {known}")
         if base == "mr-gptq":
+            if strength:
+                raise OptionError(f"quantizer {name!r}: mr-gptq rotates, which {_SMOOTH} cannot")
             if rotation == 0:
                 rotation = format.block_size
-            return cls("gptq", "scale-search" if format.has_per_tensor_scale else "rtn", rotation)
+            return cls("gptq", "scale-search" if format.base == "nvfp4" else "rtn", rotation)
         solver, _, grid = base.partition(":")
         if solver not in _SOLVERS:
             solver, grid = "rtn", base
-        if grid in _FOR_NVFP4 and not format.has_per_tensor_scale:
+        if grid in _FOR_NVFP4 and format.base != "nvfp4":
             problem = f"is for nvfp4: {format} has powers of two alone"
             raise OptionError(f"quantizer {name!r} {problem}")
-        return cls(solver, grid or "rtn", rotation)
+        if grid not in ("", "rtn") and format == MXFP4_FITTED:
+            raise OptionError(f"quantizer {name!r} searches scales, and {format} fits them")
+        return cls(solver, grid or "rtn", rotation, strength)
 
     @property
     def needs_data(self) -> bool:
         """Whether its codes come from a calibration."""
-        return self.solver in _SOLVERS or self.grid == _WEIGHTED
+        return self.solver in _SOLVERS or self.grid == _WEIGHTED or self.strength > 0

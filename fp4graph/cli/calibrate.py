@@ -27,7 +27,8 @@ from fp4graph.cli.common import (
     "--quantizer",
     default="gptq:scale-search",
     show_default=True,
-    help=f"{', '.join(NEED_DATA)}; @32 and the like for weight and input rotated.",
+    help=f"{', '.join(NEED_DATA)}; behind it @32 and the like for weight and input rotated, "
+    "or +smooth for SmoothQuant, behind a data-free one too.",
 )
 @click.option(
     "--corpus",

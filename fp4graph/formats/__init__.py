@@ -3,6 +3,7 @@
 from fp4graph.formats.block import (
     FORMATS,
     MXFP4,
+    MXFP4_FITTED,
     NVFP4,
     BlockFormat,
     PackedWeight,
@@ -14,6 +15,7 @@ from fp4graph.formats.block import (
 __all__ = [
     "FORMATS",
     "MXFP4",
+    "MXFP4_FITTED",
     "NVFP4",
     "BlockFormat",
     "PackedWeight",

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from fp4graph.errors import OptionError, WeightError
 from fp4graph.formats.minifloat import E2M1
-from fp4graph.formats.scales import E4M3Scale, E8M0Scale
+from fp4graph.formats.scales import E4M3Scale, E8M0Scale, FittedScale
 
 if TYPE_CHECKING:
     from fp4graph.formats.scales import ScaleCodec
@@ -25,7 +25,7 @@ class BlockFormat:
     """A 4-bit float format: E2M1 values that share a scale in groups along K.
 
     Attributes:
-        base: `nvfp4` or `mxfp4`; fixes the stored bits and how they are read.
+        base: `nvfp4`, `mxfp4` or `mxfp4-fitted`; fixes the stored bits and how they are read.
         block_size: values in a group.
         scale_codec: how the scale of a group is chosen, stored and read.
     """
@@ -37,14 +37,14 @@ class BlockFormat:
     @property
     def name(self) -> str:
         """`mxfp4`, or `mxfp4:even` where the scale rule is not the format's default."""
-        if self == FORMATS[self.base]:
+        if self in (FORMATS.get(self.base), MXFP4_FITTED):
             return self.base
         return f"{self.base}:{self.scale_codec.rule}"
 
     @property
     def has_per_tensor_scale(self) -> bool:
-        """Whether one float32 scale a tensor stands above the block scales."""
-        return isinstance(self.scale_codec, E4M3Scale)
+        """Whether float32 numbers of the whole tensor stand above the block scales."""
+        return self.scale_codec.per_tensor_bytes > 0
 
     def __str__(self) -> str:
         return self.name
@@ -52,7 +52,7 @@ class BlockFormat:
     def packed_bytes(self, out_features: int, in_features: int) -> int:
         """Return the size of a packed weight, padding and scales included."""
         groups = out_features * -(-in_features // self.block_size)
-        return groups * (self.block_size // 2 + 1) + (4 if self.has_per_tensor_scale else 0)
+        return groups * (self.block_size // 2 + 1) + self.scale_codec.per_tensor_bytes
 
     def quantize(self, weight: Tensor) -> PackedWeight:
         """Round a weight to nearest, ties to even codes.
@@ -151,7 +151,8 @@ class PackedWeight:
     Invariants, with Kp = K rounded up to a multiple of the block size B:
     `qdata` is uint8 [N, Kp/2], the even column in the low nibble; `scale` is [N, Kp/B] in the
     format's scale dtype; `per_tensor_scale` is a 0-dim float32 tensor, or None for MXFP4; and
-    weight ~ E2M1(qdata) * scale * per_tensor_scale, columns from K on being padding.
+    weight ~ E2M1(qdata) * scale * per_tensor_scale, columns from K on being padding. (In the
+    study's `mxfp4-fitted` it is what `FittedScale` says.)
     """
 
     qdata: Tensor
@@ -192,10 +193,12 @@ class PackedWeight:
 NVFP4 = BlockFormat("nvfp4", 16, E4M3Scale())
 MXFP4 = BlockFormat("mxfp4", 32, E8M0Scale())
 FORMATS = {"nvfp4": NVFP4, "mxfp4": MXFP4}
+MXFP4_FITTED = BlockFormat("mxfp4-fitted", 32, FittedScale())
+"""MXFP4 with scales that no hardware reads, for studies: the dagger of 2509.23202 appendix H."""
 
 
 def get_format(name: str | BlockFormat) -> BlockFormat:
-    """Return a format by name: `nvfp4`, `mxfp4`, or `mxfp4:RULE` with a scale rule.
+    """Return a format by name: `nvfp4`, `mxfp4`, `mxfp4:RULE` with a scale rule, `mxfp4-fitted`.
 
     Raises:
         OptionError: no such format or rule; the message names those that exist.
@@ -204,10 +207,12 @@ def get_format(name: str | BlockFormat) -> BlockFormat:
         return name
     if name in FORMATS:
         return FORMATS[name]
+    if name == MXFP4_FITTED.base:
+        return MXFP4_FITTED
     base, _, rule = name.partition(":")
     if base == "mxfp4" and rule in E8M0Scale.rules:
         return replace(MXFP4, scale_codec=E8M0Scale(rule))
-    known = [*FORMATS, *(f"mxfp4:{rule}" for rule in E8M0Scale.rules)]
+    known = [*FORMATS, *(f"mxfp4:{rule}" for rule in E8M0Scale.rules), MXFP4_FITTED.base]
     raise OptionError(f"unknown format {name!r}; formats are {', '.join(known)}")
 
 

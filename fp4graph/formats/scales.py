@@ -1,7 +1,8 @@
 """Block scales: how a group's largest magnitude becomes a stored scale, and back.
 
 Sources: NVFP4, arXiv 2509.25149 appendix B; MXFP4, OCP Microscaling Formats 1.0, section 6.3, for
-the rule `floor`; torchao's ScaleCalculationMode for `ceil`, `rceil` and `even`.
+the rule `floor`; torchao's ScaleCalculationMode for `ceil`, `rceil` and `even`; arXiv 2509.23202
+appendix H for the fitted scales.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class ScaleCodec(Protocol):
         """Storage dtype of a block scale, one byte."""
 
     @property
+    def per_tensor_bytes(self) -> int:
+        """Size of what stands above the block scales, once a tensor; 0 for nothing."""
+
+    @property
     def rule(self) -> str:
         """Name of the rule that picks a scale."""
 
@@ -68,6 +73,7 @@ class E4M3Scale:
 
     rule: str = "nearest"
     dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
+    per_tensor_bytes: ClassVar[int] = 4
 
     def encode(self, amax: Tensor, largest_scale: float = E4M3.max) -> tuple[Tensor, Tensor | None]:
         """See `ScaleCodec`."""
@@ -106,6 +112,7 @@ class E8M0Scale:
 
     rule: str = "floor"
     dtype: ClassVar[torch.dtype] = torch.float8_e8m0fnu
+    per_tensor_bytes: ClassVar[int] = 0
     rules: ClassVar[tuple[str, ...]] = tuple(_EXPONENT_RULES)
 
     def encode(self, amax: Tensor, largest_scale: float = E4M3.max) -> tuple[Tensor, Tensor | None]:
@@ -120,3 +127,33 @@ class E8M0Scale:
     def reciprocal(self, codes: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
         """See `ScaleCodec`; exact, for 2 * 127 - code is the code of the reciprocal."""
         return decode_e8m0(2 * _E8M0_BIAS - codes.to(torch.int32))
+
+
+@dataclass(frozen=True)
+class FittedScale:
+    """256 scales a tensor, evenly spaced in the logarithm from its smallest to its largest.
+
+    `per_tensor_scale` is float32 [2]: log2 of the smallest, and the step between two in log2. No
+    hardware reads such scales: they show what MXFP4 loses by powers of two.
+    """
+
+    rule: str = "fitted"
+    dtype: ClassVar[torch.dtype] = torch.uint8
+    per_tensor_bytes: ClassVar[int] = 8
+
+    def encode(self, amax: Tensor, largest_scale: float = E4M3.max) -> tuple[Tensor, Tensor | None]:
+        """See `ScaleCodec`."""
+        exponent = (amax / E2M1.max).clamp(min=_SMALLEST_PER_TENSOR_SCALE).log2()
+        used = exponent[amax > 0] if bool((amax > 0).any()) else exponent.new_zeros(1)
+        low, step = used.amin(), (used.amax() - used.amin()) / 255
+        codes = ((exponent - low) / step.clamp(min=1e-30)).round().clamp(0, 255)
+        return codes.to(torch.uint8), torch.stack((low, step))
+
+    def decode(self, codes: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
+        """See `ScaleCodec`."""
+        assert per_tensor_scale is not None
+        return torch.exp2(per_tensor_scale[0] + codes.to(torch.float32) * per_tensor_scale[1])
+
+    def reciprocal(self, codes: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
+        """See `ScaleCodec`."""
+        return 1.0 / self.decode(codes, per_tensor_scale)

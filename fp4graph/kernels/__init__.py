@@ -11,7 +11,7 @@ from fp4graph.kernels.contract import (
     register,
 )
 from fp4graph.kernels.grouped import grouped
-from fp4graph.kernels.reference import FAKE_QUANTIZE, ROTATE
+from fp4graph.kernels.reference import FAKE_QUANTIZE, ROTATE, fake_quantize_op
 from fp4graph.kernels.target import Target, parse_target, target_of
 
 # Each registers its kernel; `auto` asks the last one first.
@@ -32,6 +32,7 @@ __all__ = [
     "choose",
     "cpu",
     "dequantized",
+    "fake_quantize_op",
     "grouped",
     "is_plain",
     "kernels",

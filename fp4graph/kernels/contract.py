@@ -170,6 +170,8 @@ def refusals(problem: Problem, asked: Iterable[Kernel]) -> list[str]:
 def _refusal(kernel: Kernel, problem: Problem) -> str | None:
     if not kernel.serves(problem.target):
         return f"it runs on {' and '.join(kernel.backends)}, and the weight is on {problem.target}"
+    if problem.format.base not in kernel.ops:
+        return f"it does not read {problem.format}"
     if problem.dtype not in kernel.dtypes:
         taken = ", ".join(str(each).removeprefix("torch.") for each in kernel.dtypes)
         return f"activations are {problem.dtype}, and it takes {taken}"

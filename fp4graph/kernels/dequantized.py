@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fp4graph.formats import FORMATS, BlockFormat
 from fp4graph.kernels.contract import Kernel, register
-from fp4graph.kernels.reference import REFERENCE, define, packed_weight
+from fp4graph.kernels.reference import READ, REFERENCE, define, packed_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping
+
+    from fp4graph.formats import BlockFormat
 
 _Key = tuple[torch.dtype, tuple[int, ...]]
 _DENSE: MutableMapping[Tensor, tuple[_Key, Tensor]] = WeakIdKeyDictionary()
@@ -43,9 +44,7 @@ def _body(format: BlockFormat) -> Callable[..., Tensor]:
 DEQUANTIZED = register(
     Kernel(
         name="dequantized",
-        ops={
-            base: define("dequantized", format, _body(format)) for base, format in FORMATS.items()
-        },
+        ops={base: define("dequantized", format, _body(format)) for base, format in READ.items()},
         prepack=REFERENCE.prepack,
         backends=("cpu",),  # elsewhere it would fill the device with dense weights
         refuses=lambda problem: "it keeps no experts" if problem.experts > 1 else None,

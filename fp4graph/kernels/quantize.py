@@ -8,7 +8,7 @@ import torch
 
 from fp4graph.calibrate import GRIDS, Quantizer
 from fp4graph.errors import OptionError, WeightError
-from fp4graph.formats import BlockFormat, get_format
+from fp4graph.formats import FORMATS, BlockFormat, get_format
 from fp4graph.kernels.cpu import library, ops
 from fp4graph.kernels.reference import ROTATE
 
@@ -50,6 +50,7 @@ def quantize(
     if found.grid != "rtn":
         return GRIDS[found.grid](weight, block_format, None)
     served = is_plain(weight) and weight.device.type == "cpu" and weight.dtype in _NATIVE
+    served = served and block_format.base in FORMATS
     if served and weight.ndim == 2 and weight.numel() and library.find() and library.native():
         return ops.quantize(weight, block_format)
     return block_format.quantize(weight)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fp4graph.calibrate import rotate
-from fp4graph.formats import FORMATS, BlockFormat, PackedWeight, get_format
+from fp4graph.formats import FORMATS, MXFP4_FITTED, BlockFormat, PackedWeight, get_format
 from fp4graph.kernels.contract import Kernel, Problem, register
 
 if TYPE_CHECKING:
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     Op = torch._ops.OpOverload[..., Tensor]
 
 _LIBRARY = torch.library.Library("fp4graph", "FRAGMENT")
+READ = {**FORMATS, MXFP4_FITTED.base: MXFP4_FITTED}
+"""What `dequantize` reads, by base name; other kernels read `FORMATS`."""
 
 
 def define(kernel: str, format: BlockFormat, body: Callable[..., Tensor]) -> Op:
     """Register `fp4graph::<kernel>_<format>(x, qdata, scale, [per_tensor_scale,] bias)`."""
-    name = f"{kernel}_{format.base}"
+    name = f"{kernel}_{format.base.replace('-', '_')}"
     scales = (
         "Tensor scale, Tensor per_tensor_scale" if format.has_per_tensor_scale else "Tensor scale"
     )
@@ -76,19 +78,27 @@ def _fake_quantize(x: Tensor, format: str, rotation: int = 0) -> Tensor:
     return get_format(format).fake_quantize(rotate(x, rotation) if rotation else x)
 
 
-_LIBRARY.define("fake_quantize(Tensor x, str format, int rotation=0) -> Tensor")
-_LIBRARY.impl("fake_quantize", _fake_quantize, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "fp4graph::fake_quantize",
-    lambda x, format, rotation=0: x.new_empty(x.shape),
-    lib=_LIBRARY,
-)
+for _name in ("fake_quantize", "fake_quantize_reference"):
+    _LIBRARY.define(f"{_name}(Tensor x, str format, int rotation=0) -> Tensor")
+    _LIBRARY.impl(_name, _fake_quantize, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"fp4graph::{_name}", lambda x, format, rotation=0: x.new_empty(x.shape), lib=_LIBRARY
+    )
 
 FAKE_QUANTIZE: Op = torch.ops.fp4graph.fake_quantize.default
 """`fake_quantize(x, format name, rotation=0) -> y`: the activation half of W4A4.
 
 See `BlockFormat`; `x` is rotated before, if `rotation` is a block and not 0.
 """
+
+
+def fake_quantize_op(format: BlockFormat) -> Op:
+    """Return `FAKE_QUANTIZE`, or its reference for a format that native code does not know."""
+    if format.base in FORMATS:
+        return FAKE_QUANTIZE
+    op: Op = torch.ops.fp4graph.fake_quantize_reference.default
+    return op
+
 
 _LIBRARY.define("rotate(Tensor x, int block) -> Tensor")
 _LIBRARY.impl("rotate", rotate, "CompositeExplicitAutograd")
@@ -100,9 +110,7 @@ ROTATE: Op = torch.ops.fp4graph.rotate.default
 REFERENCE = register(
     Kernel(
         name="reference",
-        ops={
-            base: define("reference", format, _meaning(format)) for base, format in FORMATS.items()
-        },
+        ops={base: define("reference", format, _meaning(format)) for base, format in READ.items()},
         prepack=_prepack,
         note="dequantised at each call, which is slower than dense",
     )

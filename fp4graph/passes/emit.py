@@ -1,4 +1,4 @@
-"""The nodes around a kernel's op: casts, moved dimensions, one expert's tensors, joined rows."""
+"""The nodes around a kernel's op: constants, casts, moved dimensions, one expert's, joined rows."""
 
 from __future__ import annotations
 
@@ -7,17 +7,38 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._dynamo.source import ConstantSource
 from torch.nn.functional import linear
 
 from fp4graph.passes.site import unmarked
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.fx import Node
+    from torch.fx import GraphModule, Node
 
     from fp4graph.passes.match import LinearForm
 
 _MOST_PIECES = 3
+
+
+def constant(gm: GraphModule, name: str, tensor: Tensor) -> tuple[str, Tensor, Node]:
+    """Add a tensor as a buffer that AOTAutograd accepts, read at the start of the graph.
+
+    AOTAutograd asks where each parameter and buffer of Dynamo's module came from, and asserts that
+    it is told; as buffers they count among the static inputs, which CUDA graphs do not copy.
+
+    Returns:
+        what `lift` takes to make it readable in the graphs within.
+    """
+    gm.register_buffer(name, tensor)
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is not None:
+        sources[name] = ConstantSource(source_name=f"fp4graph.{name}")
+    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
+    with gm.graph.inserting_before(first):
+        node = gm.graph.get_attr(name)
+    node.meta["example_value"] = tensor
+    return name, tensor, node
 
 
 def cast(node: Node, dtype: torch.dtype) -> Node:

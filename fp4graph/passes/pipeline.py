@@ -17,6 +17,7 @@ from fp4graph.passes.rewrite import RewriteLinears
 from fp4graph.passes.rotate_inputs import RotateInputs
 from fp4graph.passes.select import SelectLinears
 from fp4graph.passes.site import sites
+from fp4graph.passes.smooth_inputs import SmoothInputs
 from fp4graph.passes.stale import Binding
 from fp4graph.report import LinearRow
 
@@ -49,6 +50,7 @@ def rewrite_passes() -> tuple[GraphPass, ...]:
     return (
         PackWeights(),  # before rewrite, which reads its buffers
         RotateInputs(),  # before rewrite, which makes of a linear what no pass knows as one
+        SmoothInputs(),  # after pack, which has what to divide by
         RewriteLinears(),
     )
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch._dynamo.source import ConstantSource
-
-from fp4graph.kernels import FAKE_QUANTIZE, grouped
-from fp4graph.passes.emit import cast, move, put_among_dense, take
+from fp4graph.kernels import fake_quantize_op, grouped
+from fp4graph.passes.emit import cast, constant, move, put_among_dense, take
 from fp4graph.passes.match import match_linear
 from fp4graph.passes.regions import lift, regions
 from fp4graph.passes.site import LinearSite, mark, site_of, unmarked
@@ -88,7 +86,8 @@ def _replace(
             how = (site.scheme.activations.name, site.scheme.rotation)
             key = (form.x, form.x_dim, site.dtype, how, writes)
             if key not in quantized:
-                quantized[key] = graph.call_function(FAKE_QUANTIZE, (x, *how))
+                rounds = fake_quantize_op(site.scheme.activations)
+                quantized[key] = graph.call_function(rounds, (x, *how))
                 quantized[key].meta = dict(x.meta)
             x = quantized[key]
         op = ops[site.scheme.format.base]
@@ -113,21 +112,5 @@ def _replace(
 
 
 def _register(gm: GraphModule, name: str, entry: PackEntry) -> list[tuple[str, Tensor, Node]]:
-    """Add packed tensors as buffers that AOTAutograd accepts, read at the start of the graph.
-
-    AOTAutograd asks where each parameter and buffer of Dynamo's module came from, and asserts that
-    it is told; as buffers they count among the static inputs, which CUDA graphs do not copy.
-    """
-    found = []
-    sources = getattr(gm, "_param_name_to_source", None)
-    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
-    with gm.graph.inserting_before(first):
-        for index, tensor in enumerate((*entry.tensors, *entry.index)):
-            each = f"{name}_{index}"
-            gm.register_buffer(each, tensor)
-            if sources is not None:
-                sources[each] = ConstantSource(source_name=f"fp4graph.{each}")
-            node = gm.graph.get_attr(each)
-            node.meta["example_value"] = tensor
-            found.append((each, tensor, node))
-    return found
+    tensors = enumerate((*entry.tensors, *entry.index))
+    return [constant(gm, f"{name}_{index}", tensor) for index, tensor in tensors]

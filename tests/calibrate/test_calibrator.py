@@ -88,6 +88,23 @@ def test_a_block_sees_what_the_rounded_blocks_before_it_give() -> None:
         assert same > 0.999, "but for rounding of sums"
 
 
+@pytest.mark.parametrize("quantizer", ["gptq:scale-search", "learned"])
+def test_a_part_of_a_fused_weight(quantizer: str) -> None:
+    model = tiny("gpt2").requires_grad_(False)
+    found = fp4graph.calibrate(model, BATCHES, "v,mlp", quantizer=quantizer)
+    twin = rounded(model, found)
+    for old, new in zip(model.transformer.h, twin.transformer.h, strict=True):
+        width = new.attn.c_attn.weight.shape[0]
+        new.attn.c_attn.weight[:, : 2 * width] = old.attn.c_attn.weight[:, : 2 * width]
+    backend = fp4graph.backend("v,mlp", calibration=found, inner="eager")
+    assert relative_l2(logits(torch.compile(model, backend=backend)), logits(twin)) < 2e-6
+    name = "transformer.h.1.mlp.c_proj"  # sees what v alone, and mlp, in FP4 before it give
+    alone = fp4graph.calibrate(twin, BATCHES, "blocks=1&mlp", quantizer=quantizer, propagate=False)
+    if quantizer != "learned":
+        same = (alone.packed[name].qdata == found.packed[name].qdata).double().mean()
+        assert same > 0.9
+
+
 def test_every_linear_errs_less_on_what_it_saw() -> None:
     model = tiny("llama")
     found = fp4graph.calibrate(model, BATCHES, format="mxfp4", propagate=False)

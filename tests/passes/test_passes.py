@@ -59,9 +59,10 @@ def test_only_rewrite_changes_ops() -> None:
         "choose",
         "pack",
         "rotate_inputs",
+        "smooth_inputs",
         "rewrite",
     ]
-    assert [bool(r.changes) for r in recorder.records] == [False] * 5 + [True]
+    assert [bool(r.changes) for r in recorder.records] == [False] * 6 + [True]
 
 
 def test_none_changes_no_op() -> None:

@@ -1,0 +1,142 @@
+"""smooth_inputs: divide what goes into linears whose weights' columns were multiplied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch.fx import Node
+
+from fp4graph.fingerprint import fingerprint
+from fp4graph.passes.emit import cast, constant, move
+from fp4graph.passes.match import called, match_linear
+from fp4graph.passes.regions import lift, regions
+from fp4graph.passes.site import site_of, unmarked
+from fp4graph.passes.sources import is_copy
+from fp4graph.passes.writes import writes_in_place, written
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from torch.fx import GraphModule
+
+    _Input = tuple[Node, int, int, int]
+
+
+@dataclass(frozen=True)
+class SmoothInputs:
+    """Divide the input of each packed linear that was calibrated with SmoothQuant (2211.10438).
+
+    Given:
+        h = norm_weight * normed
+        q = linear(h, wq, None);  k = linear(h, wk, None)      # packed, columns times s
+    Result:
+        h = (norm_weight * inverse_s) * normed
+        q = linear(h, wq, None);  k = linear(h, wk, None)      # to be rewritten
+        # where h has other uses, or comes from no norm, the linears get h * inverse_s
+
+    The norm's weight stays the model's own, so that changes to it are seen.
+    """
+
+    name: ClassVar[str] = "smooth_inputs"
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+        """See the class."""
+        known: dict[int, tuple[str, Tensor, Node]] = {}
+        for region in list(regions(gm)):
+            overwritten = written(region.gm.graph)
+            groups: dict[_Input, list[Node]] = {}
+            writes = 0
+            for node in region.gm.graph.nodes:
+                writes += writes_in_place(node)
+                site, form = site_of(node), match_linear(node)
+                if site is None or form is None or site.entry is None:
+                    continue
+                smooth = site.entry.smooth
+                if smooth is None:
+                    continue
+                key = fingerprint(smooth)
+                if key not in known:
+                    known[key] = constant(gm, f"fp4graph_smooth_{len(known)}", 1 / smooth)
+                groups.setdefault((form.x, form.x_dim, key, writes), []).append(node)
+            for (x, x_dim, key, _), nodes in groups.items():
+                inverse = lift(region, *known[key])
+                chain = scaled_by_norm(x)
+                if chain and x_dim == -1 and _serve_only(chain, nodes, overwritten):
+                    _fold(chain[-1], inverse)
+                else:
+                    _multiply(x, x_dim, nodes, inverse)
+
+
+def scaled_by_norm(x: Node) -> list[Node]:
+    """Return the nodes from an input back to where a norm's weight [K] multiplies it, or none."""
+    chain = [x]
+    while is_copy(chain[-1]) or _keeps_columns(chain[-1]):
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+    return chain if _scales(chain[-1]) else []
+
+
+def _keeps_columns(node: Node) -> bool:
+    if called(node) not in ("view", "reshape"):
+        return False
+    (source, *_), value = node.args, node.meta["example_value"]
+    assert isinstance(source, Node)
+    return bool(source.meta["example_value"].shape[-1] == value.shape[-1])
+
+
+def _scales(node: Node) -> list[Node]:
+    """Return what scales each column of a node's value: the weight of a norm, and its bias."""
+    name, args = called(node), dict(enumerate(node.args))
+    if name in ("layer_norm", "rms_norm") and node.op == "call_function":
+        shape = node.kwargs.get("normalized_shape", args.get(1))
+        weight = node.kwargs.get("weight", args.get(2))
+        bias = node.kwargs.get("bias", args.get(3)) if name == "layer_norm" else None
+        one = isinstance(shape, list | tuple) and len(shape) == 1
+        return [each for each in (weight, bias) if isinstance(each, Node)] if one and weight else []
+    if name == "mul":
+        value: Tensor = node.meta["example_value"]
+        return [each for each in node.all_input_nodes if value.ndim > 1 and _is_row(each, value)]
+    return []
+
+
+def _is_row(node: Node, value: Tensor) -> bool:
+    row = node.meta.get("example_value")
+    return isinstance(row, torch.Tensor) and row.shape == value.shape[-1:]
+
+
+def _serve_only(chain: list[Node], linears: list[Node], overwritten: set[Node]) -> bool:
+    """Whether nobody but these linears takes what comes after the norm."""
+    takers = set(linears)
+    for node in chain:
+        if node in overwritten or not set(node.users) <= takers:
+            return False
+        takers = {node}
+    return True
+
+
+def _fold(norm: Node, inverse: Node) -> None:
+    with norm.graph.inserting_before(norm):
+        for scale in _scales(norm):
+            norm.replace_input_with(scale, cast(_product(scale, inverse), _dtype(scale)))
+
+
+def _multiply(x: Node, x_dim: int, linears: list[Node], inverse: Node) -> None:
+    with x.graph.inserting_before(linears[0]):
+        smoothed = cast(_product(move(x, x_dim, -1), inverse), _dtype(x))
+        smoothed = move(smoothed, -1, x_dim)
+    for node in linears:
+        node.replace_input_with(x, smoothed)
+
+
+def _product(x: Node, row: Node) -> Node:
+    made = x.graph.call_function(torch.mul, (x, row))
+    value = x.meta["example_value"].to(torch.promote_types(_dtype(x), _dtype(row)))
+    made.meta = {**unmarked(x), "example_value": value}
+    return made
+
+
+def _dtype(node: Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["example_value"].dtype
+    return dtype
