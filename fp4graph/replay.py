@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from fp4graph.passes.cuts import Cut, cuts, segment, tapped
+from fp4graph.passes.pipeline import rows
 from fp4graph.passes.site import site_of
+from fp4graph.report import Report
 from fp4graph.trace import TracedGraph
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fp4graph.policy import Policy
-    from fp4graph.report import Report
     from fp4graph.trace import TracedModel
 
 _SHARE_OF_MEMORY = 0.5
@@ -46,6 +47,7 @@ class Replay:
         self._kept: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._output = -1
         self._chosen: tuple[Cut, TracedGraph] | None = None
+        self._whole = traced.graphs[0] if traced.graphs else None
         self.refusal = self._find_cuts(times)
 
     def _find_cuts(self, times: int) -> str | None:
@@ -96,21 +98,22 @@ class Replay:
             SelectorError: a term matches nothing.
             RefusalError: a selected linear cannot run in FP4.
         """
-        report = self._traced.plan(policy)
-        selected = {row.path for row in report.selected}
-        whole = self._traced.graphs[0]
-        first = next(
-            index
-            for index, node in enumerate(whole.tagged.graph.nodes)
-            if (site := site_of(node)) and (site.tag.fqn in selected or not selected)
-        )
+        assert self._whole is not None
+        linears = [
+            (index, site.tag)
+            for index, node in enumerate(self._whole.tagged.graph.nodes)
+            if (site := site_of(node))
+        ]
+        first = min((at for at, tag in linears if policy.decide(tag).scheme), default=0)
         cut = next((cut for cut in reversed(self._cuts) if cut.index <= first), self._cuts[0])
         if cut not in self._graphs:
             args, values = self._kept[0]
             example = (*args, *(values[node.name] for node in cut.live))
-            self._graphs[cut] = TracedGraph(segment(whole.tagged, cut), example)
+            self._graphs[cut] = TracedGraph(segment(self._whole.tagged, cut), example)
         self._chosen = cut, self._graphs[cut]
-        self._graphs[cut].rewrite(policy, "raise", self._traced.tags)
+        report = Report()
+        changed = self._graphs[cut].rewrite(policy, "raise", self._traced.tags)
+        report.add([*rows(self._whole.tagged), *changed])
         return report
 
     @torch.no_grad()

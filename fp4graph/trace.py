@@ -138,7 +138,8 @@ class TracedGraph:
     def plan(self, policy: Policy, universe: Tags, target: Target | None) -> list[LinearRow]:
         """Say what `rewrite` would do; refusals become rows."""
         copy = copy_graph(self.tagged)
-        run_passes(copy, self._example_inputs, plan_passes(policy, "keep", universe, target))
+        passes = plan_passes(policy, "keep", universe, target)
+        run_passes(copy, self._example_inputs, passes, recompile=False)
         return rows(copy)
 
     def rewrite(
@@ -149,7 +150,8 @@ class TracedGraph:
             self.run = self.tagged.forward
             return rows(self.tagged)
         copy = copy_graph(self.tagged)
-        run_passes(copy, self._example_inputs, plan_passes(policy, on_refusal, universe))
+        passes = plan_passes(policy, on_refusal, universe)
+        run_passes(copy, self._example_inputs, passes, recompile=False)
         found = rows(copy)
         if any(row.selected for row in found):
             check_no_gradients(copy, self._example_inputs)

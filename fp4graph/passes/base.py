@@ -72,9 +72,16 @@ def op_counts(gm: GraphModule) -> Counter[str]:
 
 
 def run_passes(
-    gm: GraphModule, example_inputs: Sequence[Any], passes: Sequence[GraphPass]
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    passes: Sequence[GraphPass],
+    *,
+    recompile: bool = True,
 ) -> list[PassRecord]:
     """Run passes in order: each is timed, the graph linted and op counts compared; then recompile.
+
+    Recompiling takes longer than most passes, and may be left out where the graph is not run as
+    it is.
 
     Records are logged to `fp4graph.passes` at level INFO. With the environment variable
     `FP4GRAPH_DUMP` set to a folder, the graph is written there before and after each pass.
@@ -82,10 +89,11 @@ def run_passes(
     dump = os.environ.get("FP4GRAPH_DUMP")
     number = next(_GRAPH_NUMBER)
     records = []
+    after = op_counts(gm)
     for index, run in enumerate(passes):
         stem = f"graph{number}.{index}.{run.name}"
         _dump(gm, dump, f"{stem}.before")
-        before = op_counts(gm)
+        before = after
         start = time.perf_counter()
         run(gm, example_inputs)
         seconds = time.perf_counter() - start
@@ -98,7 +106,7 @@ def run_passes(
         records.append(PassRecord(run.name, seconds, changes))
         _LOG.info("graph %d, %s", number, records[-1])
         _dump(gm, dump, f"{stem}.after")
-    for region in list(regions(gm)):
+    for region in list(regions(gm)) if recompile else ():
         region.gm.recompile()
     return records
 

@@ -1,0 +1,92 @@
+"""What a trial of an ablation costs, by part, beside one dense evaluation of the same text.
+
+    python bench/trial.py [MODEL] --corpus FILE [--tokens 2048] [--format nvfp4] [--every 7]
+
+Runs every 7th linear of the grid, alone in FP4, and prints the mean seconds a trial of running the
+graph, of scoring its logits, and of all else: rewriting, packing, statistics, the store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fp4graph import Replay, models
+from fp4graph.study.ablate import Ablation
+from fp4graph.study.evaluate import DenseReference, cut
+from fp4graph.study.store import Store
+from fp4graph.study.trial import DENSE, Trial
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SECONDS: dict[str, list[float]] = defaultdict(list)
+
+
+def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        SECONDS[name].append(time.perf_counter() - start)
+        return result
+
+    return call
+
+
+class Silent:
+    def start(self, total: int) -> None: ...
+    def advance(self) -> None: ...
+    def trial(self, trial: Trial, row: object, *, cached: bool) -> None: ...
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a trial of an ablation costs, by part.")
+    parser.add_argument("model", nargs="?", default=models.SMOLLM2)
+    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--format", default="nvfp4")
+    parser.add_argument("--every", type=int, default=7)
+    options = parser.parse_args()
+    loaded = models.load(options.model, torch.float32)
+    text = models.corpus(options.corpus, options.tokens * 8)
+    windows = cut(text, loaded.tokenizer, options.tokens, 512)
+    for name in ("run", "dense"):
+        setattr(Replay, name, timed("graph", getattr(Replay, name)))
+    DenseReference.score = timed("graph and scores", DenseReference.score)  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        study = Ablation(loaded, windows, Store(Path(folder) / "trials.sqlite"), Path(folder))
+        paths = [row.path for row in study.report().selected][:: options.every]
+        plan = [DENSE, *(Trial(f"path:{path}", options.format) for path in paths)]
+        start = time.perf_counter()
+        rows = study.run(plan, Silent())
+        next(rows)
+        dense = time.perf_counter() - start
+        SECONDS.clear()
+        trials = []
+        for _ in plan[1:]:
+            start = time.perf_counter()
+            next(rows)
+            trials.append(time.perf_counter() - start)
+    graph = sum(SECONDS["graph"]) / len(trials)
+    scored = statistics.mean(SECONDS["graph and scores"])
+    trial = statistics.mean(trials)
+    print(f"{len(trials)} trials of {len(paths) * options.every} linears, {options.tokens} tokens")
+    print(f"dense evaluation  {dense:6.2f} s")
+    print(f"trial             {trial:6.2f} s  {trial / dense:.3f} of the dense evaluation")
+    for name, part in (
+        ("graph", graph),
+        ("scores", scored - graph),
+        ("all else", trial - scored),
+    ):
+        print(f"  {name:15} {part:6.2f} s  {part / trial:.1%} of the trial")
+
+
+if __name__ == "__main__":
+    main()
