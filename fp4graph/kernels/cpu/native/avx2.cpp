@@ -71,6 +71,14 @@ struct Avx2 {
     d[1][1] = _mm256_castsi256_ps(_mm256_and_si256(b, t.odd));
   }
 
+  static FP4_INLINE void swap_middle(F (&d)[2][2]) {
+    FP4_UNROLL for (int i = 0; i < 2; i++) {
+      const F even = d[0][i], odd = d[1][i];
+      d[0][i] = _mm256_blend_ps(even, _mm256_moveldup_ps(odd), 0xAA);
+      d[1][i] = _mm256_blend_ps(_mm256_movehdup_ps(even), odd, 0xAA);
+    }
+  }
+
   template <class Format>
   static FP4_INLINE F scales(const uint8_t* p) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));

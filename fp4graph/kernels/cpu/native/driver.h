@@ -2,26 +2,14 @@
 #pragma once
 #include <atomic>
 
-#include "panel.h"
-#include "parallel.h"
-#include "rows.h"
-#include "scratch.h"
+#include "many_rows.h"
 
 namespace {
 
 template <class V, class Format>
-class Linear {
+class Linear : Call<V, Format> {
  public:
-  explicit Linear(const Fp4Linear& call)
-      : call_(call),
-        groups_((call.K + Format::kGroup - 1) / Format::kGroup),
-        Kp_(groups_ * Format::kGroup),
-        panels_((call.N + kPanelRows - 1) / kPanelRows),
-        panel_bytes_(groups_ * kTileBytes<Format>) {
-    // A team costs microseconds: give each thread 64 KB of weights at least.
-    const int64_t work = panels_ * panel_bytes_ * max64(1, call.M / 4);
-    tasks_ = max64(1, min64(fp4_threads(), work / (64 << 10)));
-  }
+  explicit Linear(const Fp4Linear& call) : Call<V, Format>(call) {}
 
   bool run() {
     if (call_.M == 0 || panels_ == 0) return true;
@@ -35,11 +23,13 @@ class Linear {
   }
 
  private:
-  const void* row(int64_t m) const { return at(call_.x, m * call_.K * dtype_bytes(call_.dtype)); }
-  const uint8_t* panel(int64_t p) const { return call_.tiles + p * panel_bytes_; }
+  using Base = Call<V, Format>;
+  using Base::call_, Base::groups_, Base::Kp_, Base::panels_, Base::panel_bytes_, Base::tasks_;
+  using Base::panel, Base::row, Base::store;
 
-  void store(const float* sums, int64_t m, int64_t p, float unit) const {
-    store_row<V>(sums, call_, m, p * kPanelRows, min64(kPanelRows, call_.N - p * kPanelRows), unit);
+  template <class W>
+  bool many_rows() const {
+    return ManyRows<V, Format, W>(call_).run();
   }
 
   // A row of panels' tiles in pieces of kColumns: `use(tiles, first group, groups, accumulate)`.
@@ -175,119 +165,6 @@ class Linear {
     });
     return true;
   }
-
-  // Many rows, by the vector type W: V itself, or V's bfloat16 pairs. Activations are packed
-  // [blocks of kDepth columns][rows][kSegment]; a thread takes runs of panels, decodes kTilePanels
-  // of them by kDepth columns and multiplies all row blocks of the moment with these, whose
-  // activations and sums stay in L2.
-  static constexpr int64_t kRowBlocks = 144 / V::kBlockRows;
-  static constexpr int64_t kRun = 8;
-
-  // Where the segment of a row that starts with column k0 lies.
-  template <class W>
-  float* segment(float* x, int64_t k0, int64_t m) const {
-    return x + (k0 / W::kDepth * call_.M + m) * kSegment<W>;
-  }
-
-  template <class W>
-  bool many_rows() {
-    const int64_t blocks = (call_.M + W::kBlockRows - 1) / W::kBlockRows;
-    const auto first_row = [&](int64_t block) { return call_.M * block / blocks; };
-    float *x, *unit;
-    if (!carve(shared_scratch, [&](Carver& c) {
-          x = c.take<float>(round_up(Kp_, W::kDepth) / W::kDepth * call_.M * kSegment<W>);
-          unit = c.take<float>(call_.M);
-        })) {
-      return false;
-    }
-    std::atomic<bool> failed{false};
-    parallel_ranges(call_.M, tasks_, [&](int64_t begin, int64_t end) {
-      auto* wide = reinterpret_cast<float*>(own_scratch.get(max64(Kp_, 1) * sizeof(float)));
-      if (wide == nullptr) {
-        failed = true;
-        return;
-      }
-      for (int64_t m = begin; m < end; m++) {
-        uint32_t amax;
-        unit[m] = load_row<V>(row(m), call_.dtype, call_.K, Kp_, wide, &amax);
-        for (int64_t k0 = 0; k0 < Kp_; k0 += W::kDepth) {
-          W::reorder_row(wide + k0, min64(W::kDepth, Kp_ - k0), segment<W>(x, k0, m));
-        }
-      }
-    });
-    int64_t run = kRun;  // short enough that no thread waits long for another
-    while (run > W::kTilePanels && panels_ / run < 8 * tasks_) run /= 2;
-    const int64_t runs = (panels_ + run - 1) / run;
-    for (int64_t b0 = 0; b0 < blocks && !failed; b0 += kRowBlocks) {
-      const int64_t b1 = min64(blocks, b0 + kRowBlocks);
-      std::atomic<int64_t> next{0};  // runs go to whoever is free
-      parallel(tasks_, [&](int64_t) {
-        float *w, *sums;
-        if (!carve(own_scratch, [&](Carver& c) {
-              w = c.take<float>(W::kTilePanels * kPanelRows * W::kDepth);
-              sums = c.take<float>((run + W::kTilePanels) * kRowBlocks * W::kBlockRows * kPanelRows);
-            })) {
-          failed = true;
-          return;
-        }
-        for (int64_t r = next++; r < runs; r = next++) {
-          multiply_run<W>(x, unit, w, sums, r * run, min64(panels_, (r + 1) * run), b0, b1,
-                          first_row);
-        }
-      });
-    }
-    return !failed;
-  }
-
-  // Panels p0 to p1 with row blocks b0 to b1. The last tile may reach beyond the last panel: it
-  // takes the last one again, and what comes of it is not stored.
-  template <class W, class FirstRow>
-  FP4_INLINE void multiply_run(float* x, const float* unit, float* w, float* sums,
-                               int64_t p0, int64_t p1, int64_t b0, int64_t b1,
-                               FirstRow first_row) const {
-    const int64_t m0 = first_row(b0), rows = first_row(b1) - m0, stride = rows * kPanelRows;
-    if (Kp_ == 0) memset(sums, 0, (p1 - p0) * stride * sizeof(float));
-    for (int64_t k0 = 0; k0 < Kp_; k0 += W::kDepth) {
-      const int64_t columns = min64(W::kDepth, Kp_ - k0), steps = columns / W::kStep;
-      const int64_t tile = k0 / Format::kGroup * kTileBytes<Format>;
-      for (int64_t p = p0; p < p1; p += W::kTilePanels) {
-        const int64_t next_panel = p + 1 < panels_ ? panel_bytes_ : 0;
-        decode_panels<W, Format>(panel(p) + tile, next_panel, columns / Format::kGroup, w);
-        float* c = sums + (p - p0) * stride;
-        for (int64_t b = b0; b < b1; b++) {
-          const int64_t m = first_row(b);
-          const float* block = segment<W>(x, k0, m);
-          for (int r = 0; r < kRowVectors<W>; r++) {
-            constexpr int kWidth = W::kRows * W::kVectors * W::kTilePanels;
-            multiply_block<W>(first_row(b + 1) - m, w + r * steps * kWidth, block, steps,
-                              c + (m - m0) * kPanelRows + r * W::kRows, stride, k0 > 0);
-          }
-        }
-      }
-    }
-    for (int64_t m = 0; m < rows; m++) {
-      for (int64_t p = p0; p < p1; p++) {
-        store(sums + (p - p0) * stride + m * kPanelRows, m0 + m, p, unit[m0 + m]);
-      }
-    }
-  }
-
-  template <class W, int kM = W::kBlockRows>
-  static FP4_INLINE void multiply_block(int64_t rows, const float* w, const float* x,
-                                        int64_t steps, float* c, int64_t stride,
-                                        bool accumulate) {
-    if constexpr (kM > 0) {
-      if (rows == kM) {
-        multiply<W, kM>(w, x, steps, c, stride, accumulate);
-      } else {
-        multiply_block<W, kM - 1>(rows, w, x, steps, c, stride, accumulate);
-      }
-    }
-  }
-
-  const Fp4Linear& call_;
-  int64_t groups_, Kp_, panels_, panel_bytes_;
-  int64_t tasks_ = 1;
 };
 
 template <class V>

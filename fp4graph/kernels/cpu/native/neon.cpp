@@ -64,6 +64,14 @@ struct Neon {
     d[1][1] = vreinterpretq_f32_u32(vandq_u32(b, t.odd));
   }
 
+  static FP4_INLINE void swap_middle(F (&d)[2][2]) {
+    for (int i = 0; i < 2; i++) {
+      const F even = d[0][i], odd = d[1][i];
+      d[0][i] = vtrn1q_f32(even, odd);
+      d[1][i] = vtrn2q_f32(even, odd);
+    }
+  }
+
   template <class Format>
   static FP4_INLINE F scales(const uint8_t* p) {
     uint32_t four;

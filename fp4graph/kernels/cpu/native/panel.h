@@ -7,12 +7,14 @@
 //   kHalfSteps steps in the 4 columns that a nibble half holds (= 4 / kStep)
 //   decode     4 columns of kRows rows -> [kHalfSteps][kVectors] float vectors
 //   kSlots     32-bit words that hold the kStep activations of a row: two floats, or a pair in one
+//   swap_middle where kSlots is 2, decoded vectors from columns (0, 2), (1, 3) to (0, 1), (2, 3)
 //   broadcast  these to all lanes; expand: a scale a row to kVectors vectors
 //   finish     kVectors accumulators -> one float a row
 //   kTilePanels, kBlockRows, kDepth: panels, rows and columns that `multiply` takes at a time, so
 //              that sums fit the registers, and weights and activations the first cache
 //   dot        a group of codes times 8-bit activations -> one int32 a row
-// Activations are stored in V's order of columns (`reorder` in rows.h). Sums of a row run over at
+// Few rows of activations are stored in V's order of columns (`reorder` in rows.h); for `multiply`
+// they lie as they are, but for bfloat16 pairs, and decoded weights follow. Sums of a row run over at
 // most kColumns columns before they are added up, so that their rounding errors stay those of a
 // few hundred additions however long the row: `accumulate` adds to what y holds.
 #pragma once
@@ -32,13 +34,14 @@ FP4_INLINE void put(float* y, typename V::F sum, bool accumulate) {
 
 // Weights of one group for kRows rows, decoded one half oct at a time, handed to `use(step, d)`,
 // where step counts kStep columns.
-template <class V, class Format, class Use>
+template <class V, class Format, bool kInOrder = false, class Use>
 FP4_INLINE void decode_group(const typename V::Tables& tables, const uint8_t* codes, Use use) {
   FP4_UNROLL for (int oct = 0; oct < Format::kGroup / 8; oct++) {
     const auto raw = V::load_codes(codes + oct * kOctBytes);
     FP4_UNROLL for (int half = 0; half < 2; half++) {
       typename V::F d[V::kHalfSteps][V::kVectors];
       V::decode(tables, raw, half, d);
+      if constexpr (kInOrder && V::kSlots == 2) V::swap_middle(d);
       FP4_UNROLL for (int s = 0; s < V::kHalfSteps; s++) {
         use((oct * 2 + half) * V::kHalfSteps + s, d[s]);
       }
@@ -182,7 +185,7 @@ FP4_HOT void decode_panels(const uint8_t* tiles, int64_t stride, int64_t groups,
         typename V::F scale[V::kVectors];
         V::expand(V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows), scale);
         float* out = at + r * row_vector;
-        decode_group<V, Format>(tables, tile + r * V::kRows * 4, [&](int step, const auto& d) FP4_LAMBDA {
+        decode_group<V, Format, true>(tables, tile + r * V::kRows * 4, [&](int step, const auto& d) FP4_LAMBDA {
           FP4_UNROLL for (int i = 0; i < V::kVectors; i++) {
             V::store(out + step * kStride + i * V::kRows, V::mul(d[i], scale[i]));
           }
@@ -194,15 +197,14 @@ FP4_HOT void decode_panels(const uint8_t* tiles, int64_t stride, int64_t groups,
   }
 }
 
-// Slots that kDepth columns of a row take: activations lie in rows of so many, whose distance is
-// thus known to the compiler.
+// Slots that kDepth columns of a row of packed activations take.
 template <class V>
 constexpr int64_t kSegment = V::kDepth / V::kStep * V::kSlots;
 
-// c [kTilePanels][stride][16] (+)= decoded weights times x, of which x is [kM][kSegment].
+// c [kTilePanels][stride][16] (+)= decoded weights times x, whose kM rows are x_stride apart.
 template <class V, int kM>
-FP4_HOT void multiply(const float* w, const float* x, int64_t steps, float* c, int64_t stride,
-                      bool accumulate) {
+FP4_HOT void multiply(const float* w, const float* x, int64_t x_stride, int64_t steps, float* c,
+                      int64_t stride, bool accumulate) {
   constexpr int kParts = V::kTilePanels * V::kVectors;
   typename V::F acc[kM][V::kTilePanels][V::kVectors];
   FP4_UNROLL for (int m = 0; m < kM; m++) {
@@ -213,7 +215,7 @@ FP4_HOT void multiply(const float* w, const float* x, int64_t steps, float* c, i
     typename V::F d[kParts];
     FP4_UNROLL for (int i = 0; i < kParts; i++) d[i] = V::load(w + i * V::kRows);
     FP4_UNROLL for (int m = 0; m < kM; m++) {
-      const auto xs = V::broadcast(x + m * kSegment<V>);
+      const auto xs = V::broadcast(x + m * x_stride);
       FP4_UNROLL for (int i = 0; i < kParts; i++) {
         auto& to = acc[m][i / V::kVectors][i % V::kVectors];
         to = V::fma(d[i], xs, to);
