@@ -50,7 +50,7 @@ def _best_tensor_scale(
     codec = format.scale_codec
     up_NG1 = codec.reciprocal(codes_NG, per_tensor_scale)[..., None]
     one = torch.ones_like(per_tensor_scale)
-    unscaled_NGB = E2M1.decode(E2M1.encode(w_NGB * up_NG1)) * codec.decode(codes_NG, one)[..., None]
+    unscaled_NGB = E2M1.round(w_NGB * up_NG1) * codec.decode(codes_NG, one)[..., None]
     power = unscaled_NGB.double().square().sum()
     if float(power) == 0:
         return per_tensor_scale

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fp4graph.formats import BlockFormat
 
-_SLAB_VALUES = 1 << 22  # values at a time, so that scratch stays small beside a large weight
+_SLAB_VALUES = 1 << 16  # values at a time, so that scratch stays in the cache
 
 
 def best_scales(
@@ -65,6 +65,6 @@ def _error(
     codec = format.scale_codec
     up = codec.reciprocal(codes_NG, per_tensor_scale)[..., None]
     down = codec.decode(codes_NG, per_tensor_scale)[..., None]
-    error = E2M1.decode(E2M1.encode(w_NGB * up)) * down - w_NGB
+    error = E2M1.round(w_NGB * up).mul_(down).sub_(w_NGB)
     raised = error.square() if power == 2 else error.abs() ** power
     return (raised * importance_GB).sum(-1)

@@ -52,21 +52,23 @@ def gptq(
     order = hessian.diagonal().argsort(descending=True, stable=True)
     root_KK = _inverse_root(hessian[order][:, order], damping, name).to(hessian.dtype)
     w_KN = weight.detach().to(hessian.dtype).T[order].contiguous()
-    codes_KN = torch.zeros(
-        len(codes_GN) * format.block_size, len(weight), dtype=torch.uint8, device=weight.device
-    )
+    rounded_KN = torch.zeros(
+        len(codes_GN) * format.block_size, len(weight), device=weight.device
+    )  # over their scales
     for start in range(0, len(w_KN), BLOCK):
         end = min(start + BLOCK, len(w_KN))
         errors_BN = torch.empty_like(w_KN[start:end])
         for at in range(start, end):
             column = int(order[at])
             group = column // format.block_size
-            codes_N = E2M1.encode((w_KN[at] * up_GN[group]).to(torch.float32))
-            error_N = (w_KN[at] - E2M1.decode(codes_N) * down_GN[group]) / root_KK[at, at]
+            rounded_N = E2M1.round((w_KN[at] * up_GN[group]).to(torch.float32))
+            error_N = (w_KN[at] - rounded_N * down_GN[group]) / root_KK[at, at]
             w_KN[at + 1 : end].addr_(root_KK[at, at + 1 : end], error_N, alpha=-1)
-            codes_KN[column], errors_BN[at - start] = codes_N, error_N
+            rounded_KN[column], errors_BN[at - start] = rounded_N, error_N
         w_KN[end:].addmm_(root_KK[start:end, end:].T, errors_BN, alpha=-1)
-    return format.pack_codes(codes_KN.T, base.scale, base.per_tensor_scale, base.shape)
+    return format.pack_codes(
+        E2M1.encode(rounded_KN.T), base.scale, base.per_tensor_scale, base.shape
+    )
 
 
 def _inverse_root(hessian: Tensor, damping: float, name: str) -> Tensor:

@@ -104,7 +104,7 @@ def _gap(z: Tensor) -> Tensor:
 def _rounded(z_NK: Tensor, scale_NK: Tensor, base: PackedWeight) -> Tensor:
     """Return rounded values whose gradient is the unrounded ones', [N, K]."""
     soft_NK = z_NK * scale_NK
-    hard_NK = E2M1.decode(E2M1.encode(z_NK.detach())) * scale_NK
+    hard_NK = E2M1.round(z_NK.detach()) * scale_NK
     return (soft_NK + (hard_NK - soft_NK).detach())[:, : base.shape[1]]
 
 

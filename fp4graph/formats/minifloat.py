@@ -62,6 +62,14 @@ class Minifloat:
         code = torch.where(magnitude < 2.0 ** (1 - self.bias), subnormal, normal)
         return ((sign << self.sign_shift) | code).to(torch.uint8)
 
+    def round(self, x: Tensor) -> Tensor:
+        """Return `decode(encode(x))` several times faster, for float32 but NaN."""
+        y = x.clamp(-self.max, self.max)
+        exponent = y.view(torch.int32) & 0x7F800000
+        step = exponent.view(torch.float32).clamp_(min=2.0 ** (1 - self.bias))
+        step *= 2.0**-self.mantissa_bits
+        return y.div_(step).round_().mul_(step)
+
     def decode(self, codes: Tensor) -> Tensor:
         """Return the float32 values of uint8 codes."""
         # a table made under a fake mode is fake, and must not outlive it

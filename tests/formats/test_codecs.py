@@ -102,3 +102,9 @@ def test_floor_exponent_does_not_round_up_below_a_power_of_two() -> None:
     below = torch.nextafter(torch.tensor([8.0]), torch.tensor([0.0]))
     assert floor_exponent(below).item() == 2
     assert floor_exponent(torch.tensor([8.0])).item() == 3
+
+
+@pytest.mark.parametrize("minifloat", [E2M1, E4M3])
+def test_rounding_is_encoding_and_decoding(minifloat: Minifloat) -> None:
+    x = samples()
+    assert bits(minifloat.round(x)) == bits(minifloat.decode(minifloat.encode(x)))
