@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from support.calibration import BATCHES, TEST, logits
 from support.closer import relative_l2
 from support.models import tiny, tokens
 from torch import nn
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fp4graph import Calibration
-
-BATCHES = [tokens(48, batch=2, seed=seed) for seed in range(4)]
-TEST = tokens(48, batch=2, seed=9)
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(TEST, use_cache=False).logits
 
 
 def rounded(model: nn.Module, calibration: Calibration) -> nn.Module:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from support.calibration import BATCHES, TEST, logits
 from support.closer import relative_l2
-from support.models import tiny, tokens
+from support.models import tiny
 from support.recorder import Recorder
 
 import fp4graph
@@ -21,17 +22,9 @@ from fp4graph.policy import Policy, Scheme
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from fp4graph import Calibration
-
-BATCHES = [tokens(48, batch=2, seed=seed) for seed in range(4)]
-TEST = tokens(48, batch=2, seed=9)
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(TEST, use_cache=False).logits
 
 
 def outlying(family: str) -> nn.Module:
