@@ -6,21 +6,21 @@ it takes anyway.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from fp4graph.calibrate import Hessian
+from fp4graph.calibrate import matrix_name
 from fp4graph.errors import CalibrationError
 from fp4graph.fingerprint import fingerprint
+from fp4graph.hessians import Seen, look
 from fp4graph.passes.base import run_passes
 from fp4graph.passes.cuts import Cut, cuts, segment
 from fp4graph.passes.match import match_linear
 from fp4graph.passes.regions import copy_graph
 from fp4graph.passes.select import SelectLinears
 from fp4graph.passes.site import LinearSite, site_of
-from fp4graph.passes.smooth_inputs import scaled_by_norm
 from fp4graph.trace import TracedModel
 
 if TYPE_CHECKING:
@@ -31,20 +31,6 @@ if TYPE_CHECKING:
     from fp4graph.policy import Policy
 
     Args = tuple[Any, ...]
-
-
-class Seen(NamedTuple):
-    """A linear and what came into it.
-
-    Attributes:
-        site: the linear.
-        hessian: of its input; linears that share an input share the object.
-        from_norm: whether a norm's weight scales the input last.
-    """
-
-    site: LinearSite
-    hessian: Hessian
-    from_norm: bool
 
 
 class Blocks:
@@ -87,7 +73,7 @@ class Blocks:
         for index, node in enumerate(nodes):
             site = site_of(node)
             if site is not None and site.scheme is not None:
-                _check(site)
+                _check(site, node)
                 number = max(i for i, cut in enumerate(found) if cut.index <= index)
                 self._linears[number][node] = site
         first = segment(self._gm, Cut(0, ()), found[0])
@@ -107,21 +93,13 @@ class Blocks:
     @torch.no_grad()
     def see(self, number: int) -> list[Seen]:
         """Return a block's selected linears, each with the Hessian of its input."""
-        inputs: dict[tuple[Node, int], Hessian] = {}
-        linears = []
-        for node, site in self._linears[number].items():
-            form = match_linear(node)
-            assert form is not None
-            source = (form.x, form.x_dim)
-            if source not in inputs:
-                inputs[source] = Hessian(site.tag.shape[1])
-            from_norm = bool(scaled_by_norm(form.x)) and form.x_dim == -1
-            linears.append(Seen(site, inputs[source], from_norm))
-        sources = [x for x, _ in inputs]
-        seen = segment(self._gm, self._starts[number], self._end(number), sources)
+        linears, inputs = look(self._linears[number])
+        nodes = [node for each in inputs for node in each.nodes]
+        seen = segment(self._gm, self._starts[number], self._end(number), nodes)
         for args, live in zip(self._args, self._live, strict=True):
-            for ((_, dim), hessian), x in zip(inputs.items(), seen(*args, *live), strict=True):
-                hessian.add(x.movedim(dim, -1))
+            values = iter(seen(*args, *live))
+            for each in inputs:
+                each.add(*(next(values) for _ in each.nodes))
         return linears
 
     @torch.no_grad()
@@ -168,8 +146,19 @@ class Blocks:
         """Return what stands in a block's weights' places among the graph's inputs."""
         changed = {}
         for site in self._linears[number].values():
-            if site.tag.fqn in weights:
-                assert site.weight is not None
+            assert site.weight is not None
+            if len(site.tag.shape) == 3:
+                names = [matrix_name(site.tag.fqn, expert) for expert in range(site.tag.shape[0])]
+                if not any(name in weights for name in names):
+                    continue
+                dense = self._args[0][site.weight]
+                each = [
+                    weights[name].to(dense.dtype) if name in weights else self.weight(site, expert)
+                    for expert, name in enumerate(names)
+                ]
+                stack = torch.stack(each)
+                changed[site.weight] = stack.mT if site.transposed else stack
+            elif site.tag.fqn in weights:
                 w_NK = weights[site.tag.fqn].to(self._args[0][site.weight].dtype)
                 if site.rows is not None:
                     rows = torch.tensor(site.rows, device=w_NK.device)
@@ -184,16 +173,22 @@ class Blocks:
         forms = [form for node in heads if (form := match_linear(node))]
         return list(dict.fromkeys(form.x for form in forms)) or None
 
-    def weight(self, site: LinearSite) -> Tensor:
-        """Return a linear's dense weight, [N, K]."""
+    def weight(self, site: LinearSite, expert: int | None = None) -> Tensor:
+        """Return a linear's dense weight, or an expert's, [N, K]."""
         assert site.weight is not None
         weight: Tensor = self._args[0][site.weight].detach()
+        weight = weight if expert is None else weight[expert]
         return weight.T if site.transposed else weight
 
     def fingerprints(self) -> dict[str, int]:
-        """Return a hash of each selected linear's weight."""
-        linears = (site for block in self._linears for site in block.values())
-        return {site.tag.fqn: fingerprint(self.weight(site).contiguous()) for site in linears}
+        """Return a hash of each selected linear's weight, of experts of each one's."""
+        found = {}
+        for site in (site for block in self._linears for site in block.values()):
+            stacked = len(site.tag.shape) == 3
+            for expert in range(site.tag.shape[0]) if stacked else (None,):
+                w_NK = self.weight(site, expert).contiguous()
+                found[matrix_name(site.tag.fqn, expert)] = fingerprint(w_NK)
+        return found
 
     def digest(self) -> str:
         """Return a hash of the weights and of the batches."""
@@ -233,15 +228,15 @@ def _record(traced: TracedModel, batches: Iterable[Tensor | Mapping[str, Any]]) 
     return found
 
 
-def _check(site: LinearSite) -> None:
+def _check(site: LinearSite, node: Node) -> None:
     """Check that a linear can be calibrated.
 
     Raises:
         CalibrationError: it cannot.
     """
-    reason = site.unsupported
-    if len(site.tag.shape) != 2:
-        reason = "experts are not calibrated yet"
+    reason, form = site.unsupported, match_linear(node)
+    if form is not None and isinstance(form.index, fx.Node):
+        reason = "which expert it is comes out while the model runs"
     if reason is not None:
         raise CalibrationError(f"{site.tag.fqn}: {reason}")
 

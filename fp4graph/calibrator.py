@@ -168,28 +168,29 @@ def _linears(
     blocks: Blocks, number: int, format: BlockFormat, how: Quantizer
 ) -> Iterator[tuple[str, _Linear]]:
     seen = blocks.see(number)
-    for site, hessian, from_norm in seen:
-        fqn, plain_NK, smooth = site.tag.fqn, blocks.weight(site), None
-        if how.rotation and site.tag.shape[1] % how.rotation:
-            problem = f"K={site.tag.shape[1]} is no multiple of the rotation's {how.rotation}"
+    shared: dict[int, tuple[Transform, Tensor]] = {}  # by the input, for it is what is transformed
+    for each in seen:
+        site, hessian, fqn = each.site, each.hessian, each.name
+        plain_NK = blocks.weight(site, each.expert)
+        if how.rotation and site.tag.shape[-1] % how.rotation:
+            problem = f"K={site.tag.shape[-1]} is no multiple of the rotation's {how.rotation}"
             raise CalibrationError(f"{fqn}: {problem}")
         if (how.rotation or how.strength) and site.rows is not None:
             problem = f"it is fused: select all of {','.join(site.tag.parts)}"
             raise CalibrationError(f"{fqn}: {problem}, for its quantizer changes all its input")
-        if how.strength and from_norm:
-            together = [blocks.weight(each.site) for each in seen if each.hessian is hessian]
-            smooth = smoothing(hessian.amax, together, how.strength)
-        transform = Transform(how.rotation, smooth)
+        if id(hessian) not in shared:
+            smooth = None
+            if how.strength and each.from_norm:
+                together = [blocks.weight(one.site) for one in seen if one.hessian is hessian]
+                smooth = smoothing(hessian.amax, together, how.strength)
+            transform = Transform(how.rotation, smooth)
+            shared[id(hessian)] = transform, transform.of_hessian(hessian.mean)
+        transform, mean_KK = shared[id(hessian)]
         try:
             nearest = transform.apply(format.quantize(plain_NK).dequantize())
         except WeightError as error:
             raise WeightError(f"{fqn}: {error}") from None
-        yield (
-            fqn,
-            _Linear(
-                transform, transform.apply(plain_NK), transform.of_hessian(hessian.mean), nearest
-            ),
-        )
+        yield fqn, _Linear(transform, transform.apply(plain_NK), mean_KK, nearest)
 
 
 def _load(file: Path | None, key: str) -> Calibration | None:

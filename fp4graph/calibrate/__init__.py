@@ -1,6 +1,6 @@
 """Better codes in the same formats than rounding to nearest with absmax scales gives."""
 
-from fp4graph.calibrate.calibration import Calibration
+from fp4graph.calibrate.calibration import Calibration, matrix_name
 from fp4graph.calibrate.four_over_six import four_over_six
 from fp4graph.calibrate.gptq import DAMPING, gptq
 from fp4graph.calibrate.hessian import Hessian, output_error
@@ -24,6 +24,7 @@ __all__ = [
     "four_over_six",
     "gptq",
     "learn",
+    "matrix_name",
     "output_error",
     "rotate",
     "scale_search",

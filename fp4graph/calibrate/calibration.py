@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 _KIND = "fp4graph calibration"
 
 
+def matrix_name(fqn: str, expert: int | None) -> str:
+    """Return what a matrix goes by: its linear's path, of experts with their number."""
+    return fqn if expert is None else f"{fqn}[{expert}]"
+
+
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Packed weights by module path, and what they hang on.
+    """Packed weights by module path, of experts one each (`matrix_name`), and what they hang on.
 
     Attributes:
         format: name of their format.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from fp4graph.calibrate import matrix_name
 from fp4graph.errors import CalibrationError, Fp4GraphError, RefusalError
 from fp4graph.kernels import Problem, Target, choose, is_plain, kernels, refusals, target_of
 from fp4graph.passes.site import LinearSite, mark, sites
@@ -79,7 +80,8 @@ def _problem(site: LinearSite, example_inputs: Sequence[Any], target: Target | N
         raise RefusalError(site.unsupported or "it has no weight")
     weight = example_inputs[site.weight]
     if site.scheme.calibration is not None:
-        site.scheme.calibration.require(site.tag.fqn)
+        first = 0 if weight.ndim == 3 else None
+        site.scheme.calibration.require(matrix_name(site.tag.fqn, first))
     if not is_plain(weight):
         raise RefusalError(f"its weight is a {type(weight).__name__}, not a plain tensor")
     if weight.layout != torch.strided or not weight.dtype.is_floating_point:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fp4graph.calibrate import matrix_name
 from fp4graph.errors import WeightError
 from fp4graph.fingerprint import fingerprint
 from fp4graph.kernels import quantize
@@ -73,7 +74,7 @@ class PackEntry:
             if self.rows is not None:
                 self.index = self.index or (torch.tensor(self.rows, device=w_NK.device),)
             if w_NK.ndim == 3:
-                experts = (self._prepack(each, f", expert {i}") for i, each in enumerate(w_NK))
+                experts = (self._prepack(each, expert) for expert, each in enumerate(w_NK))
                 fresh = tuple(map(torch.stack, zip(*experts, strict=True)))
             else:
                 fresh = self._prepack(w_NK)
@@ -87,10 +88,10 @@ class PackEntry:
             self._data_ptr = weight.data_ptr()
             self._fingerprint = fingerprint(weight)
 
-    def _prepack(self, w_NK: Tensor, which: str = "") -> tuple[Tensor, ...]:
+    def _prepack(self, w_NK: Tensor, expert: int | None = None) -> tuple[Tensor, ...]:
         calibration = self.scheme.calibration
         if calibration is not None:
-            packed = calibration.get(self.fqn, w_NK)
+            packed = calibration.get(matrix_name(self.fqn, expert), w_NK)
             smooth = calibration.smooth.get(self.fqn)
             self.smooth = None if smooth is None else smooth.to(w_NK.device)
             packed = packed.rows(*self.index) if self.index else packed
@@ -99,7 +100,8 @@ class PackEntry:
             try:
                 packed = quantize(w_NK, self.scheme.format, self.scheme.quantizer)
             except WeightError as error:
-                raise WeightError(f"{self.fqn}{which}: {error}") from None
+                which = self.fqn if expert is None else f"{self.fqn}, expert {expert}"
+                raise WeightError(f"{which}: {error}") from None
         return self.kernel.prepack(packed, self.problem)
 
 

@@ -247,8 +247,3 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CalibrationError, match="cannot write"):
         found.save(tmp_path / "file" / "c.safetensors")
-
-
-def test_experts_are_not_calibrated() -> None:
-    with pytest.raises(CalibrationError, match=r"experts.*: experts are not calibrated yet"):
-        fp4graph.calibrate(tiny("mixtral"), BATCHES, "all,expert")
