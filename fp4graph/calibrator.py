@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +111,7 @@ def calibrate(
         errors.update(done.about["output_error"])
         rounded = {fqn: done.dequantize(fqn) for fqn in done.packed if propagate}
         blocks.advance(number, rounded)
+        _give_back_memory()
     progress(len(blocks), len(blocks))
     facts["output_error"] = errors
     result = Calibration(str(block_format), quantizer, packed, smooth, blocks.fingerprints(), facts)
@@ -191,6 +194,14 @@ def _linears(
         except WeightError as error:
             raise WeightError(f"{fqn}: {error}") from None
         yield fqn, _Linear(transform, transform.apply(plain_NK), mean_KK, nearest)
+
+
+def _give_back_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it, in pieces that grow block by block."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def _load(file: Path | None, key: str) -> Calibration | None:

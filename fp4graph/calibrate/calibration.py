@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,7 @@ class Calibration:
             "fingerprints": self.fingerprints,
             "about": self.about,
         }
-        draft = path.with_name(f"{path.name}.partial")
+        draft = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may write it too
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, draft, metadata={"kind": _KIND, "facts": json.dumps(facts)})

@@ -73,18 +73,20 @@ def gptq(
 
 def _inverse_root(hessian: Tensor, damping: float, name: str) -> Tensor:
     """Return the upper Cholesky factor of the damped Hessian's inverse, float64."""
-    h = hessian.double()
-    if not bool(h.isfinite().all()):
+    if not bool(hessian.isfinite().all()):
         raise CalibrationError(f"{name}: its inputs were NaN or Inf while calibrating")
-    unused = h.diagonal() == 0  # an input that is always zero: any code will do
-    h = h + torch.diag(unused.double())
-    mean = float(h.diagonal().mean())
+    h = hessian.to(torch.float64, copy=True)
+    diagonal = h.diagonal()
+    diagonal[diagonal == 0] = 1  # an input that is always zero: any code will do
+    mean = float(diagonal.mean())
     while True:
-        damped = h + damping * mean * torch.eye(len(h), dtype=h.dtype, device=h.device)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        factor = h.clone()  # of these there are few at a time, for they are large
+        factor.diagonal().add_(damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(factor)
         if not bool(failed):
+            factor = torch.cholesky_inverse(factor)
             upper: Tensor
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            upper, failed = torch.linalg.cholesky_ex(factor, upper=True)
             if not bool(failed):
                 return upper
         if damping >= _MOST_DAMPING:

@@ -46,6 +46,7 @@ def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
         rounded: what it became.
         hessian: mean of x x^T, [K, K].
     """
+    wide = hessian.double()
     change = (rounded - weight).double()
-    power = (weight.double() @ hessian.double() * weight).sum()
-    return float((change @ hessian.double() * change).sum() / power.clamp_min(1e-300))
+    power = (weight.double() @ wide * weight).sum()
+    return float((change @ wide * change).sum() / power.clamp_min(1e-300))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from fp4graph import OptionError, StudyError
@@ -27,7 +28,7 @@ def export(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """
     if path.suffix not in FORMATS:
         raise OptionError(f"{path}: expected a name that ends with {', '.join(FORMATS)}")
-    draft = path.with_name(f"{path.name}.partial")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may write it too
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}[path.suffix](rows, draft)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fp4graph import OptionError, StudyError
+from fp4graph.study import export as export_module
 from fp4graph.study.export import export
 
 if TYPE_CHECKING:
@@ -51,3 +52,19 @@ def test_bad_names_and_places(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StudyError, match="cannot write"):
         export(ROWS, tmp_path / "file" / "a.csv")
+
+
+def test_two_processes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.jsonl"
+    write = export_module._json_lines
+
+    def meanwhile(rows: object, path: Path) -> None:
+        monkeypatch.setattr(export_module, "_json_lines", write)
+        write(ROWS, path)
+        monkeypatch.setattr("os.getpid", lambda: 1)
+        export(ROWS[:1], file)  # as another process would, from beginning to end
+
+    monkeypatch.setattr(export_module, "_json_lines", meanwhile)
+    export(ROWS, file)
+    assert len(file.read_text().splitlines()) == len(ROWS), "the last one to end"
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
