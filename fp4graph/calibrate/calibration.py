@@ -118,7 +118,7 @@ class Calibration:
             tensors[f"{fqn}.scale"] = each.scale.view(torch.uint8).contiguous()
             if each.per_tensor_scale is not None:
                 tensors[f"{fqn}.per_tensor_scale"] = each.per_tensor_scale.clone()
-        tensors |= {f"{fqn}.smooth": each for fqn, each in self.smooth.items()}
+        tensors |= {f"{fqn}.smooth": each.clone() for fqn, each in self.smooth.items()}
         facts = {
             "format": self.format,
             "quantizer": self.quantizer,
