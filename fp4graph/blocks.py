@@ -152,11 +152,14 @@ class Blocks:
                 if not any(name in weights for name in names):
                     continue
                 dense = self._args[0][site.weight]
-                each = [
-                    weights[name].to(dense.dtype) if name in weights else self.weight(site, expert)
-                    for expert, name in enumerate(names)
-                ]
-                stack = torch.stack(each)
+                stack = torch.stack(
+                    [
+                        weights[name].to(dense.dtype)
+                        if name in weights
+                        else self.weight(site, expert)
+                        for expert, name in enumerate(names)
+                    ]
+                )
                 changed[site.weight] = stack.mT if site.transposed else stack
             elif site.tag.fqn in weights:
                 w_NK = weights[site.tag.fqn].to(self._args[0][site.weight].dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from fp4graph.calibrate.quantizer import Quantizer
 from fp4graph.calibrate.transform import Transform
 from fp4graph.errors import CalibrationError
+from fp4graph.files import written_whole
 from fp4graph.fingerprint import fingerprint
 from fp4graph.formats import PackedWeight, get_format
 
@@ -126,11 +126,9 @@ class Calibration:
             "fingerprints": self.fingerprints,
             "about": self.about,
         }
-        draft = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may write it too
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, draft, metadata={"kind": _KIND, "facts": json.dumps(facts)})
-            draft.replace(path)
+            with written_whole(path) as draft:
+                save_file(tensors, draft, metadata={"kind": _KIND, "facts": json.dumps(facts)})
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"cannot write {path}: {error}") from None
 

@@ -104,11 +104,11 @@ class Quantizer:
         solver, _, grid = base.partition(":")
         if solver not in _SOLVERS:
             solver, grid = "rtn", base
+        if grid not in ("", "rtn") and format == MXFP4_FITTED:
+            raise OptionError(f"quantizer {name!r} searches scales, and {format} fits them")
         if grid in _FOR_NVFP4 and format.base != "nvfp4":
             problem = f"is for nvfp4: {format} has powers of two alone"
             raise OptionError(f"quantizer {name!r} {problem}")
-        if grid not in ("", "rtn") and format == MXFP4_FITTED:
-            raise OptionError(f"quantizer {name!r} searches scales, and {format} fits them")
         return cls(solver, grid or "rtn", rotation, strength)
 
     @property

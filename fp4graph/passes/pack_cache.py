@@ -39,7 +39,6 @@ class PackEntry:
     fqn: str
     tensors: tuple[Tensor, ...] = ()
     index: tuple[Tensor, ...] = ()  # the rows as a tensor, where they are not all
-    smooth: Tensor | None = None  # [K], what the columns were multiplied by
     _weight: ref[Tensor] | None = None
     _version: int = -1
     _data_ptr: int = -1
@@ -92,8 +91,6 @@ class PackEntry:
         calibration = self.scheme.calibration
         if calibration is not None:
             packed = calibration.get(matrix_name(self.fqn, expert), w_NK)
-            smooth = calibration.smooth.get(self.fqn)
-            self.smooth = None if smooth is None else smooth.to(w_NK.device)
             packed = packed.rows(*self.index) if self.index else packed
         else:
             w_NK = w_NK[self.index[0]] if self.index else w_NK

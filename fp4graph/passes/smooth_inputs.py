@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
+    from fp4graph.passes.site import LinearSite
+
     _Input = tuple[Node, int, int, int]
 
 
@@ -52,10 +54,8 @@ class SmoothInputs:
             for node in region.gm.graph.nodes:
                 writes += writes_in_place(node)
                 site, form = site_of(node), match_linear(node)
-                if site is None or form is None or site.entry is None:
-                    continue
-                smooth = site.entry.smooth
-                if smooth is None:
+                smooth = None if site is None else _smooth(site)
+                if smooth is None or form is None:
                     continue
                 key = fingerprint(smooth)
                 if key not in known:
@@ -68,6 +68,14 @@ class SmoothInputs:
                     _fold(chain[-1], inverse)
                 else:
                     _multiply(x, x_dim, nodes, inverse)
+
+
+def _smooth(site: LinearSite) -> Tensor | None:
+    """Return what a packed weight's columns were multiplied by, where the weight lies."""
+    if site.entry is None or site.scheme is None or site.scheme.calibration is None:
+        return None
+    smooth = site.scheme.calibration.smooth.get(site.tag.fqn)
+    return None if smooth is None else smooth.to(site.entry.tensors[0].device)
 
 
 def scaled_by_norm(x: Node) -> list[Node]:

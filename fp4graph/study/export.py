@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
-import os
 from typing import TYPE_CHECKING, Any
 
 from fp4graph import OptionError, StudyError
+from fp4graph.files import written_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,14 +27,11 @@ def export(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """
     if path.suffix not in FORMATS:
         raise OptionError(f"{path}: expected a name that ends with {', '.join(FORMATS)}")
-    draft = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may write it too
+    write = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}[path.suffix]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}[path.suffix](rows, draft)
-        draft.replace(path)
+        with written_whole(path) as draft:
+            write(rows, draft)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
         raise StudyError(f"cannot write {path}: {error.strerror}") from None
 
 

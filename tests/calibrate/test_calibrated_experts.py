@@ -9,15 +9,14 @@ import pytest
 import torch
 from support.calibration import BATCHES, logits
 from support.closer import relative_l2
-from support.experts import MODELS, Indexed
+from support.experts import MODELS, E, Indexed, K
+from torch import Tensor, nn
 
 import fp4graph
 from fp4graph.errors import CalibrationError
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from torch import nn
 
     from fp4graph import Calibration
 
@@ -57,20 +56,55 @@ def test_each_is_fitted_to_its_own_tokens(family: str) -> None:
     assert len(errors) == 16
     better = [ours < nearest for nearest, ours in errors.values()]
     assert sum(better) >= 15, "each on what its router sent it"
-    gone = fp4graph.calibrate(model, BATCHES, "expert", format="mxfp4", quantizer="learned")
-    assert sum(e for _, e in gone.about["output_error"].values()) < sum(
-        n for n, _ in errors.values()
-    )
+
+
+def test_experts_learn() -> None:
+    model = MODELS["mixtral"]().requires_grad_(False)
+    found = fp4graph.calibrate(model, BATCHES, "expert", format="mxfp4", quantizer="learned")
+    nearest, ours = zip(*found.about["output_error"].values(), strict=True)
+    assert sum(ours) < 0.8 * sum(nearest)
+
+
+class Looped(nn.Module):
+    """Blocks that call their experts one after the other, by number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Indexed() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + sum(layer(x, expert) for expert in range(E)) / 100
+        return x
+
+
+class Chosen(Looped):
+    """Which expert it is, is in the input."""
+
+    def forward(self, x: Tensor, which: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x, which) / 100
+        return x
+
+
+def test_experts_by_number() -> None:
+    torch.manual_seed(0)
+    model, x = Looped().requires_grad_(False), torch.randn(20, K)
+    select = "expert"
+    found = fp4graph.calibrate(model, [{"x": x}], select, quantizer="gptq")
+    assert len(found.packed) == 2 * 2 * E
+    assert all(ours < nearest for nearest, ours in found.about["output_error"].values())
+    expected = with_codes(model, found)(x)
+    torch._dynamo.reset()
+    backend = fp4graph.backend(select, calibration=found, inner="eager")
+    with torch.no_grad():
+        assert relative_l2(torch.compile(model, backend=backend)(x), expected) < 5e-6
 
 
 def test_what_does_not_fit() -> None:
-    class Model(Indexed):
-        def forward(self, x: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-            return super().forward(x, which)
-
-    batches = [{"x": torch.randn(5, 40), "which": torch.tensor(1)}]
-    with pytest.raises(CalibrationError):
-        fp4graph.calibrate(Model(), batches, "path:up", quantizer="gptq")
+    batches = [{"x": torch.randn(5, K), "which": torch.tensor(1)}]
+    with pytest.raises(CalibrationError, match=r"which expert it is comes out while"):
+        fp4graph.calibrate(Chosen(), batches, "expert", quantizer="gptq")
     model = MODELS["mixtral"]()
     found = fp4graph.calibrate(model, BATCHES, "expert:down", quantizer="gptq")
     backend = fp4graph.backend("expert", calibration=found)

@@ -91,11 +91,12 @@ def test_a_part_of_a_fused_weight(quantizer: str) -> None:
         new.attn.c_attn.weight[:, : 2 * width] = old.attn.c_attn.weight[:, : 2 * width]
     backend = fp4graph.backend("v,mlp", calibration=found, inner="eager")
     assert relative_l2(logits(torch.compile(model, backend=backend)), logits(twin)) < 2e-6
+    if quantizer == "learned":
+        return
     name = "transformer.h.1.mlp.c_proj"  # sees what v alone, and mlp, in FP4 before it give
     alone = fp4graph.calibrate(twin, BATCHES, "blocks=1&mlp", quantizer=quantizer, propagate=False)
-    if quantizer != "learned":
-        same = (alone.packed[name].qdata == found.packed[name].qdata).double().mean()
-        assert same > 0.9
+    same = (alone.packed[name].qdata == found.packed[name].qdata).double().mean()
+    assert same > 0.9
 
 
 def test_every_linear_errs_less_on_what_it_saw() -> None:

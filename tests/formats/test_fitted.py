@@ -69,7 +69,7 @@ def test_runs_by_its_meaning_alone(activations: str | None) -> None:
 
 def test_what_searches_scales_has_none_to_search() -> None:
     with pytest.raises(OptionError, match="searches scales, and mxfp4-fitted fits them"):
-        fp4graph.backend(format="mxfp4-fitted", quantizer="scale-search")
+        fp4graph.backend(format="mxfp4-fitted", quantizer="four-over-six")
     with pytest.raises(OptionError, match=r"formats are nvfp4, mxfp4, .*, mxfp4-fitted"):
         get_format("mxfp4-dagger")
     assert MXFP4.name == "mxfp4"

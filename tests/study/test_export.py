@@ -61,7 +61,7 @@ def test_two_processes_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def meanwhile(rows: object, path: Path) -> None:
         monkeypatch.setattr(export_module, "_json_lines", write)
         write(ROWS, path)
-        monkeypatch.setattr("os.getpid", lambda: 1)
+        monkeypatch.setattr("fp4graph.files.os.getpid", lambda: 1)
         export(ROWS[:1], file)  # as another process would, from beginning to end
 
     monkeypatch.setattr(export_module, "_json_lines", meanwhile)
