@@ -36,7 +36,7 @@ quick: install  ## style, types and the quick tests, in four to six minutes
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow"
 
-sanitize: install  ## the native kernels under sanitizers, and NEON under an emulator if there is one
+sanitize: install  ## the native kernels under sanitizers, and those of other processors under emulators
 	$(BIN)/python -m pytest -q tests/kernels/test_native.py
 
 machine-code: install  ## compile the Triton kernels for every target and write down what came of it

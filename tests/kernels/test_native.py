@@ -1,15 +1,16 @@
-"""The kernels without torch: under sanitizers, and on other processors under an emulator."""
+"""The kernels without torch: under sanitizers, and for other processors under emulators."""
 
 from __future__ import annotations
 
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from fp4graph.kernels.cpu.build import compile_program, find_compiler
+from fp4graph.kernels.cpu.build import FLAGS, SOURCES, compile_program, find_compiler
 
 CHECK = Path(__file__).parent / "native" / "check.cpp"
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -39,3 +40,28 @@ def test_neon_under_an_emulator(tmp_path: Path) -> None:
     said = run("qemu-aarch64", str(tmp_path / "check"))
     assert said.endswith(" passed, 0 failed\n")
     assert "neon" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/usr/include/simde").is_dir(), reason="needs Debian's libsimde-dev")
+def test_avx512_in_portable_code(tmp_path: Path) -> None:
+    """SIMDe and native/avx512/immintrin.h stand in for the instructions, on any processor."""
+    emulated = (
+        f"-I{CHECK.parent / 'avx512'}",
+        "-DFP4_EMULATED=&fp4_avx512,&fp4_avx512bf16",
+        '-DFP4_VECTOR_REGISTER="m"',
+    )
+    sources = [CHECK, *(SOURCES / f"{name}.cpp" for name in ("portable", "avx512", "avx512bf16"))]
+
+    def compile_unit(source: Path) -> str:
+        out = str(tmp_path / f"{source.name}.o")
+        flags = (*FLAGS, "-O1", "-w", *emulated, f"-I{SOURCES}")
+        run(find_compiler(), *flags, "-c", str(source), "-o", out)
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_unit, sources))
+    run(find_compiler(), *objects, "-pthread", "-o", str(tmp_path / "check"))
+    said = run(str(tmp_path / "check"))
+    assert said.endswith(" passed, 0 failed\n")
+    assert "avx512bf16" in said

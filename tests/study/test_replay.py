@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.models import FAMILIES, tiny, tokens
+import transformers as hf
+from support.models import CONFIGS, FAMILIES, tiny, tokens
 
 from fp4graph import Policy, Replay, Scheme, TracedModel
 from fp4graph.passes.cuts import cuts
@@ -38,15 +39,29 @@ def test_equals_the_whole_model(family: str) -> None:
             assert not any(map(torch.equal, found, dense))
 
 
-def test_starts_as_deep_as_it_can() -> None:
+def test_rewrites_no_more_than_it_must() -> None:
     _, part = replay(tiny("llama"))
     part.dense(input_ids=tokens(), use_cache=False)
     linears = []
-    for select in ("q,blocks=0", "down,blocks=0", "q,blocks=1", "lm_head"):
+    for select in ("q,blocks=0", "down,blocks=0", "q", "q,blocks=1", "lm_head"):
         part.select(Policy.of(select, Scheme.of()))
         assert part._chosen is not None
-        linears.append(len(list(sites(part._chosen[1].tagged))))
-    assert linears == [15, 15, 8, 8]
+        linears.append(len(list(sites(part._graph(*part._chosen).tagged))))
+    assert linears == [7, 7, 15, 8, 8]
+
+
+def test_a_linear_before_the_first_block() -> None:
+    config = CONFIGS["opt"]()
+    config.word_embed_proj_dim = 32
+    traced, part = replay(hf.OPTForCausalLM(config).eval())
+    part.dense(input_ids=tokens(), use_cache=False)
+    policy = Policy.of("path:*project_in", Scheme.of())
+    report = part.select(policy)
+    assert [row.path for row in report.selected] == ["model.decoder.project_in"]
+    found = part.run(0)
+    traced.select(policy)
+    with torch.no_grad():
+        assert torch.equal(found, traced(input_ids=tokens(), use_cache=False).logits)
 
 
 def test_keeps_the_least_between_two_blocks() -> None:

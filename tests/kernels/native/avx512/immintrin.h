@@ -1,0 +1,106 @@
+// AVX-512 on processors that have none, by Debian's libsimde-dev, and what it lacks of what the
+// kernels use. vdpbf16ps as Intel describes it: pairs from the upper one, subnormals are zeros.
+#pragma once
+#define SIMDE_NO_NATIVE
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+using __mmask16 = simde__mmask16;
+
+namespace emulated {
+
+template <class To, class From>
+To bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class T>
+struct Lanes {
+  T lane[64 / sizeof(T)];
+};
+
+inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
+
+inline __m512 dpbf16(__m512 sum, __m512bh a, __m512bh b) {
+  auto sums = bits<Lanes<float>>(sum);
+  const auto as = bits<Lanes<uint32_t>>(a), bs = bits<Lanes<uint32_t>>(b);
+  for (int i = 0; i < 16; i++) {
+    for (const int shift : {0, 16}) {
+      const auto value = [&](uint32_t pair) {
+        return flushed(bits<float>(pair << shift & 0xFFFF0000));
+      };
+      const float product_and_sum = std::fma(value(as.lane[i]), value(bs.lane[i]), flushed(sums.lane[i]));
+      sums.lane[i] = flushed(product_and_sum);
+    }
+  }
+  return bits<__m512>(sums);
+}
+
+inline __m512 cvtepi32_ps(__m512i x) {
+  const auto in = bits<Lanes<int32_t>>(x);
+  Lanes<float> out;
+  for (int i = 0; i < 16; i++) out.lane[i] = static_cast<float>(in.lane[i]);
+  return bits<__m512>(out);
+}
+
+inline __m512i cvtepu8_epi32(__m128i x) {
+  uint8_t in[16];
+  memcpy(in, &x, sizeof in);
+  Lanes<uint32_t> out;
+  for (int i = 0; i < 16; i++) out.lane[i] = in[i];
+  return bits<__m512i>(out);
+}
+
+inline __m512 cvtph_ps(__m256i x) {
+  __m128i half[2];
+  memcpy(half, &x, sizeof half);
+  __m256 both[2] = {_mm256_cvtph_ps(half[0]), _mm256_cvtph_ps(half[1])};
+  return bits<__m512>(both);
+}
+
+inline __m256i cvtps_ph(__m512 x) {
+  const auto halves = bits<std::array<__m256, 2>>(x);
+  __m128i both[2];
+  for (int i = 0; i < 2; i++) both[i] = _mm256_cvtps_ph(halves[i], _MM_FROUND_TO_NEAREST_INT);
+  return bits<__m256i>(both);
+}
+
+template <class Vector, class T>
+Vector masked_load(uint32_t mask, const void* from) {
+  T out[sizeof(Vector) / sizeof(T)] = {};
+  for (size_t i = 0; i < std::size(out); i++) {
+    if (mask >> i & 1) memcpy(&out[i], static_cast<const char*>(from) + i * sizeof(T), sizeof(T));
+  }
+  return bits<Vector>(out);
+}
+
+template <class T, class Vector>
+void masked_store(void* to, uint32_t mask, Vector x) {
+  T in[sizeof(Vector) / sizeof(T)];
+  memcpy(in, &x, sizeof in);
+  for (size_t i = 0; i < std::size(in); i++) {
+    if (mask >> i & 1) memcpy(static_cast<char*>(to) + i * sizeof(T), &in[i], sizeof(T));
+  }
+}
+
+}  // namespace emulated
+
+#undef _mm512_dpbf16_ps
+#define _mm512_dpbf16_ps(sum, a, b) emulated::dpbf16(sum, a, b)
+#define _mm512_cvtepi32_ps(x) emulated::cvtepi32_ps(x)
+#define _mm512_cvtepu8_epi32(x) emulated::cvtepu8_epi32(x)
+#define _mm512_cvtph_ps(x) emulated::cvtph_ps(x)
+#define _mm512_cvtps_ph(x, rounding) emulated::cvtps_ph(x)
+#define _mm512_maskz_loadu_ps(mask, p) (emulated::masked_load<__m512, float>(mask, p))
+#define _mm256_maskz_loadu_epi16(mask, p) (emulated::masked_load<__m256i, uint16_t>(mask, p))
+#define _mm512_mask_storeu_ps(p, mask, x) emulated::masked_store<float>(p, mask, x)
+#define _mm256_mask_storeu_epi16(p, mask, x) emulated::masked_store<uint16_t>(p, mask, x)
