@@ -1,7 +1,8 @@
 """Trials that begin where they differ from the dense model: its values before each block are kept.
 
 A trial that quantises linears of block 20 computes the same as the dense model up to there. On
-average over blocks half of the work of a trial is saved, and all numbers stay what they were.
+average over blocks half of the work of a trial is saved, and all numbers stay what they were. What
+follows block 20 is the dense model's graph again, which needs no rewriting.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ class Replay:
         self._traced = traced
         self._pick = pick
         self._cuts: list[Cut] = []
-        self._graphs: dict[Cut, TracedGraph] = {}
+        self._graphs: dict[tuple[Cut, Cut | None], TracedGraph] = {}
         self._kept: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._output = -1
-        self._chosen: tuple[Cut, TracedGraph] | None = None
+        self._chosen: tuple[Cut, Cut | None] | None = None
         self._whole = traced.graphs[0] if traced.graphs else None
         self.refusal = self._find_cuts(times)
 
@@ -99,20 +100,20 @@ class Replay:
             RefusalError: a selected linear cannot run in FP4.
         """
         assert self._whole is not None
-        linears = [
-            (index, site.tag)
+        picked = [
+            index
             for index, node in enumerate(self._whole.tagged.graph.nodes)
-            if (site := site_of(node))
+            if (site := site_of(node)) and policy.decide(site.tag).scheme
         ]
-        first = min((at for at, tag in linears if policy.decide(tag).scheme), default=0)
-        cut = next((cut for cut in reversed(self._cuts) if cut.index <= first), self._cuts[0])
-        if cut not in self._graphs:
-            args, values = self._kept[0]
-            example = (*args, *(values[node.name] for node in cut.live))
-            self._graphs[cut] = TracedGraph(segment(self._whole.tagged, cut), example)
-        self._chosen = cut, self._graphs[cut]
+        first, last = min(picked, default=0), max(picked, default=0)
+        places = [Cut(0, ()), *self._cuts]
+        number = max(i for i, cut in enumerate(places) if cut.index <= first)
+        end = next(iter(places[number + 1 :]), None)
+        if end is not None and end.index <= last:
+            end = None
+        self._chosen = places[number], end
         report = Report()
-        changed = self._graphs[cut].rewrite(policy, "raise", self._traced.tags)
+        changed = self._graph(*self._chosen).rewrite(policy, "raise", self._traced.tags)
         report.add([*rows(self._whole.tagged), *changed])
         return report
 
@@ -120,7 +121,19 @@ class Replay:
     def run(self, index: int) -> Tensor:
         """Return what the model as last selected gives for the input of the `index`-th `dense`."""
         assert self._chosen is not None
-        cut, graph = self._chosen
-        args, values = self._kept[index]
-        picked: Tensor = graph.run(*args, *(values[node.name] for node in cut.live))[self._output]
+        start, end = self._chosen
+        args, kept = self._kept[index]
+        values = self._graph(start, end).run(*args, *(kept[node.name] for node in start.live))
+        if end is not None:
+            values = self._graph(end, None).tagged(*args, *values)
+        picked: Tensor = values[self._output]
         return picked
+
+    def _graph(self, start: Cut, end: Cut | None) -> TracedGraph:
+        assert self._whole is not None
+        if (start, end) not in self._graphs:
+            args, kept = self._kept[0]
+            example = (*args, *(kept[node.name] for node in start.live))
+            part = segment(self._whole.tagged, start, end)
+            self._graphs[start, end] = TracedGraph(part, example)
+        return self._graphs[start, end]

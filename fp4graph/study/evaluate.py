@@ -150,19 +150,18 @@ class DenseReference:
     ) -> None:
         self.windows = windows
         self._file: np.memmap[Any, np.dtype[np.float32]] | None = None
-        nll = []
+        shape = len(windows.ids), windows.scored
+        nll_WT, self._likeliest_WT = np.empty(shape), np.empty(shape, np.int64)
         for index in range(len(windows.ids)):
             logits_TV = self._logits(run, index)
             if self._file is None:
                 self._file = _allocate(folder, (len(windows.ids), *logits_TV.shape))
-            nll_T = np.empty(windows.scored)
             for rows, logp_RV in _log_probabilities(logits_TV):
                 self._file[index, rows] = logp_RV.numpy()
-                nll_T[rows] = _nll(logp_RV, self._targets(index)[rows])
-            nll.append(nll_T)
+                self._likeliest_WT[index, rows] = logp_RV.argmax(-1)
+                nll_WT[index, rows] = _nll(logp_RV, self._targets(index)[rows])
             progress()
-        nll_WT = np.array(nll)
-        self.scores = Scores(nll_WT, np.zeros_like(nll_WT), np.ones(nll_WT.shape, bool))
+        self.scores = Scores(nll_WT, np.zeros(shape), np.ones(shape, bool))
 
     def score(self, run: Callable[[int], Tensor], progress: Callable[[], None]) -> Scores:
         """Score another model on the same windows."""
@@ -174,7 +173,7 @@ class DenseReference:
                 dense_RV = torch.from_numpy(self._file[index, rows])
                 nll_WT[index, rows] = _nll(logp_RV, self._targets(index)[rows])
                 kl_WT[index, rows] = _kl(dense_RV, logp_RV)
-                same_WT[index, rows] = logp_RV.argmax(-1) == dense_RV.argmax(-1)
+                same_WT[index, rows] = logp_RV.argmax(-1).numpy() == self._likeliest_WT[index, rows]
             progress()
         return Scores(nll_WT, kl_WT, same_WT)
 
