@@ -47,7 +47,12 @@ struct Avx512 {
   static FP4_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static FP4_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static FP4_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
-  static FP4_INLINE I load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static FP4_INLINE I load_codes(const uint8_t* p) {
+    I codes = _mm512_loadu_si512(p);
+    // else every shift reads memory again, mostly across a line
+    asm("" : "+" FP4_VECTOR_REGISTER(codes));
+    return codes;
+  }
   static FP4_INLINE F broadcast(const float* x) { return _mm512_set1_ps(*x); }
 
   static FP4_INLINE void decode(const Tables& t, I raw, int half, F (&d)[4][1]) {
