@@ -6,6 +6,8 @@ it takes anyway.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,13 +102,15 @@ class Blocks:
             values = iter(seen(*args, *live))
             for each in inputs:
                 each.add(*(next(values) for _ in each.nodes))
+        _give_back_memory()
         return linears
 
     @torch.no_grad()
     def advance(self, number: int, rounded: Mapping[str, Tensor]) -> None:
-        """Run a block with rounded weights, up to the next."""
+        """Run a block with rounded weights, up to the next; after the last nothing is kept."""
         end = self._end(number)
         if end is None:
+            self._live = self._dense_live = []
             return
         changed = self._in_place_of_weights(number, rounded)
         run = segment(self._gm, self._starts[number], end)
@@ -114,6 +118,7 @@ class Blocks:
             self._live[batch] = _shared(run(*_replaced(args, changed), *live), self._live[:batch])
         for batch, (args, live) in enumerate(zip(self._args, self._dense_live, strict=False)):
             self._dense_live[batch] = _shared(run(*args, *live), self._live)
+        _give_back_memory()
 
     def error(self, number: int) -> Callable[[Mapping[str, Tensor], int], Tensor]:
         """Return what a block's output errs by, as a function of its weights.
@@ -255,6 +260,14 @@ def _shared(values: Args, before: Sequence[Args]) -> Args:
         first if isinstance(first, Tensor) and torch.equal(first, each) else each
         for first, each in zip(firsts, values, strict=True)
     )
+
+
+def _give_back_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it, in pieces that grow block by block."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def _floats(values: Any) -> list[Tensor]:

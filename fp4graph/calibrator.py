@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,7 +109,6 @@ def calibrate(
         errors.update(done.about["output_error"])
         rounded = {fqn: done.dequantize(fqn) for fqn in done.packed if propagate}
         blocks.advance(number, rounded)
-        _give_back_memory()
     progress(len(blocks), len(blocks))
     facts["output_error"] = errors
     result = Calibration(str(block_format), quantizer, packed, smooth, blocks.fingerprints(), facts)
@@ -123,12 +120,15 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear as it is rounded: transformed, with the mean of x x^T of its transformed input."""
+    """A linear as it is rounded: transformed, with the mean of x x^T of its transformed input.
+
+    And the output error when it is rounded to nearest as it is.
+    """
 
     transform: Transform
     weight: Tensor
     mean: Tensor
-    nearest: Tensor
+    to_nearest: float
 
 
 def _block(
@@ -154,7 +154,7 @@ def _block(
         found = learn(weights, found, of_transformed, blocks.batches)
     errors = {
         fqn: (
-            output_error(linear.weight, linear.nearest, linear.mean),
+            linear.to_nearest,
             output_error(linear.weight, found[fqn].dequantize(), linear.mean),
         )
         for fqn, linear in linears.items()
@@ -193,15 +193,8 @@ def _linears(
             nearest = transform.apply(format.quantize(plain_NK).dequantize())
         except WeightError as error:
             raise WeightError(f"{fqn}: {error}") from None
-        yield fqn, _Linear(transform, transform.apply(plain_NK), mean_KK, nearest)
-
-
-def _give_back_memory() -> None:
-    """Give freed memory back to the system: glibc keeps it, in pieces that grow block by block."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)
+        weight = transform.apply(plain_NK)
+        yield fqn, _Linear(transform, weight, mean_KK, output_error(weight, nearest, mean_KK))
 
 
 def _load(file: Path | None, key: str) -> Calibration | None:

@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 from fp4graph.errors import CalibrationError
@@ -50,7 +51,7 @@ def gptq(
     up_GN = format.scale_codec.reciprocal(codes_GN, base.per_tensor_scale)
     down_GN = format.scale_codec.decode(codes_GN, base.per_tensor_scale)
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    root_KK = _inverse_root(hessian[order][:, order], damping, name).to(hessian.dtype)
+    root_KK = _inverse_root(hessian, order, damping, name)
     w_KN = weight.detach().to(hessian.dtype).T[order].contiguous()
     rounded_KN = torch.zeros(
         len(codes_GN) * format.block_size, len(weight), device=weight.device
@@ -71,24 +72,24 @@ def gptq(
     )
 
 
-def _inverse_root(hessian: Tensor, damping: float, name: str) -> Tensor:
-    """Return the upper Cholesky factor of the damped Hessian's inverse, float64."""
+def _inverse_root(hessian: Tensor, order: Tensor, damping: float, name: str) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of the damped, reordered Hessian.
+
+    It is found in float64 by LAPACK in place, for such matrices are the most memory that is needed.
+    """
     if not bool(hessian.isfinite().all()):
         raise CalibrationError(f"{name}: its inputs were NaN or Inf while calibrating")
-    h = hessian.to(torch.float64, copy=True)
-    diagonal = h.diagonal()
-    diagonal[diagonal == 0] = 1  # an input that is always zero: any code will do
-    mean = float(diagonal.mean())
     while True:
-        factor = h.clone()  # of these there are few at a time, for they are large
-        factor.diagonal().add_(damping * mean)
-        factor, failed = torch.linalg.cholesky_ex(factor)
-        if not bool(failed):
-            factor = torch.cholesky_inverse(factor)
-            upper: Tensor
-            upper, failed = torch.linalg.cholesky_ex(factor, upper=True)
-            if not bool(failed):
-                return upper
+        h = hessian[order[:, None], order].double()
+        diagonal = h.diagonal()
+        diagonal[diagonal == 0] = 1  # an input that is always zero: any code will do
+        diagonal.add_(damping * diagonal.mean())
+        root, failed = lapack.dpotrf(h.cpu().numpy().T, overwrite_a=True)
+        if not failed:
+            inverse, _ = lapack.dpotri(root, overwrite_c=True)
+            root, failed = lapack.dpotrf(inverse, overwrite_a=True)
+        if not failed:
+            return torch.empty_like(hessian).copy_(torch.from_numpy(root))
         if damping >= _MOST_DAMPING:
             raise CalibrationError(f"{name}: its Hessian has no inverse even with damping 1")
         damping = min(10 * damping, _MOST_DAMPING)

@@ -25,10 +25,13 @@ def rotate(x: Tensor, block: int) -> Tensor:
         block: one of `ROTATIONS`.
     """
     wide = x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
-    y = wide.reshape(-1, block).T.contiguous()  # [block, ...]: long rows are added faster
+    # [block, ...]: long rows are added faster
+    y = wide.reshape(-1, block).T.clone(memory_format=torch.contiguous_format)
     half = 1
     while half < block:
         a, b = y.unflatten(0, (-1, 2, half)).unbind(1)
-        y = torch.stack((a + b, a - b), 1).flatten(0, 2)
+        total = a + b
+        b.neg_().add_(a)
+        a.copy_(total)
         half *= 2
     return (y.T * (1 / math.sqrt(block))).to(x.dtype).reshape(x.shape)
