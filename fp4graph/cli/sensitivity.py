@@ -121,8 +121,9 @@ def _draw(rows: list[SensitivityRow], settings: list[Measured], path: Path) -> N
                 cells[_title(row)][row.role, row.block] = row.kl
         draw_cells(cells, "KL, estimated, nats", path)
         return
+    several = len({setting.text for setting in settings}) > 1
     points = {
-        f"{name}, {_title(setting)}, text {setting.text}": [
+        f"{name}\n{_title(setting)}{f', text {setting.text}' if several else ''}": [
             (asdict(row)[name], setting.singles[row.path].kl, row.role)
             for row in rows
             if _title(row) == _title(setting) and row.path in setting.singles
