@@ -55,7 +55,7 @@ def test_avx512_in_portable_code(tmp_path: Path) -> None:
 
     def compile_unit(source: Path) -> str:
         out = str(tmp_path / f"{source.name}.o")
-        flags = (*FLAGS, "-O1", "-w", *emulated, f"-I{SOURCES}")
+        flags = (*FLAGS, "-Og", "-w", *emulated, f"-I{SOURCES}")
         run(find_compiler(), *flags, "-c", str(source), "-o", out)
         return out
 
