@@ -1,7 +1,7 @@
 """Block-diagonal Hadamard rotation: x H and W H give the same product as x and W (2509.23202).
 
 It spreads what is large over a block, so that a group's scale fits more of its values: good for
-MXFP4's powers of two where activations are rounded too, bad for plain NVFP4 weights.
+MXFP4's powers of two where activations are rounded too, bad for NVFP4 weights rounded to nearest.
 """
 
 from __future__ import annotations
