@@ -9,9 +9,10 @@ and `outliers` with their correlations.
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from markdown import fill, table
@@ -21,9 +22,12 @@ from fp4graph import TracedModel, models
 from fp4graph.study.additivity import pairs, sets
 from fp4graph.study.measured import Measured, measured
 from fp4graph.study.plot import draw
-from fp4graph.study.plot_scores import draw_points
+from fp4graph.study.plot_scores import draw_cells, draw_points
 from fp4graph.study.store import Store
 from fp4graph.study.trial import mode_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "studies/smollm2-135m.md"
@@ -129,21 +133,48 @@ def cells(results: Results, found: Measured) -> dict[tuple[str, int], Any]:
     return {(str(tags[p].role), tags[p].block or 0): row for p, row in found.singles.items()}
 
 
+def blocks(results: Results) -> str:
+    """Write what whole blocks cost, in every setting, and draw it."""
+    shares: dict[tuple[str, int], float] = {}
+    rows = []
+    for setting in filter(results.grid.__contains__, SETTINGS):
+        found = results.grid[setting].trials.values()
+        named = ((re.fullmatch(r"blocks=(\d+)", row.selector), row) for row in found)
+        kl = {int(m[1]): row.kl for m, row in named if m and row.direction == "only"}
+        if len(kl) > ENDS:
+            whole = sum(kl.values())
+            shares |= {(name(setting), block): kl[block] / whole for block in sorted(kl)}
+            worst = sorted(kl, key=lambda block: -kl[block])[:ENDS]
+            most = ", ".join(f"{block} ({kl[block]:.4f})" for block in worst)
+            rows.append((name(setting), f"{whole:.4f}", *(f"{x:.0%}" for x in ends(kl)), most))
+    draw_cells({"": shares}, "share of the sum of KL", DOCS / "images/blocks.png")
+    heads = ["", "sum of KL", f"first {ENDS}", f"last {ENDS}", "the worst, with their KL"]
+    return table(heads, rows)
+
+
+def ends(kl: Mapping[int, float]) -> tuple[float, float]:
+    """Return what share of the sum the first blocks have, and the last."""
+    order = sorted(kl)
+    parts = (order[:ENDS], order[-ENDS:])
+    first, last = (sum(kl[block] for block in part) / sum(kl.values()) for part in parts)
+    return first, last
+
+
 def grid(results: Results) -> str:
-    """Write where in the model the damage is."""
+    """Write where in the model the damage is, linear by linear."""
     parts = []
     for setting, found in results.grid.items():
         grid = cells(results, found)
-        blocks = 1 + max(block for _, block in grid)
-        whole = sum(row.kl for row in grid.values())
-        ends = [
-            sum(row.kl for (_, block), row in grid.items() if block in which) / whole
-            for which in (range(ENDS), range(blocks - ENDS, blocks))
-        ]
+        if not grid:
+            continue
+        kl: dict[int, float] = defaultdict(float)
+        for (_, block), row in grid.items():
+            kl[block] += row.kl
+        first, last = ends(kl)
         worst = sorted(grid.items(), key=lambda item: -item[1].kl)[:10]
         parts.append(
-            f"{name(setting)}, {len(grid)} linears: blocks 0 to {ENDS - 1} have {ends[0]:.0%} of "
-            f"the sum of KL, the last {ENDS} {ends[1]:.0%}; an even share is {ENDS / blocks:.0%}. "
+            f"{name(setting)}, {len(grid)} linears: blocks 0 to {ENDS - 1} have {first:.0%} of "
+            f"the sum of KL, the last {ENDS} {last:.0%}; an even share is {ENDS / len(kl):.0%}. "
             f"{sum(row.dnll < 0 for row in grid.values())} linears lower the NLL.\n\n"
             + table(
                 ["linear", "KL", "dNLL", "+-"],
@@ -208,29 +239,21 @@ def additivity(results: Results) -> str:
         parts.append(
             f"{name(setting)}: {len(whole)} sets, measured KL over the sum: median "
             f"{ratios[len(ratios) // 2]:.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f}; Spearman "
-            f"{rank:.3f}.\n\n"
-            + table(
-                ["set", "linears", "KL", "sum", "ratio"],
-                [
-                    (
-                        f"`{r.name}`",
-                        str(r.linears),
-                        f"{r.kl:.4f}",
-                        f"{r.kl_sum:.4f}",
-                        f"{r.kl / r.kl_sum:.2f}",
-                    )
-                    for r in named
-                ],
-            )
-            + "\n\nThe largest interactions:\n\n"
-            + table(
-                ["one", "other", "KL of both", "above the sum"],
-                [
-                    (f"`{r.first}`", f"`{r.second}`", f"{r.kl:.4f}", f"{r.kl_interaction:+.4f}")
-                    for r in two[:8]
-                ],
-            )
+            f"{rank:.3f}."
         )
+        if named:
+            lines = []
+            for r in named:
+                numbers = (f"{r.kl:.4f}", f"{r.kl_sum:.4f}", f"{r.kl / r.kl_sum:.2f}")
+                lines.append((f"`{r.name}`", str(r.linears), *numbers))
+            parts.append(table(["set", "linears", "KL", "sum", "ratio"], lines))
+        if two:
+            largest = [
+                (f"`{r.first}`", f"`{r.second}`", f"{r.kl:.4f}", f"{r.kl_interaction:+.4f}")
+                for r in two[:8]
+            ]
+            heads = ["one", "other", "KL of both", "above the sum"]
+            parts.append(f"The largest interactions:\n\n{table(heads, largest)}")
     if points:
         draw_points(points, "KL, nats, over the sum", DOCS / "images/additivity.png", equal=True)
     return "\n\n".join(parts)
@@ -243,6 +266,7 @@ def main() -> None:
         {
             "roles": roles(results),
             "order": order(results),
+            "blocks": blocks(results),
             "grid": grid(results),
             "outliers": correlations("outliers.jsonl", STATISTICS),
             "sensitivity": correlations("sensitivity.jsonl"),
