@@ -29,7 +29,8 @@ def rotate(x: Tensor, block: int) -> Tensor:
     y = wide.reshape(-1, block).T.clone(memory_format=torch.contiguous_format)
     half = 1
     while half < block:
-        a, b = y.unflatten(0, (-1, 2, half)).unbind(1)
+        pairs = y.unflatten(0, (-1, 2, half))
+        a, b = pairs[:, 0], pairs[:, 1]
         total = a + b
         b.neg_().add_(a)
         a.copy_(total)
