@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Hessian:
-    """The second moment of a linear's input, batch by batch.
+    """The second moment of a linear's input, added up batch by batch.
 
     It is, up to a factor, the Hessian of the output's squared error by the weight, for each row.
 
@@ -15,25 +15,28 @@ class Hessian:
         in_features: K.
 
     Attributes:
-        mean: of x x^T over the tokens seen, float32 [K, K].
         amax: largest magnitude of each column, float32 [K].
         tokens: rows seen.
     """
 
     def __init__(self, in_features: int) -> None:
-        self.mean = torch.zeros(in_features, in_features)
+        self._sum_KK = torch.zeros(in_features, in_features)
         self.amax = torch.zeros(in_features)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """Take in inputs, [..., K]."""
+        """Take in inputs, [..., K]; what is kept lies on their device."""
         x_MK = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        if len(x_MK) == 0:
-            return
-        before, self.tokens = self.tokens, self.tokens + len(x_MK)
-        self.mean, self.amax = self.mean.to(x.device), self.amax.to(x.device)
-        self.mean.addmm_(x_MK.T, x_MK, beta=before / self.tokens, alpha=1 / self.tokens)
-        self.amax = torch.maximum(self.amax, x_MK.abs().amax(0))
+        self._sum_KK, self.amax = self._sum_KK.to(x.device), self.amax.to(x.device)
+        self._sum_KK.addmm_(x_MK.T, x_MK)
+        if len(x_MK):
+            self.amax = torch.maximum(self.amax, x_MK.abs().amax(0))
+        self.tokens += len(x_MK)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of x x^T, float32 [K, K]."""
+        return self._sum_KK / max(self.tokens, 1)
 
 
 def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:

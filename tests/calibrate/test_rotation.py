@@ -32,6 +32,16 @@ def test_is_the_hadamard_matrix_and_its_own_inverse(block: int) -> None:
     assert relative_l2(half, expected) < 1e-2
 
 
+def test_lets_gradients_pass_and_its_input_be() -> None:
+    torch.manual_seed(0)
+    x, toward = torch.randn(1, 16, requires_grad=True), torch.randn(1, 16)
+    before = x.detach().clone()
+    (rotate(x, 16) * toward).sum().backward()
+    assert torch.equal(x, before)
+    assert x.grad is not None
+    assert relative_l2(x.grad, rotate(toward, 16)) < 1e-6  # the matrix is symmetric
+
+
 @pytest.mark.parametrize("block", ROTATIONS)
 def test_without_rounding_a_rotated_linear_is_the_dense_one(block: int) -> None:
     torch.manual_seed(0)

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 
 using __mmask16 = simde__mmask16;
 
@@ -38,8 +39,8 @@ inline __m512 dpbf16(__m512 sum, __m512bh a, __m512bh b) {
       const auto value = [&](uint32_t pair) {
         return flushed(bits<float>(pair << shift & 0xFFFF0000));
       };
-      const float product_and_sum = std::fma(value(as.lane[i]), value(bs.lane[i]), flushed(sums.lane[i]));
-      sums.lane[i] = flushed(product_and_sum);
+      const float before = flushed(sums.lane[i]);
+      sums.lane[i] = flushed(std::fma(value(as.lane[i]), value(bs.lane[i]), before));
     }
   }
   return bits<__m512>(sums);
