@@ -187,7 +187,8 @@ def _linears(
                 together = [blocks.weight(one.site) for one in seen if one.hessian is hessian]
                 smooth = smoothing(hessian.amax, together, how.strength)
             transform = Transform(how.rotation, smooth)
-            shared[id(hessian)] = transform, transform.of_hessian(hessian.mean)
+            mean_KK = hessian.mean.to(plain_NK.device)  # an expert may have seen no token
+            shared[id(hessian)] = transform, transform.of_hessian(mean_KK)
         transform, mean_KK = shared[id(hessian)]
         try:
             nearest = transform.apply(format.quantize(plain_NK).dequantize())

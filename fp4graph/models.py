@@ -68,6 +68,11 @@ class LoadedModel:
     tokenizer: Any | None
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are, and its inputs are to be."""
+        return next(self.model.parameters()).device
+
+    @property
     def is_random(self) -> bool:
         """Whether the weights mean nothing, so that only speed can be measured."""
         return self.tokenizer is None
@@ -103,14 +108,21 @@ def check_length(model: nn.Module, length: int) -> None:
         )
 
 
-def load(name: str, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> LoadedModel:
+def load(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> LoadedModel:
     """Load a model.
 
     Args:
         name: a name of this module (`smollm2-135m`, `qwen2.5-0.5b-random`, ...), a folder, a GGUF
             file, or an id on the Hugging Face hub.
         dtype: of all weights.
-        seed: of random weights.
+        device: where they are to be.
+        seed: of random weights, which are others on another device.
 
     Raises:
         ModelError: nothing loads by that name; says what was tried.
@@ -118,7 +130,9 @@ def load(name: str, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Loa
     transformers.utils.logging.disable_progress_bar()
     if name in RANDOM_MODELS:
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(RANDOM_MODELS[name](), dtype=dtype)
+        with torch.device(device):
+            config = RANDOM_MODELS[name]()
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         return LoadedModel(name, _frozen(model), None)
     if name.endswith("-random"):
         raise ModelError(f"no random model {name!r}; there are {', '.join(RANDOM_MODELS)}")
@@ -135,7 +149,7 @@ def load(name: str, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Loa
             f"cannot load {name!r} ({type(error).__name__}: {reason}); expected a hub id, a "
             f"folder, a GGUF file, {SMOLLM2}, or one of {', '.join(RANDOM_MODELS)}"
         ) from None
-    return LoadedModel(name, _frozen(model), tokenizer)
+    return LoadedModel(name, _frozen(model).to(device), tokenizer)
 
 
 def _locate(name: str) -> tuple[str, str | None]:

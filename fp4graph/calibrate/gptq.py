@@ -56,11 +56,12 @@ def gptq(
     rounded_KN = torch.zeros(
         len(codes_GN) * format.block_size, len(weight), device=weight.device
     )  # over their scales
+    columns = order.tolist()
     for start in range(0, len(w_KN), BLOCK):
         end = min(start + BLOCK, len(w_KN))
         errors_BN = torch.empty_like(w_KN[start:end])
         for at in range(start, end):
-            column = int(order[at])
+            column = columns[at]
             group = column // format.block_size
             rounded_N = E2M1.round((w_KN[at] * up_GN[group]).to(torch.float32))
             error_N = (w_KN[at] - rounded_N * down_GN[group]) / root_KK[at, at]

@@ -17,6 +17,7 @@ from fp4graph.cli.common import (
     CommaList,
     check_interrupt,
     check_trained,
+    device_option,
     dtype_option,
     json_option,
     load_model,
@@ -37,10 +38,10 @@ from fp4graph.study.store import Store
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
     from rich.progress import Progress
 
     from fp4graph.study.trial import Calibrations, Row, Trial
-
 _WIKITEXT2_WINDOW = 2048
 
 
@@ -127,6 +128,7 @@ class _Bar:
 )
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for results.")
 @dtype_option
+@device_option
 @json_option
 def ablate_command(
     model: str,
@@ -142,6 +144,7 @@ def ablate_command(
     budget: float | None,
     out: Path | None,
     dtype: str,
+    device: torch.device,
     as_json: bool,
     **combinations: Any,
 ) -> None:
@@ -163,7 +166,7 @@ def ablate_command(
     text = read_text(corpus, wanted)
     out = out or Path("fp4graph-out") / Path(model).name
     store = Store(out / "trials.sqlite")
-    loaded = load_model(model, dtype)
+    loaded = load_model(model, dtype, device)
     windows = cut(text, loaded.tokenizer, wanted, seq_len)
     length = windows.ids.shape[1]
     questions = None if probe is None else read_probe(probe, loaded.tokenizer, length)

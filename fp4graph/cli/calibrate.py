@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,11 +12,15 @@ from fp4graph import models
 from fp4graph.calibrate import DAMPING, NEED_DATA, Quantizer
 from fp4graph.cli.common import (
     check_interrupt,
+    device_option,
     dtype_option,
     load_windows,
     output,
     progress_bar,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 
 @click.command("calibrate")
@@ -52,6 +56,7 @@ from fp4graph.cli.common import (
     help="The file, .safetensors.",
 )
 @dtype_option
+@device_option
 def calibrate_command(
     model: str,
     select: str,
@@ -64,6 +69,7 @@ def calibrate_command(
     propagate: bool,
     out: Path,
     dtype: str,
+    device: torch.device,
 ) -> None:
     """Find codes for MODEL's selected linears with data, for `ablate --calibration`.
 
@@ -72,7 +78,7 @@ def calibrate_command(
     """
     fp4graph.Selector(select)
     Quantizer.parse(quantizer, fp4graph.get_format(format))
-    loaded, windows = load_windows(model, corpus, samples * seq_len, seq_len, dtype)
+    loaded, windows = load_windows(model, corpus, samples * seq_len, seq_len, dtype, device)
     models.check_length(loaded.model, seq_len)
     with progress_bar() as bar:
         task = bar.add_task("blocks", total=None)
@@ -92,7 +98,7 @@ def calibrate_command(
         }
         found = fp4graph.calibrate(
             loaded.model,
-            windows.ids.split(1),
+            windows.ids.to(device).split(1),
             select,
             format=format,
             quantizer=quantizer,

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 USAGE = 2
 INTERRUPTED = 130
 
+CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -77,6 +78,32 @@ def dtype_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--device`."""
+    text = "Where the model runs: cpu, cuda, cuda:1.  [default: cuda if there is a GPU, else cpu]"
+    return click.option("--device", type=_Device(), default=_fastest, help=text)(command)
+
+
+class _Device(click.ParamType[torch.device]):
+    """A device of torch that is here."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse what torch does not know, and GPUs that are not here."""
+        try:
+            device = torch.device(value)
+        except RuntimeError:
+            self.fail(f"{value!r} is no device of torch: say cpu, cuda or cuda:1", param, ctx)
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            self.fail(f"{value}: torch sees {torch.cuda.device_count()} GPUs here", param, ctx)
+        return device
+
+
+def _fastest() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--json`."""
     text = "Print one JSON object a line on stdout; progress and tables stay on stderr."
@@ -104,14 +131,14 @@ def read_text(corpus: str, tokens: int | None) -> str:
 _CHARACTERS_A_TOKEN = 256  # more than any text has
 
 
-def load_model(model: str, dtype: str) -> models.LoadedModel:
+def load_model(model: str, dtype: str, device: torch.device = CPU) -> models.LoadedModel:
     """Load a model by its name, and say so while it takes.
 
     Raises:
         ModelError: nothing loads by that name.
     """
     with stderr.status(f"loading {model}"):
-        return models.load(model, DTYPES[dtype])
+        return models.load(model, DTYPES[dtype], device=device)
 
 
 def open_results(path: Path) -> Store:
@@ -127,7 +154,7 @@ def open_results(path: Path) -> Store:
 
 
 def load_windows(
-    model: str, corpus: str, tokens: int, seq_len: int, dtype: str
+    model: str, corpus: str, tokens: int, seq_len: int, dtype: str, device: torch.device
 ) -> tuple[models.LoadedModel, Windows]:
     """Load a model with trained weights, and a corpus's first tokens in windows.
 
@@ -138,7 +165,7 @@ def load_windows(
     """
     check_trained(model)
     text = read_text(corpus, tokens)
-    loaded = load_model(model, dtype)
+    loaded = load_model(model, dtype, device)
     return loaded, cut(text, loaded.tokenizer, tokens, seq_len)
 
 

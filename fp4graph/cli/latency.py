@@ -9,10 +9,11 @@ import click
 from rich import box
 from rich.table import Table
 
-from fp4graph import Scheme, Selector
+from fp4graph import OptionError, Scheme, Selector
 from fp4graph.cli.common import (
     CommaList,
     check_interrupt,
+    device_option,
     dtype_option,
     json_option,
     load_model,
@@ -23,6 +24,7 @@ from fp4graph.cli.common import (
 from fp4graph.study.latency import LatencyRow, Variant, measure
 
 if TYPE_CHECKING:
+    import torch
     from rich.progress import Progress
 
 
@@ -53,10 +55,19 @@ class _Bar:
     help="Those that need no data; @32 and the like rotate inputs at each call.",
 )
 @click.option("--inner", type=click.Choice(["inductor", "eager"]), default="inductor")
+@click.option(
+    "--mode",
+    "compile_mode",
+    type=click.Choice(["default", "reduce-overhead", "max-autotune"]),
+    default="default",
+    show_default=True,
+    help="Of torch.compile: reduce-overhead captures CUDA graphs.",
+)
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @dtype_option
+@device_option
 @json_option
 def latency_command(
     model: str,
@@ -65,10 +76,12 @@ def latency_command(
     activations: str,
     quantizers: tuple[str, ...],
     inner: str,
+    compile_mode: str,
     prompt_tokens: int,
     new_tokens: int,
     rounds: int,
     dtype: str,
+    device: torch.device,
     as_json: bool,
 ) -> None:
     """Time greedy generation of MODEL, dense and with each SELECT in FP4, in alternation.
@@ -76,12 +89,14 @@ def latency_command(
     Greedy, batch 1, static cache, fixed number of tokens. Compile time is reported apart.
     """
     mode = None if activations == "none" else activations
-    variants = [Variant("none", None, inner)]
+    if compile_mode != "default" and inner != "inductor":
+        raise OptionError(f"--mode {compile_mode} is for --inner inductor")
+    variants = [Variant("none", None, inner, mode=compile_mode)]
     for text, name, quantizer in itertools.product(selects, formats, quantizers):
         selector, format = str(Selector(text)), Scheme.of(name, quantizer).format.name
         if selector != "none":
-            variants.append(Variant(selector, format, inner, mode, quantizer))
-    loaded = load_model(model, dtype)
+            variants.append(Variant(selector, format, inner, mode, quantizer, compile_mode))
+    loaded = load_model(model, dtype, device)
     with progress_bar() as bar:
         rows = measure(
             loaded.model,

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from fp4graph.cli.common import (
+    device_option,
     dtype_option,
     json_option,
     load_windows,
@@ -29,6 +30,8 @@ from fp4graph.study.plot_scores import draw_cells
 from fp4graph.tags import Role
 
 if TYPE_CHECKING:
+    import torch
+
     from fp4graph.study.correlation import Correlation
 
 
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 )
 @picture_option
 @dtype_option
+@device_option
 @json_option
 def outliers_command(
     model: str,
@@ -53,11 +57,12 @@ def outliers_command(
     against: Path | None,
     picture: Path | None,
     dtype: str,
+    device: torch.device,
     as_json: bool,
 ) -> None:
     """Show the outliers of MODEL's linears' inputs and weights, on a text, by role."""
     store = None if against is None else open_results(against)
-    loaded, windows = load_windows(model, corpus, tokens, seq_len, dtype)
+    loaded, windows = load_windows(model, corpus, tokens, seq_len, dtype, device)
     with windows_bar(len(windows.ids)) as progress:
         found = outliers(loaded, windows, progress)
     rows = list(found.values())

@@ -14,6 +14,7 @@ from rich.table import Table
 from fp4graph import Scheme
 from fp4graph.cli.common import (
     CommaList,
+    device_option,
     dtype_option,
     json_option,
     load_windows,
@@ -31,8 +32,9 @@ from fp4graph.study.sensitivity import PREDICTORS, Sensitivity, SensitivityRow
 from fp4graph.study.trial import mode_of
 
 if TYPE_CHECKING:
-    from fp4graph.study.correlation import Correlation
+    import torch
 
+    from fp4graph.study.correlation import Correlation
 _SHOWN = 20
 
 
@@ -64,6 +66,7 @@ _SHOWN = 20
 )
 @picture_option
 @dtype_option
+@device_option
 @json_option
 def sensitivity_command(
     model: str,
@@ -77,6 +80,7 @@ def sensitivity_command(
     against: Path | None,
     picture: Path | None,
     dtype: str,
+    device: torch.device,
     as_json: bool,
 ) -> None:
     """Score MODEL's block linears by what FP4 in them will cost, without trying each.
@@ -89,7 +93,7 @@ def sensitivity_command(
         for mode in activations
     ]
     store = None if against is None else open_results(against)
-    loaded, windows = load_windows(model, corpus, tokens, seq_len, dtype)
+    loaded, windows = load_windows(model, corpus, tokens, seq_len, dtype, device)
     with windows_bar(len(windows.ids)) as progress:
         found = Sensitivity(loaded, windows, schemes, samples, progress)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich import box
@@ -12,6 +13,7 @@ from fp4graph.cli.common import (
     CommaList,
     check_interrupt,
     check_trained,
+    device_option,
     dtype_option,
     json_option,
     load_model,
@@ -22,6 +24,9 @@ from fp4graph.cli.common import (
 from fp4graph.study.harness import evaluate_tasks
 from fp4graph.study.plan import DIRECTIONS
 from fp4graph.study.trial import mode_of, set_of, trials
+
+if TYPE_CHECKING:
+    import torch
 
 
 @click.command("tasks")
@@ -40,6 +45,7 @@ from fp4graph.study.trial import mode_of, set_of, trials
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
 @dtype_option
+@device_option
 @json_option
 def tasks_command(
     model: str,
@@ -53,6 +59,7 @@ def tasks_command(
     include: Path | None,
     batch_size: int,
     dtype: str,
+    device: torch.device,
     as_json: bool,
 ) -> None:
     """Run tasks of lm-evaluation-harness on MODEL with FP4 in it, and on the dense one.
@@ -61,7 +68,7 @@ def tasks_command(
     """
     plan = trials(selects, formats, activations, DIRECTIONS[direction], quantizer)
     check_trained(model)
-    loaded = load_model(model, dtype)
+    loaded = load_model(model, dtype, device)
     table = Table(title=f"{model}, {', '.join(tasks)}", box=box.SIMPLE_HEAD)
     for name in ("FP4 in", "format", "mode", "quantizer", "task", "metric"):
         table.add_column(name, no_wrap=True)

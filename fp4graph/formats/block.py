@@ -167,6 +167,16 @@ class PackedWeight:
         tensors = (self.qdata, self.scale, self.per_tensor_scale)
         return sum(t.nbytes for t in tensors if t is not None)
 
+    def to(self, device: torch.device) -> PackedWeight:
+        """Return it on another device."""
+        top = self.per_tensor_scale
+        return replace(
+            self,
+            qdata=self.qdata.to(device),
+            scale=self.scale.to(device),
+            per_tensor_scale=None if top is None else top.to(device),
+        )
+
     def rows(self, index: Tensor) -> PackedWeight:
         """Return some rows, int64."""
         return replace(

@@ -100,6 +100,7 @@ class Ablation:
             "torch": version("torch"),
             "transformers": version("transformers"),
             **({} if probe is None else {"probe": probe.digest()}),
+            **({} if loaded.device.type == "cpu" else {"device": loaded.device.type}),
         }
         with torch.no_grad():
             self._logits(0)
@@ -215,7 +216,8 @@ class Ablation:
         return {**self._identity, **asdict(trial), **codes}
 
     def _inputs(self, index: int) -> dict[str, Any]:
-        return {"input_ids": self._rows[index : index + 1], "use_cache": False}
+        ids = self._rows[index : index + 1].to(self._loaded.device)
+        return {"input_ids": ids, "use_cache": False}
 
     @torch.no_grad()
     def _logits(self, index: int) -> Tensor:

@@ -41,6 +41,7 @@ class Variant:
         inner: `inductor` or `eager`.
         activations: None, `same` or `int8`.
         quantizer: how codes are found; a rotation costs time at each call.
+        mode: of torch.compile, for Inductor; `reduce-overhead` for CUDA graphs.
     """
 
     selector: str
@@ -48,6 +49,7 @@ class Variant:
     inner: str
     activations: str | None = None
     quantizer: str = "rtn"
+    mode: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,10 @@ class _Runner:
             model=model,
             report=self.report,
         )
-        self._call = torch.compile(model, backend=backend, dynamic=False)
+        self._call = torch.compile(model, backend=backend, dynamic=False, mode=variant.mode)
         self._cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
+        with torch.no_grad():  # allocates the cache; a CUDA graph takes none that a graph allocated
+            model(input_ids=prompt[:, :1], past_key_values=self._cache, use_cache=True)
         self.first_s: list[float] = []
         self.decode_s: list[list[float]] = []
         self.tokens: list[int] = []
@@ -202,6 +206,7 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator)
+    prompt = prompt.to(next(model.parameters()).device)
     progress.start(len(variants) * (1 + rounds))
     runners = []
     for variant in variants:

@@ -63,12 +63,12 @@ class Accumulator:
         x_MK = x.reshape(-1, x.shape[-1]).to(torch.float32)
         magnitude_MK = x_MK.abs().contiguous()
         bits = magnitude_MK.view(torch.int32) >> 16
-        self._counts += bits.flatten().bincount(minlength=_BINS)
+        self._counts += bits.flatten().bincount(minlength=_BINS).cpu()
         wide = x_MK.double()
         square = wide * wide
         sums = wide.sum(), square.sum(), (square * wide).sum(), (square * square).sum()
-        self._powers += torch.stack(sums)
-        self._largest_K = torch.maximum(self._largest_K, magnitude_MK.amax(0))
+        self._powers += torch.stack(sums).cpu()
+        self._largest_K = torch.maximum(self._largest_K, magnitude_MK.amax(0).cpu())
 
     def result(self) -> Outliers:
         """Return what was seen."""
@@ -127,11 +127,12 @@ def outliers(
     """
     check_length(loaded.model, windows.ids.shape[1])
     traced = TracedModel(loaded.model)
-    traced(input_ids=windows.ids[:1], use_cache=False)
+    all_ids = windows.ids.to(loaded.device)
+    traced(input_ids=all_ids[:1], use_cache=False)
     tap = LinearTap(traced)
     seen: dict[str, Accumulator] = {}
     tokens: dict[str, int] = defaultdict(int)
-    for ids in windows.ids.split(1):
+    for ids in all_ids.split(1):
         tap(input_ids=ids, use_cache=False)
         own: dict[tuple[int, int], Accumulator] = {}  # q, k and v have one input between them
         for tag, linear in tap.seen.items():

@@ -36,8 +36,8 @@ CUTS = {
     "8 tokens": (5, Cut(1, 4, 4, 1, 1, 0)),
     "16 tokens": (16, Cut(2, 4, 2, 2, 1, 0)),
     "split": (9, Cut(2, 4, 1, 2, 2, 0)),
-    "32 tokens": (27, Cut(4, 2, 2, 1, 1, 0)),
-    "64 tokens": (64, Cut(8, 2, 1, 4, 1, 0)),
+    "8 tokens, half a record": (8, Cut(1, 2, 1, 2, 1, 0)),
+    "32 tokens": (27, Cut(4, 4, 2, 1, 1, 0)),
     "70 tokens by 32, split": (70, Cut(4, 2, 4, 1, 2, 0)),
     "ring": (3, Cut(1, 4, 2, 1, 1, 4)),
     "ring, split": (11, Cut(2, 4, 1, 2, 2, 4)),
@@ -229,13 +229,13 @@ def test_views_and_strides() -> None:
         assert y.numel() == 0 or relative_l2(y, linear(x.double(), dense)) < 1e-6
 
 
-@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 32, 33, 64, 65, 256])
+@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 32, 33, 256])
 @pytest.mark.parametrize("n, k", [(1, 1), (896, 896), (128, 896), (4864, 896), (14336, 4096)])
 @pytest.mark.parametrize("arch, count", [("sm_80", 108), ("sm_100", 148)])
 def test_cuts_fit_the_problem(m: int, n: int, k: int, arch: str, count: int) -> None:
     cut = choose(m, n, k, Target("cuda", arch, count))
-    assert 8 * cut.tokens >= min(m, 64)
-    assert cut.wn * cut.wk == 4
+    assert 8 * cut.tokens >= min(m, 32)
+    assert cut.wn * cut.wk in (2, 4)
     assert -(-k // 128) % cut.wk == 0
     assert cut.split * cut.wk <= max(1, -(-k // 128))
     assert cut.ring == 0 or cut.tiles == 4

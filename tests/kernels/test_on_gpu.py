@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import pytest
 import torch
 from support.closer import relative_l2
+from support.models import tiny, tokens
 from torch.nn.functional import linear
 
 import fp4graph
 from fp4graph.formats import FORMATS
 from fp4graph.kernels import Kernel, Problem, kernels, refusals, target_of
+from fp4graph.kernels.triton import fragments
+from fp4graph.kernels.triton.fragments.cut import Cut
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fp4graph import PackedWeight
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
 
 EVERY = [kernel for kernel in kernels() if kernel.name.startswith("triton")]
+FRAGMENTS = fragments.ops.FRAGMENTS
+CUDA = torch.device("cuda")
+
+
+def prepared(
+    kernel: Kernel, name: str, dtype: torch.dtype, n: int, k: int
+) -> tuple[PackedWeight, tuple[Tensor, ...]]:
+    """Pack a random weight, or skip the test where the kernel refuses."""
+    problem = Problem(n, k, FORMATS[name], dtype, target_of(CUDA))
+    if refused := refusals(problem, [kernel]):
+        pytest.skip(refused[0])
+    generator = torch.Generator().manual_seed(n + k)
+    packed = fp4graph.quantize(torch.randn(n, k, generator=generator).to(CUDA), name)
+    return packed, kernel.prepack(packed, problem)
 
 
 @pytest.mark.parametrize("kernel", EVERY, ids=lambda kernel: kernel.name)
@@ -21,16 +45,11 @@ EVERY = [kernel for kernel in kernels() if kernel.name.startswith("triton")]
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n, k", [(100, 300), (896, 4864), (4096, 4096)])
 def test_equals_float64(kernel: Kernel, name: str, dtype: torch.dtype, n: int, k: int) -> None:
-    device = torch.device("cuda")
-    problem = Problem(n, k, FORMATS[name], dtype, target_of(device))
-    if refused := refusals(problem, [kernel]):
-        pytest.skip(refused[0])
-    generator = torch.Generator().manual_seed(n + k)
-    packed = fp4graph.quantize(torch.randn(n, k, generator=generator).to(device), name)
-    tensors = kernel.prepack(packed, problem)
-    bias = torch.randn(n, generator=generator).to(device, dtype)
+    packed, tensors = prepared(kernel, name, dtype, n, k)
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.randn(n, generator=generator).to(CUDA, dtype)
     for m in (1, 5, 16, 33, 64, 100, 257):
-        x = torch.randn(m, k, generator=generator).to(device, dtype)
+        x = torch.randn(m, k, generator=generator).to(CUDA, dtype)
         y = kernel.ops[name](x, *tensors, bias)
         exact = linear(x.double(), packed.dequantize(torch.float64), bias.double())
         plain = relative_l2(linear(x, packed.dequantize(dtype), bias), exact)
@@ -38,18 +57,89 @@ def test_equals_float64(kernel: Kernel, name: str, dtype: torch.dtype, n: int, k
         assert torch.equal(y, kernel.ops[name](x, *tensors, bias))
 
 
+CUTS = {
+    "plain": Cut(1, 2, 1, 2, 1, 0),
+    "split": Cut(1, 4, 2, 2, 4, 0),
+    "16 rows": Cut(2, 2, 2, 1, 16, 0),
+    "32 rows": Cut(4, 4, 2, 1, 8, 0),
+    "ring of 4": Cut(1, 4, 1, 4, 1, 4, 96),
+    "ring of 6": Cut(1, 4, 4, 1, 2, 6, 96),
+    "ring, 16 rows": Cut(2, 4, 2, 2, 1, 4, 160),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_cut_is_exact_and_runs_alike_each_time(cut: Cut, name: str) -> None:
+    """A race in the ring, or a sum whose order is not settled, would show among 200 calls."""
+    packed, tensors = prepared(FRAGMENTS, name, torch.bfloat16, 2048, 4096)
+    run = fragments.ops.body(FORMATS[name], cut=cut, dtype=torch.float32)
+    x = torch.randn(8 * cut.tokens, 4096, device=CUDA).bfloat16()
+    y = run(x, *tensors, None)
+    assert relative_l2(y, linear(x.double(), packed.dequantize(torch.float64))) <= 1e-6
+    for _ in range(200):
+        assert torch.equal(y, run(x, *tensors, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_rows_are_the_dense_linear_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    packed, tensors = prepared(FRAGMENTS, name, dtype, 1000, 1008)
+    x = torch.randn(300, 1008, device=CUDA).to(dtype)
+    assert torch.equal(FRAGMENTS.ops[name](x, *tensors, None), linear(x, packed.dequantize(dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_subnormal_activations_count(name: str, dtype: torch.dtype) -> None:
+    packed, tensors = prepared(FRAGMENTS, name, dtype, 256, 512)
+    x = (torch.randn(4, 512, device=CUDA) * torch.finfo(dtype).tiny / 16).to(dtype)
+    assert x.count_nonzero() > x.numel() // 2
+    y = fragments.ops.body(FORMATS[name], dtype=torch.float32)(x, *tensors, None)
+    exact = linear(x.double(), packed.dequantize(torch.float64))
+    assert (y.double() - exact).norm() <= 1e-6 * exact.norm() + 1e-38  # float32 sums
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_nan_and_inf_stay_in_their_rows(name: str) -> None:
+    _, tensors = prepared(FRAGMENTS, name, torch.bfloat16, 256, 512)
+    x = torch.randn(5, 512, device=CUDA).bfloat16()
+    clean = FRAGMENTS.ops[name](x, *tensors, None)
+    x[1, 7], x[3, 500] = float("nan"), float("inf")
+    y = FRAGMENTS.ops[name](x, *tensors, None)
+    assert y[1].isnan().all()
+    assert not y[3].isfinite().any()
+    assert torch.equal(y[::2], clean[::2])
+
+
 @pytest.mark.parametrize("kernel", EVERY, ids=lambda kernel: kernel.name)
 def test_runs_in_a_cuda_graph(kernel: Kernel) -> None:
-    device = torch.device("cuda")
-    problem = Problem(512, 512, FORMATS["nvfp4"], torch.bfloat16, target_of(device))
-    if refused := refusals(problem, [kernel]):
-        pytest.skip(refused[0])
-    packed = fp4graph.quantize(torch.randn(512, 512, device=device))
-    tensors = kernel.prepack(packed, problem)
-    x = torch.randn(4, 512, device=device, dtype=torch.bfloat16)
+    _, tensors = prepared(kernel, "nvfp4", torch.bfloat16, 512, 512)
+    x = torch.randn(4, 512, device=CUDA, dtype=torch.bfloat16)
     expected = kernel.ops["nvfp4"](x, *tensors, None)  # compiled outside of the graph
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = kernel.ops["nvfp4"](x, *tensors, None)
     graph.replay()
     assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("name", FORMATS)
+@torch.no_grad()
+def test_a_model_runs_on_it(mode: str | None, name: str) -> None:
+    model = tiny("llama").to(CUDA, torch.bfloat16)
+    ids = tokens().to(CUDA)
+
+    def logits(kernel: str, **options: Any) -> tuple[Tensor, set[str]]:
+        torch._dynamo.reset()
+        report = fp4graph.Report()
+        backend = fp4graph.backend("all", format=name, kernel=kernel, report=report, model=model)
+        call = torch.compile(model, backend=backend, **options)
+        for _ in range(3):  # "reduce-overhead" records its graph at the second
+            found = call(ids).logits.clone()
+        return found, {row.kernel for row in report.selected}
+
+    ours, names = logits("auto", mode=mode)
+    assert names == {"triton_fragments"}
+    assert relative_l2(ours, logits("reference")[0]) <= 0.02

@@ -17,8 +17,12 @@ const Fp4Isa* const* available() {  // best first, null at the end
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found[n++] = &fp4_avx512bf16;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  // On Intel vdpbf16ps is slower than two conversions and FMAs: bench/results, Emerald Rapids.
+  const bool slow = __builtin_cpu_is("intel");
+  if (bf16 && !slow) found[n++] = &fp4_avx512bf16;
   if (avx512) found[n++] = &fp4_avx512;
+  if (bf16 && slow) found[n++] = &fp4_avx512bf16;
   if (avx2) found[n++] = &fp4_avx2;
 #elif defined(__aarch64__)
   found[n++] = &fp4_neon;  // part of the architecture

@@ -35,7 +35,7 @@ def multiply_record(sums, codes, scale, rows, k, BITS: gl.constexpr, GB: gl.cons
     """Add a warp's tiles of one record, codes [2 * TILES], to the sums [TILES][TOKENS]."""
     for u in gl.static_range(2):
         here = k + (u // GB * 32 * GB + u % GB * 8)
-        if TOKENS == 8 or (GB == 2 and u == 1):
+        if GB == 2 and u == 1:
             # or these activations would be loaded with the last step's, and registers spill
             gl.inline_asm_elementwise(_FENCE, "=r,=r,=r,=r,r,r,r,r", (k,), dtype=gl.int32,
                                       is_pure=False, pack=4)  # fmt: skip

@@ -1,20 +1,23 @@
-"""How a decode is cut into warps: arithmetic on sizes and on the target; not tuned on a GPU yet."""
+"""How a decode is cut into warps: arithmetic on sizes and on the target.
+
+Chosen by `bench/gpu_cuts.py` on an H100 and an H200 (docs/kernels.md); the ring, which B200 alone
+gets, has not been on a GPU of its kind.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fp4graph.kernels.triton.fragments.layout import COLUMNS, ROW_TILES
+from fp4graph.kernels.triton.fragments.layout import COLUMNS
 
 if TYPE_CHECKING:
     from fp4graph.kernels.target import Target
 
-MOST_ROWS = 256  # of x that it pays to multiply with the stream itself
-_MOST_TOKENS = 8
-_WARPS_PER_MULTIPROCESSOR = 16  # to have enough loads in flight
+MOST_ROWS = 128  # of x that it pays to multiply with the stream itself
 _FAST_MEMORY = range(100, 110)  # B200 and B300, which plain loads do not keep busy
 _LEAST_RECORDS = 2  # that a warp takes, or its start and end outweigh them
+_MOST_PARTS = 16  # of a sum, for they go through memory
 
 
 @dataclass(frozen=True)
@@ -54,23 +57,41 @@ class Cut:
         return ", ".join(parts)
 
 
-def choose(M: int, N: int, K: int, target: Target) -> Cut:
-    """Choose a cut for M rows of x and a weight [N, K].
+@dataclass(frozen=True)
+class _Warps:
+    """What a warp and a program are, and how many warps a multiprocessor should get.
 
-    Warps divide the columns inside a program before programs do, for sums over programs go through
-    memory.
+    A warp's registers are what bounds the last: 32 rows of x leave room for 10 warps.
     """
-    tokens = next((each for each in (1, 2, 4) if 8 * each >= M), _MOST_TOKENS)
-    tiles = ROW_TILES if tokens <= 2 else 2
-    beside = -(-N // (16 * tiles)) * -(-M // (8 * tokens))
-    records = -(-K // COLUMNS)
-    wanted = _WARPS_PER_MULTIPROCESSOR * target.multiprocessors
-    wk = 1
-    while wk < 4 and beside * wk < wanted and records % (2 * wk) == 0:
-        wk *= 2
-    split = 1
-    while beside * wk * split < wanted and records >= 2 * split * wk * _LEAST_RECORDS:
-        split *= 2
+
+    tiles: int
+    wn: int
+    wk: int
+    wanted: int
+
+
+_BY_TOKENS = {1: _Warps(2, 1, 2, 32), 2: _Warps(2, 2, 1, 28), 4: _Warps(4, 2, 1, 8)}
+_WITH_RING = {1: _Warps(4, 2, 2, 16), 2: _Warps(4, 4, 1, 16)}
+_RING_REGISTERS = {1: 96, 2: 160}
+
+
+def choose(M: int, N: int, K: int, target: Target) -> Cut:
+    """Choose a cut for M rows of x and a weight [N, K]; more than 32 rows are several programs."""
+    tokens = next((each for each in (1, 2) if 8 * each >= M), 4)
     ring = 4 if target.capability in _FAST_MEMORY and tokens <= 2 else 0
-    registers = {1: 96, 2: 160}[tokens] if ring else None
-    return Cut(tokens, tiles, 4 // wk, wk, split, ring, registers)
+    warps = _WITH_RING[tokens] if ring else _BY_TOKENS[tokens]
+    records = -(-K // COLUMNS)
+    wk = warps.wk if records % warps.wk == 0 else 1
+    least = -(-N // (16 * warps.tiles)) * -(-M // (8 * tokens)) * wk
+    split = 1
+    while (
+        split < _MOST_PARTS
+        and 2 * split * least <= warps.wanted * target.multiprocessors
+        and 2 * split * wk * _LEAST_RECORDS <= records
+    ):
+        split *= 2
+    wn = warps.wn * warps.wk // wk
+    registers = _RING_REGISTERS[tokens] if ring else None
+    if tokens == 2 and target.capability < 90:
+        registers = 88  # left to itself ptxas takes less, and spills
+    return Cut(tokens, warps.tiles, wn, wk, split, ring, registers)

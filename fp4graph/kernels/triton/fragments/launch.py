@@ -37,7 +37,7 @@ def linear(
 ) -> Tensor:
     """Compute `x W^T + bias`, the same result at each call.
 
-    Up to 256 rows straight from the stream, all sums in float32; for more the weight is unpacked to
+    Up to 128 rows straight from the stream, all sums in float32; for more the weight is unpacked to
     what `PackedWeight.dequantize` gives, and `F.linear` does the rest.
 
     Args:
@@ -49,7 +49,7 @@ def linear(
         block_size: B.
         target: what it runs on.
         cut: how to cut the work; chosen by size if None.
-        dtype: of the result of up to 256 rows; that of x if None.
+        dtype: of the result of up to 128 rows; that of x if None.
         run: what a kernel is launched by: itself, or something that stands in for a GPU.
 
     Returns:

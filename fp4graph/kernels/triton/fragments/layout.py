@@ -131,7 +131,7 @@ def pack(packed: PackedWeight, order: Order) -> tuple[Tensor, Tensor]:
     pairs = (halves[..., 0] | halves[..., 1] << 16) << order.scale_shift[GB - 1]
     scales = pairs[..., 0] | _rotated_right(pairs[..., 1], 8)
     stream = torch.cat((words.flatten(2), scales.flatten(2)), dim=-1)
-    return _as_int32(stream), torch.ldexp(row_scale, torch.tensor(-exponent))
+    return _as_int32(stream), row_scale * 2.0**-exponent
 
 
 def unpack(
