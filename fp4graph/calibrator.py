@@ -92,9 +92,7 @@ def calibrate(
         f"{block_format} {quantizer} {facts} {blocks.digest()}".encode()
     ).hexdigest()
     kept = None if out is None else Path(f"{out}.blocks")
-    packed: dict[str, PackedWeight] = {}
-    smooth: dict[str, Tensor] = {}
-    errors: dict[str, tuple[float, float]] = {}
+    ended: list[Calibration | Path] = []  # what has a file is left there meanwhile
     for number in range(len(blocks)):
         progress(number, len(blocks))
         file = None if kept is None else kept / f"{number}.safetensors"
@@ -104,12 +102,18 @@ def calibrate(
             done.about["key"] = key
             if file is not None:
                 done.save(file)
-        packed.update(done.packed)
-        smooth.update(done.smooth)
-        errors.update(done.about["output_error"])
+        ended.append(file or done)
         rounded = {fqn: done.dequantize(fqn) for fqn in done.packed if propagate}
         blocks.advance(number, rounded)
     progress(len(blocks), len(blocks))
+    packed: dict[str, PackedWeight] = {}
+    smooth: dict[str, Tensor] = {}
+    errors: dict[str, tuple[float, float]] = {}
+    for each in ended:
+        done = Calibration.load(each) if isinstance(each, Path) else each
+        packed.update(done.packed)
+        smooth.update(done.smooth)
+        errors.update(done.about["output_error"])
     facts["output_error"] = errors
     result = Calibration(str(block_format), quantizer, packed, smooth, blocks.fingerprints(), facts)
     if out is not None:

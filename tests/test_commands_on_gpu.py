@@ -66,14 +66,15 @@ def _close(cpu: object, cuda: object) -> bool:
 def test_calibrate_then_ablate(quantizer: str, tiny_folder: Path, tmp_path: Path) -> None:
     arguments = ["calibrate", str(tiny_folder), "--quantizer", quantizer, "--format", "mxfp4"]
     arguments += ["--samples", "8", "--seq-len", "16", "--dtype", "bfloat16"]
-    codes = []
+    errors = []
     for device in ("cpu", "cuda"):
         file = tmp_path / f"{device}.safetensors"
         made = CliRunner().invoke(main, [*arguments, "--out", str(file), "--device", device])
         assert made.exit_code == 0, made.output
-        packed = Calibration.load(file).packed.values()
-        codes.append(torch.cat([each.qdata.flatten() for each in packed]))
-    assert (codes[0] == codes[1]).float().mean() > 0.9  # sums of another order, other ties
+        found = Calibration.load(file).about["output_error"].values()
+        errors.append(sum(error for _, error in found))
+    # GPTQ carries each rounding on: sums in another order give other codes, as good as these
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
     dense, row = rows(
         "ablate", str(tiny_folder), "--select", "all", "--calibration", str(file),
         "--device", "cuda", "--dtype", "bfloat16", *WINDOWS, "--out", str(tmp_path / "o"),

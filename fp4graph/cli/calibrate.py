@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +78,7 @@ def calibrate_command(
     A run that was stopped, by whatever means, goes on after the last whole block when the same
     command is given again.
     """
+    _map_large_tensors()
     fp4graph.Selector(select)
     Quantizer.parse(quantizer, fp4graph.get_format(format))
     loaded, windows = load_windows(model, corpus, samples * seq_len, seq_len, dtype, device)
@@ -110,3 +113,14 @@ def calibrate_command(
         )
     console = output(as_json=False)
     console.print(f"{len(found.packed)} linears, {found.format}, {found.quantizer}: {out}")
+
+
+def _map_large_tensors() -> None:
+    """Let glibc map each larger tensor by itself: what it gives back for others leaves holes."""
+    if sys.platform == "linux":
+        adjust = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+        if adjust is not None:
+            adjust(_MMAP_THRESHOLD, 1 << 22)
+
+
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h

@@ -49,7 +49,7 @@ class Variant:
     inner: str
     activations: str | None = None
     quantizer: str = "rtn"
-    mode: str | None = None
+    mode: str = "default"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class LatencyRow:
         recompiles: graphs compiled after the warm-up; 0 unless something is wrong.
         graph_breaks: breaks that Dynamo counted while it compiled this variant.
         ratio: of `prefill` and `decode` against the dense variant, None for itself.
-        quantizer: see `Variant`.
+        quantizer: see `Variant`, and so is `mode`.
+        device: of the model, `cpu` or `cuda`.
     """
 
     selector: str
@@ -97,6 +98,8 @@ class LatencyRow:
     graph_breaks: int
     ratio: dict[str, Ratio] | None
     quantizer: str
+    mode: str
+    device: str
 
 
 class Progress(Protocol):
@@ -117,6 +120,7 @@ class _Runner:
         self.report = Report()
         self._model = model
         self._prompt = prompt
+        self.device = prompt.device
         self._new_tokens = new_tokens
         backend = fp4graph.backend(
             variant.selector,
@@ -247,6 +251,8 @@ def _row(runner: _Runner, dense: _Runner, prompt_tokens: int) -> LatencyRow:
         graph_breaks=runner.graph_breaks,
         ratio=None if runner is dense else ratio,
         quantizer=variant.quantizer,
+        mode=variant.mode,
+        device=runner.device.type,
     )
 
 
