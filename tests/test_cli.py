@@ -110,6 +110,12 @@ def test_a_bad_selector_exits_2_with_one_line(tiny_folder: Path, select: str) ->
         (["ablate", "qwen2.5-0.5b-random", "--by", "role"], "random weights"),
         (["latency", "{model}", "--select", "atn"], "did you mean 'attn'"),
         (["latency", "{model}", "--select", "q", "--quantizer", "best"], "unknown quantizer"),
+        (["latency", "{model}", "--select", "q", "--device", "gpu"], "expected cpu, cuda"),
+        (["latency", "{model}", "--select", "q", "--device", "cuda:99"], "torch sees"),
+        (
+            ["latency", "{model}", "--select", "q", "--inner", "eager", "--mode", "max-autotune"],
+            "is for --inner inductor",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_2(

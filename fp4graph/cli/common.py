@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import sys
 import threading
@@ -85,16 +86,15 @@ def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Device(click.ParamType[torch.device]):
-    """A device of torch that is here."""
+    """A CPU or a GPU that is here."""
 
     name = "device"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Refuse what torch does not know, and GPUs that are not here."""
-        try:
-            device = torch.device(value)
-        except RuntimeError:
-            self.fail(f"{value!r} is no device of torch: say cpu, cuda or cuda:1", param, ctx)
+        """Refuse what is neither, and GPUs that are not here."""
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", str(value)):
+            self.fail(f"{value!r}: expected cpu, cuda, or cuda:1 and the like", param, ctx)
+        device = torch.device(value)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             self.fail(f"{value}: torch sees {torch.cuda.device_count()} GPUs here", param, ctx)
         return device
