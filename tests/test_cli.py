@@ -251,6 +251,7 @@ def test_verbose_logs_passes(tiny_folder: Path) -> None:
 def test_an_interrupt_that_python_dropped_counts() -> None:
     from fp4graph.cli import common
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with common.readable_errors(), contextlib.suppress(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)  # as in a finalizer, whose exceptions go nowhere
     with pytest.raises(KeyboardInterrupt):
