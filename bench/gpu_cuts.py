@@ -94,8 +94,8 @@ def main() -> None:
         for problem in problems
         for part in range(arguments.jobs)
     ]
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        list(pool.map(compile_cuts, jobs))
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as processes:
+        list(processes.map(compile_cuts, jobs))
     for n, k, rows, name in problems:
         call, tensors = caller(n, k, rows, name)
         today = choose(rows, n, k, target_of(torch.device("cuda")))

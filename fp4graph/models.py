@@ -130,8 +130,8 @@ def load(
     transformers.utils.logging.disable_progress_bar()
     if name in RANDOM_MODELS:
         torch.manual_seed(seed)
+        config = RANDOM_MODELS[name]()
         with torch.device(device):
-            config = RANDOM_MODELS[name]()
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         return LoadedModel(name, _frozen(model), None)
     if name.endswith("-random"):

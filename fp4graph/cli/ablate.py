@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from fp4graph.study.trial import Calibrations, Row, Trial
+
 _WIKITEXT2_WINDOW = 2048
 
 

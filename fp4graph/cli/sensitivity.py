@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from fp4graph.study.correlation import Correlation
+
 _SHOWN = 20
 
 

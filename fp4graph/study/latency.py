@@ -120,7 +120,6 @@ class _Runner:
         self.report = Report()
         self._model = model
         self._prompt = prompt
-        self.device = prompt.device
         self._new_tokens = new_tokens
         backend = fp4graph.backend(
             variant.selector,
@@ -148,6 +147,10 @@ class _Runner:
         self._graphs = self.report.graphs
         if not self._graphs or bool(self.report.selected) == (variant.selector == "none"):
             raise StudyError(f"{variant}: the model did not run as selected")
+
+    @property
+    def device(self) -> str:
+        return self._prompt.device.type
 
     @property
     def recompiles(self) -> int:
@@ -252,7 +255,7 @@ def _row(runner: _Runner, dense: _Runner, prompt_tokens: int) -> LatencyRow:
         ratio=None if runner is dense else ratio,
         quantizer=variant.quantizer,
         mode=variant.mode,
-        device=runner.device.type,
+        device=runner.device,
     )
 
 

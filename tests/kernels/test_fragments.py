@@ -229,7 +229,7 @@ def test_views_and_strides() -> None:
         assert y.numel() == 0 or relative_l2(y, linear(x.double(), dense)) < 1e-6
 
 
-@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 32, 33, 256])
+@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 32, 33, 128])
 @pytest.mark.parametrize("n, k", [(1, 1), (896, 896), (128, 896), (4864, 896), (14336, 4096)])
 @pytest.mark.parametrize("arch, count", [("sm_80", 108), ("sm_100", 148)])
 def test_cuts_fit_the_problem(m: int, n: int, k: int, arch: str, count: int) -> None:

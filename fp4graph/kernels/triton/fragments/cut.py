@@ -59,9 +59,9 @@ class Cut:
 
 @dataclass(frozen=True)
 class _Warps:
-    """What a warp and a program are, and how many warps a multiprocessor should get.
+    """What a program is made of, as in `Cut`, and how many warps a multiprocessor should get.
 
-    A warp's registers are what bounds the last: 32 rows of x leave room for 10 warps.
+    The warps' registers bound the last: 32 rows of x leave room for 11.
     """
 
     tiles: int
