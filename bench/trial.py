@@ -1,9 +1,11 @@
 """What a trial of an ablation costs, by part, beside one dense evaluation of the same text.
 
     python bench/trial.py [MODEL] --corpus FILE [--tokens 2048] [--format nvfp4] [--every 5]
+        [--direction except]
 
-Runs each linear of every 5th block, alone in FP4, and prints the mean seconds a trial of running
-the graph, of scoring its logits, and of all else: rewriting, packing, statistics, the store.
+Runs each linear of every 5th block, alone in FP4 or all but it, and prints the mean seconds a trial
+of running the graph, of scoring its logits, and of all else: rewriting, packing, statistics, the
+store.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--format", default="nvfp4")
     parser.add_argument("--every", type=int, default=5, help="blocks")
+    parser.add_argument("--direction", choices=("only", "except"), default="only")
     options = parser.parse_args()
     loaded = models.load(options.model, torch.float32)
     text = models.corpus(options.corpus, options.tokens * 8)
@@ -66,7 +69,10 @@ def main() -> None:
         blocks = sorted({row.block for row in linears if row.block is not None})
         some = blocks[options.every // 2 :: options.every]
         paths = [row.path for row in linears if row.block in some]
-        plan = [DENSE, *(Trial(f"path:{path}", options.format) for path in paths)]
+        plan = [
+            DENSE,
+            *(Trial(f"path:{path}", options.format, direction=options.direction) for path in paths),
+        ]
         start = time.perf_counter()
         rows = study.run(plan, Silent())
         next(rows)

@@ -1,12 +1,14 @@
-"""Trials that begin where they differ from the dense model: its values before each block are kept.
+"""Trials that begin where they differ from a model that was run: values before blocks are kept.
 
-A trial that quantises linears of block 20 computes the same as the dense model up to there. On
-average over blocks half of the work of a trial is saved, and all numbers stay what they were. What
-follows block 20 is the dense model's graph again, which needs no rewriting.
+A trial that quantises linears of block 20 computes the same as the dense model up to there, and one
+that quantises all but those the same as the model that is in FP4 everywhere. On average over blocks
+half of the work of a trial is saved, and all numbers stay what they were. What follows block 20 is
+that model's graph again, which needs no rewriting.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fp4graph.policy import Policy
+    from fp4graph.report import LinearRow
+    from fp4graph.tags import LinearTag
     from fp4graph.trace import TracedModel
+
+    Values = tuple[Any, ...]
 
 _SHARE_OF_MEMORY = 0.5
 
@@ -43,11 +49,12 @@ class Replay:
     def __init__(self, traced: TracedModel, pick: Callable[[Any], Tensor], times: int) -> None:
         self._traced = traced
         self._pick = pick
-        self._cuts: list[Cut] = []
-        self._graphs: dict[tuple[Cut, Cut | None], TracedGraph] = {}
-        self._kept: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._places: list[Cut] = []
+        self._graphs: dict[tuple[int, int], TracedGraph] = {}
+        self._kept: list[tuple[Values, dict[str, Any]]] = []
         self._output = -1
-        self._chosen: tuple[Cut, Cut | None] | None = None
+        self._chosen: tuple[int, int] | None = None
+        self._pieces: _Pieces | None = None
         self._whole = traced.graphs[0] if traced.graphs else None
         self.refusal = self._find_cuts(times)
 
@@ -61,7 +68,7 @@ class Replay:
         needed = times * Cut(0, tuple(live)).bytes
         if needed > _SHARE_OF_MEMORY * psutil.virtual_memory().available:
             return f"the values before its blocks take {needed / 1e9:.1f} GB"
-        self._cuts = found
+        self._places = [Cut(0, ()), *found]
         return None if found else "it has no blocks"
 
     @torch.no_grad()
@@ -71,7 +78,7 @@ class Replay:
         if self.refusal is not None:
             return self._pick(self._traced(**inputs))
         graph = self._traced.graphs[0]
-        live = list({node: None for cut in self._cuts for node in cut.live})
+        live = list({node: None for cut in self._places for node in cut.live})
         taps = tapped(graph.tagged, live)
         outputs: list[Any] = []
 
@@ -92,30 +99,47 @@ class Replay:
             self.refusal = "its graph does not return the logits as they are"
         return picked
 
-    def select(self, policy: Policy) -> Report:
-        """Rewrite what comes after the deepest cut above everything that is selected.
+    def select(self, policy: Policy, base: Policy | None = None) -> Report:
+        """Rewrite what comes between the cuts around everything in which two policies differ.
+
+        Args:
+            policy: what to rewrite.
+            base: what most trials around this one have in common; None for the dense model.
 
         Raises:
             SelectorError: a term matches nothing.
             RefusalError: a selected linear cannot run in FP4.
         """
         assert self._whole is not None
-        picked = [
+        if base is None:
+            self._pieces = None
+        elif self._pieces is None or self._pieces.policy != base:
+            self._pieces = self._rewrite_pieces(base)
+        differing = [
             index
             for index, node in enumerate(self._whole.tagged.graph.nodes)
-            if (site := site_of(node)) and policy.decide(site.tag).scheme
+            if (site := site_of(node)) and _differ(policy, base, site.tag)
         ]
-        first, last = min(picked, default=0), max(picked, default=0)
-        places = [Cut(0, ()), *self._cuts]
-        number = max(i for i, cut in enumerate(places) if cut.index <= first)
-        end = next(iter(places[number + 1 :]), None)
-        if end is not None and end.index <= last:
-            end = None
-        self._chosen = places[number], end
+        first, last = min(differing, default=0), max(differing, default=0)
+        starts = [cut.index for cut in self._places]
+        start = max(i for i, index in enumerate(starts) if index <= first)
+        end = start + 1
+        if end < len(starts) and starts[end] <= last:
+            end = len(starts)
+        self._chosen = start, end
         report = Report()
-        changed = self._graph(*self._chosen).rewrite(policy, "raise", self._traced.tags)
-        report.add([*rows(self._whole.tagged), *changed])
+        changed = self._graph(start, end).rewrite(policy, "raise", self._traced.tags)
+        others = self._pieces.rows if self._pieces else ()
+        report.add([*rows(self._whole.tagged), *others, *changed])
         return report
+
+    def _rewrite_pieces(self, policy: Policy) -> _Pieces:
+        pieces = _Pieces(policy)
+        for number in range(len(self._places)):
+            piece = self._graph(number, number + 1)
+            pieces.rows += piece.rewrite(policy, "raise", self._traced.tags)
+            pieces.runs.append(piece.run)
+        return pieces
 
     @torch.no_grad()
     def run(self, index: int) -> Tensor:
@@ -123,17 +147,64 @@ class Replay:
         assert self._chosen is not None
         start, end = self._chosen
         args, kept = self._kept[index]
-        values = self._graph(start, end).run(*args, *(kept[node.name] for node in start.live))
-        if end is not None:
-            values = self._graph(end, None).tagged(*args, *values)
+        if self._pieces:
+            values = self._pieces.before(start, index, args)
+        else:
+            values = tuple(kept[node.name] for node in self._places[start].live)
+        values = self._graph(start, end).run(*args, *values)
+        if self._pieces:
+            values = self._pieces.through(slice(end, None), args, values)
+        elif end < len(self._places):
+            values = self._graph(end, len(self._places)).tagged(*args, *values)
         picked: Tensor = values[self._output]
         return picked
 
-    def _graph(self, start: Cut, end: Cut | None) -> TracedGraph:
+    def _graph(self, start: int, end: int) -> TracedGraph:
+        """Return the graph from one place to another, the last being its end."""
         assert self._whole is not None
         if (start, end) not in self._graphs:
             args, kept = self._kept[0]
-            example = (*args, *(kept[node.name] for node in start.live))
-            part = segment(self._whole.tagged, start, end)
+            before, after = self._places[start], dict(enumerate(self._places)).get(end)
+            example = (*args, *(kept[node.name] for node in before.live))
+            part = segment(self._whole.tagged, before, after)
             self._graphs[start, end] = TracedGraph(part, example)
         return self._graphs[start, end]
+
+
+@dataclass
+class _Pieces:
+    """A rewritten model in pieces from place to place.
+
+    Its values are kept at one place an input: trials in the order of blocks run it once for all.
+
+    Attributes:
+        policy: what was rewritten.
+        runs: what computes each piece.
+        rows: of all linears.
+        reached: for each input a place, and the values there.
+    """
+
+    policy: Policy
+    runs: list[Callable[..., Values]] = field(default_factory=list)
+    rows: list[LinearRow] = field(default_factory=list)
+    reached: dict[int, tuple[int, Values]] = field(default_factory=dict)
+
+    def before(self, place: int, index: int, args: Values) -> Values:
+        """Return the values at a place for an input."""
+        reached, values = self.reached.get(index, (0, ()))
+        if reached > place:
+            reached, values = 0, ()
+        values = self.through(slice(reached, place), args, values)
+        self.reached[index] = place, values
+        return values
+
+    def through(self, which: slice, args: Values, values: Values) -> Values:
+        """Run some pieces, one after the other."""
+        for run in self.runs[which]:
+            values = run(*args, *values)
+        return values
+
+
+def _differ(policy: Policy, base: Policy | None, tag: LinearTag) -> bool:
+    decision = policy.decide(tag)
+    return decision.scheme is not None if base is None else decision != base.decide(tag)

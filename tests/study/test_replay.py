@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import pytest
 import torch
 import transformers as hf
@@ -10,6 +12,9 @@ from support.models import CONFIGS, FAMILIES, tiny, tokens
 from fp4graph import Policy, Replay, Scheme, TracedModel
 from fp4graph.passes.cuts import cuts
 from fp4graph.passes.site import sites
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def replay(model: torch.nn.Module, times: int = 2) -> tuple[TracedModel, Replay]:
@@ -48,6 +53,47 @@ def test_rewrites_no_more_than_it_must() -> None:
         assert part._chosen is not None
         linears.append(len(list(sites(part._graph(*part._chosen).tagged))))
     assert linears == [7, 7, 15, 8, 8]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_but_a_few_equals_the_whole_model(family: str) -> None:
+    traced, part = replay(tiny(family))
+    inputs = [{"input_ids": tokens(seed=seed), "use_cache": False} for seed in (0, 1)]
+    for each in inputs:
+        part.dense(**each)
+    for mode in (None, "same"):
+        scheme = Scheme.of(activations=mode)
+        base = Policy.of("all", scheme)
+        for kept in ("blocks=0", "blocks=1", "o,blocks=1", "q,blocks=0", "o", "lm_head"):
+            policy = Policy.of({"all": {}, kept: None}, scheme)
+            report = part.select(policy, base)
+            found = [part.run(index) for index in (1, 0)][::-1]
+            expected_report = traced.select(policy)
+            assert report.rows == expected_report.rows
+            with torch.no_grad():
+                expected = [traced(**each).logits for each in inputs]
+            assert all(map(torch.equal, found, expected))
+
+
+def test_all_but_a_few_runs_what_comes_first_once() -> None:
+    _, part = replay(tiny("llama"))
+    part.dense(input_ids=tokens(), use_cache=False)
+    scheme = Scheme.of()
+    ran: list[int] = []
+
+    def counted(number: int, run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: (ran.append(number), run(*args))[1]
+
+    pieces = part._rewrite_pieces(Policy.of("all", scheme))  # inputs, block 0, block 1 and head
+    pieces.runs = [counted(*each) for each in enumerate(pieces.runs)]
+    part._pieces = pieces
+    found = []
+    for kept in ("q,blocks=0", "q,blocks=1", "down,blocks=1", "blocks=0"):
+        part.select(Policy.of({"all": {}, kept: None}, scheme), pieces.policy)
+        part.run(0)
+        found.append(list(ran))
+        ran.clear()
+    assert found == [[0, 2], [1], [], [0, 2]]
 
 
 def test_a_linear_before_the_first_block() -> None:
