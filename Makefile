@@ -46,14 +46,16 @@ architectures: install  ## a census over all architectures of transformers, writ
 	$(BIN)/python bench/architectures.py
 
 study: install  ## docs/studies/smollm2-135m.md: some hours, resumable; WIKITEXT=folder of wiki.test.raw
-	$(ABLATE) --plan grid --format nvfp4,mxfp4 --tokens 4096
-	$(ABLATE) --plan blocks --format nvfp4,mxfp4 --activations none,same --tokens 4096
+	$(ABLATE) --plan grid --format nvfp4,mxfp4 --activations none,same --tokens 4096
+	$(ABLATE) --plan grid --direction except --tokens 4096
+	$(ABLATE) --plan blocks --format nvfp4,mxfp4 --activations none,same --direction both --tokens 4096
 	$(ABLATE) --plan $(STUDY)/sets.toml --tokens 4096
 	$(ABLATE) --plan roles --format nvfp4,mxfp4 --activations none,same --direction both --tokens 20480
 	$(BIN)/fp4graph outliers smollm2-135m --corpus $(WIKITEXT)/wiki.valid.tokens --tokens 4096 \
 	    --against $(STUDY) --json > $(STUDY)/outliers.jsonl
-	$(BIN)/fp4graph sensitivity smollm2-135m --format nvfp4,mxfp4 --corpus $(WIKITEXT)/wiki.valid.tokens \
-	    --against $(STUDY) --picture docs/images/sensitivity.png --json > $(STUDY)/sensitivity.jsonl
+	$(BIN)/fp4graph sensitivity smollm2-135m --format nvfp4,mxfp4 --activations none,same \
+	    --corpus $(WIKITEXT)/wiki.valid.tokens --against $(STUDY) \
+	    --picture docs/images/sensitivity.png --json > $(STUDY)/sensitivity.jsonl
 	$(BIN)/python bench/study.py
 
 check: install  ## what CI runs: style, types, floors, then the tests

@@ -35,6 +35,7 @@ DATA = DOCS / "studies/smollm2-135m"
 ROLES = ("down", "up", "gate", "v", "k", "q", "o")
 SETTINGS = [(f, a) for a in ("none", "same") for f in ("nvfp4", "mxfp4")]
 ENDS = 3  # blocks
+ALL_BUT = "all but "
 WHAT = {"dnll": "dNLL", "kl": "KL", "left out": "left out"}
 STATISTICS = ("input ratio", "input max", "input kurtosis", "weight ratio", "weight kurtosis")
 
@@ -189,9 +190,42 @@ def grid(results: Results) -> str:
                 ],
             )
         )
-        rows = [row for row in found.trials.values() if row.linears == 1]
-        draw(rows, f"SmolLM2-135M, {name(setting)}", DOCS / f"images/grid-{setting[0]}.png")
+    for format in ("nvfp4", "mxfp4"):
+        settings = [results.grid[s] for s in SETTINGS if s[0] == format and s in results.grid]
+        rows = [row for found in settings for row in found.singles.values()]
+        draw(rows, f"SmolLM2-135M, {format.upper()}", DOCS / f"images/grid-{format}.png")
     return "\n\n".join(parts)
+
+
+def left_out(results: Results) -> str:
+    """Write what a linear or block gives back that alone stays dense, beside what it costs."""
+    rows = []
+    for setting in filter(results.grid.__contains__, SETTINGS):
+        trials = {(r.selector, r.direction): r for r in results.grid[setting].trials.values()}
+        every = trials.get(("all", "only"))
+        for what, form in (("linears", r"\w+,blocks=\d+"), ("blocks", r"blocks=\d+")):
+            both = [
+                (row, trials[selector, "only"])
+                for (selector, direction), row in trials.items()
+                if direction == "except"
+                and re.fullmatch(form, selector)
+                and (selector, "only") in trials
+            ]
+            if every is None or len(both) <= ENDS:
+                continue
+            line = [name(setting), f"{len(both)} {what}"]
+            for target in ("kl", "dnll"):
+                whole = getattr(every, target)
+                gains = [whole - getattr(but, target) for but, _ in both]
+                alone = [getattr(only, target) for _, only in both]
+                line.append(f"{spearmanr(gains, alone).statistic:.2f}")
+                line.append(f"{sum(gains) / whole:.2f}")
+                line.append(str(sum(gain < 0 for gain in gains)))
+            but, only = max(both, key=lambda pair: pair[0].kl)
+            line.append(f"`{but.selector}`: {every.kl - but.kl:+.4f}, alone {only.kl:.4f}")
+            rows.append(line)
+    heads = [text for target in ("KL", "dNLL") for text in (f"{target}: rank", "sum", "below 0")]
+    return table(["", "left out", *heads, "the least KL"], rows)
 
 
 def lines(file: str) -> list[dict[str, Any]]:
@@ -229,7 +263,8 @@ def additivity(results: Results) -> str:
     parts = []
     points = {}
     for setting, found in results.grid.items():
-        whole, two = sets(found), pairs(found)
+        whole = [row for row in sets(found) if not row.name.startswith(ALL_BUT)]
+        two = [row for row in pairs(found) if not row.first.startswith(ALL_BUT)]
         if not whole:
             continue
         points[name(setting)] = [(row.kl_sum, row.kl, "sets") for row in whole]
@@ -268,6 +303,7 @@ def main() -> None:
             "order": order(results),
             "blocks": blocks(results),
             "grid": grid(results),
+            "left out": left_out(results),
             "outliers": correlations("outliers.jsonl", STATISTICS),
             "sensitivity": correlations("sensitivity.jsonl"),
             "additivity": additivity(results),
