@@ -29,10 +29,14 @@ QUANTIZERS = (
     "grid-search",
     "alternating-search",
     "scale-search",
-    "mr-gptq",
+    "gptq",
     "gptq:scale-search",
     "gptq:scale-search+smooth",
+    "mr-gptq",
     "learned:scale-search",
+    "learned:scale-search+smooth",
+    "learned:scale-search@16",
+    "learned@32",
 )
 FORMATS = ("nvfp4", "mxfp4", "mxfp4-fitted")
 

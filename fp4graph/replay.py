@@ -164,7 +164,8 @@ class Replay:
         assert self._whole is not None
         if (start, end) not in self._graphs:
             args, kept = self._kept[0]
-            before, after = self._places[start], dict(enumerate(self._places)).get(end)
+            before = self._places[start]
+            after = self._places[end] if end < len(self._places) else None
             example = (*args, *(kept[node.name] for node in before.live))
             part = segment(self._whole.tagged, before, after)
             self._graphs[start, end] = TracedGraph(part, example)

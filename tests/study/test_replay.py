@@ -24,6 +24,23 @@ def replay(model: torch.nn.Module, times: int = 2) -> tuple[TracedModel, Replay]
     return traced, Replay(traced, lambda out: out.logits, times)
 
 
+def replayed(
+    traced: TracedModel,
+    part: Replay,
+    inputs: list[dict[str, Any]],
+    policy: Policy,
+    base: Policy | None = None,
+) -> list[torch.Tensor]:
+    """Run two inputs in part, and check logits and report against the whole model's."""
+    report = part.select(policy, base)
+    found = [part.run(index) for index in (1, 0)][::-1]
+    assert report.rows == traced.select(policy).rows
+    with torch.no_grad():
+        expected = [traced(**each).logits for each in inputs]
+    assert all(map(torch.equal, found, expected))
+    return found
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_whole_model(family: str) -> None:
     traced, part = replay(tiny(family))
@@ -34,13 +51,7 @@ def test_equals_the_whole_model(family: str) -> None:
     for select in (block_1, block_0, "lm_head", "all", f"all,!({block_0})"):
         for mode in (None, "same"):
             policy = Policy.of(select, Scheme.of(activations=mode))
-            report = part.select(policy)
-            found = [part.run(index) for index in (1, 0)][::-1]
-            expected_report = traced.select(policy)
-            assert report.rows == expected_report.rows
-            with torch.no_grad():
-                expected = [traced(**each).logits for each in inputs]
-            assert all(map(torch.equal, found, expected))
+            found = replayed(traced, part, inputs, policy)
             assert not any(map(torch.equal, found, dense))
 
 
@@ -66,13 +77,7 @@ def test_all_but_a_few_equals_the_whole_model(family: str) -> None:
         base = Policy.of("all", scheme)
         for kept in ("blocks=0", "blocks=1", "o,blocks=1", "q,blocks=0", "o", "lm_head"):
             policy = Policy.of({"all": {}, kept: None}, scheme)
-            report = part.select(policy, base)
-            found = [part.run(index) for index in (1, 0)][::-1]
-            expected_report = traced.select(policy)
-            assert report.rows == expected_report.rows
-            with torch.no_grad():
-                expected = [traced(**each).logits for each in inputs]
-            assert all(map(torch.equal, found, expected))
+            replayed(traced, part, inputs, policy, base)
 
 
 def test_all_but_a_few_runs_what_comes_first_once() -> None:
