@@ -54,7 +54,8 @@ class Replay:
         self._kept: list[tuple[Values, dict[str, Any]]] = []
         self._output = -1
         self._chosen: tuple[int, int] | None = None
-        self._pieces: _Pieces | None = None
+        self._pieces: _Pieces | None = None  # kept while other trials come between
+        self._base: _Pieces | None = None
         self._whole = traced.graphs[0] if traced.graphs else None
         self.refusal = self._find_cuts(times)
 
@@ -111,10 +112,9 @@ class Replay:
             RefusalError: a selected linear cannot run in FP4.
         """
         assert self._whole is not None
-        if base is None:
-            self._pieces = None
-        elif self._pieces is None or self._pieces.policy != base:
+        if base and (self._pieces is None or self._pieces.policy != base):
             self._pieces = self._rewrite_pieces(base)
+        self._base = self._pieces if base else None
         differing = [
             index
             for index, node in enumerate(self._whole.tagged.graph.nodes)
@@ -129,7 +129,7 @@ class Replay:
         self._chosen = start, end
         report = Report()
         changed = self._graph(start, end).rewrite(policy, "raise", self._traced.tags)
-        others = self._pieces.rows if self._pieces else ()
+        others = self._base.rows if self._base else ()
         report.add([*rows(self._whole.tagged), *others, *changed])
         return report
 
@@ -147,13 +147,13 @@ class Replay:
         assert self._chosen is not None
         start, end = self._chosen
         args, kept = self._kept[index]
-        if self._pieces:
-            values = self._pieces.before(start, index, args)
+        if self._base:
+            values = self._base.before(start, index, args)
         else:
             values = tuple(kept[node.name] for node in self._places[start].live)
         values = self._graph(start, end).run(*args, *values)
-        if self._pieces:
-            values = self._pieces.through(slice(end, None), args, values)
+        if self._base:
+            values = self._base.through(slice(end, None), args, values)
         elif end < len(self._places):
             values = self._graph(end, len(self._places)).tagged(*args, *values)
         picked: Tensor = values[self._output]

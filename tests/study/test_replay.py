@@ -94,6 +94,8 @@ def test_all_but_a_few_runs_what_comes_first_once() -> None:
     part._pieces = pieces
     found = []
     for kept in ("q,blocks=0", "q,blocks=1", "down,blocks=1", "blocks=0"):
+        part.select(Policy.of("q", scheme))  # budgets mix directions
+        part.run(0)
         part.select(Policy.of({"all": {}, kept: None}, scheme), pieces.policy)
         part.run(0)
         found.append(list(ran))
