@@ -153,7 +153,7 @@ class Replay:
             values = tuple(kept[node.name] for node in self._places[start].live)
         values = self._graph(start, end).run(*args, *values)
         if self._base:
-            values = self._base.through(slice(end, None), args, values)
+            values = self._base.through(args, values, end)
         elif end < len(self._places):
             values = self._graph(end, len(self._places)).tagged(*args, *values)
         picked: Tensor = values[self._output]
@@ -195,13 +195,13 @@ class _Pieces:
         reached, values = self.reached.get(index, (0, ()))
         if reached > place:
             reached, values = 0, ()
-        values = self.through(slice(reached, place), args, values)
+        values = self.through(args, values, reached, place)
         self.reached[index] = place, values
         return values
 
-    def through(self, which: slice, args: Values, values: Values) -> Values:
-        """Run some pieces, one after the other."""
-        for run in self.runs[which]:
+    def through(self, args: Values, values: Values, start: int, end: int | None = None) -> Values:
+        """Run from one place to another, None for the end."""
+        for run in self.runs[start:end]:
             values = run(*args, *values)
         return values
 

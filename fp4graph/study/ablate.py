@@ -233,22 +233,14 @@ class Ablation:
             row = replace(row, noise=noise, noise_se=noise_se)
             return asdict(self._probed(row, dense.choices, dense.choices))
         in_part = self._replay.refusal is None
+        base = trial.base(self._calibrations)
         with torch.no_grad():
-            if in_part:
-                report = self._replay.select(policy, self._base(trial))
-            else:
-                report = self._traced.select(policy)
+            report = self._replay.select(policy, base) if in_part else self._traced.select(policy)
         if not report.selected:
             raise StudyError("no linear was rewritten")
         run = self._replay.run if in_part else self._logits
         row = _row(trial, reference.score(run, progress.advance), reference.scores, report)
         return asdict(self._probed(row, self._answer(run, progress), dense.choices))
-
-    def _base(self, trial: Trial) -> Policy | None:
-        """Return what trials of this direction have in common: None for the dense model."""
-        if trial.direction == "only":
-            return None
-        return replace(trial, selector="all", direction="only").policy(self._calibrations)
 
     def _probed(self, row: Row, choices: Integers | None, dense: Integers | None) -> Row:
         if self._probe is None or choices is None or dense is None:

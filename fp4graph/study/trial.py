@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from fp4graph import Calibration, OptionError, Policy, Report, Scheme, Selector, get_format
@@ -53,6 +53,12 @@ class Trial:
         if self.direction == "only":
             return Policy.of(self.selector, scheme)
         return Policy.of({"all": {}, self.selector: None}, scheme)
+
+    def base(self, calibrations: Calibrations) -> Policy | None:
+        """Return what trials of this direction have in common, None for the dense model."""
+        if self.direction == "only":
+            return None
+        return replace(self, selector="all", direction="only").policy(calibrations)
 
 
 DENSE = Trial("none", None)

@@ -75,9 +75,11 @@ def test_all_but_a_few_equals_the_whole_model(family: str) -> None:
     for mode in (None, "same"):
         scheme = Scheme.of(activations=mode)
         base = Policy.of("all", scheme)
+        everything = replayed(traced, part, inputs, base, base)
         for kept in ("blocks=0", "blocks=1", "o,blocks=1", "q,blocks=0", "o", "lm_head"):
             policy = Policy.of({"all": {}, kept: None}, scheme)
-            replayed(traced, part, inputs, policy, base)
+            found = replayed(traced, part, inputs, policy, base)
+            assert all(map(torch.equal, found, everything)) == (kept == "lm_head")
 
 
 def test_all_but_a_few_runs_what_comes_first_once() -> None:
