@@ -37,7 +37,6 @@ QUANTIZERS = (
     "mr-gptq",
     "learned:scale-search",
     "learned:scale-search+smooth",
-    "learned:scale-search@16",
     "learned@32",
 )
 FORMATS = ("nvfp4", "mxfp4", "mxfp4-fitted")

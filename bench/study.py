@@ -11,31 +11,24 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from markdown import fill, table
 from scipy.stats import spearmanr
+from study_results import DATA, DOCS, ROLES, SETTINGS, Results, name
+from study_sets import additivity, agreement, left_out
 
-from fp4graph import TracedModel, models
-from fp4graph.study.additivity import pairs, sets
-from fp4graph.study.measured import Measured, measured
 from fp4graph.study.plot import draw
-from fp4graph.study.plot_scores import draw_cells, draw_points
-from fp4graph.study.store import Store
+from fp4graph.study.plot_scores import draw_cells
 from fp4graph.study.trial import mode_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-DOCS = Path(__file__).parents[1] / "docs"
+    from fp4graph.study.measured import Measured
+
 PAGE = DOCS / "studies/smollm2-135m.md"
-DATA = DOCS / "studies/smollm2-135m"
-ROLES = ("down", "up", "gate", "v", "k", "q", "o")
-SETTINGS = [(f, a) for a in ("none", "same") for f in ("nvfp4", "mxfp4")]
 ENDS = 3  # blocks
-ALL_BUT = "all but "
 WHAT = {"dnll": "dNLL", "kl": "KL", "left out": "left out"}
 STATISTICS = ("input ratio", "input max", "input kurtosis", "weight ratio", "weight kurtosis")
 
@@ -48,34 +41,6 @@ PAPER = {  # in the order of ROLES
     ("14B", "nvfp4"): (0.16, 0.14, 0.12, 0.03, 0.02, 0.02, 0.05),
     ("14B", "mxfp4"): (0.39, 0.24, 0.20, 0.07, 0.10, 0.08, 0.13),
 }
-
-
-class Results:
-    """What was measured, by text: `grid` is the one that single linears were measured on."""
-
-    def __init__(self) -> None:
-        loaded = models.load(models.SMOLLM2, torch.float32)
-        traced = TracedModel(loaded.model)
-        with torch.no_grad():
-            traced(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)
-        self.tags = {tag.fqn: tag for tag in traced.tags}
-        everything = measured(Store(DATA / "trials.sqlite"), loaded.revision(), traced.tags)
-        grid_texts = {each.text for each in everything if each.singles}
-        self.grid = {key(each): each for each in everything if each.text in grid_texts}
-        self.roles = {key(each): each for each in everything if each.text not in grid_texts}
-
-    def role(self, found: Measured, role: str, direction: str) -> Any:
-        """Return the trial of a role, or None."""
-        rows = found.trials.values()
-        return next((r for r in rows if (r.selector, r.direction) == (role, direction)), None)
-
-
-def key(found: Measured) -> tuple[str, str]:
-    return found.format, found.activations
-
-
-def name(setting: tuple[str, str]) -> str:
-    return f"{setting[0].upper()} {mode_of(setting[1])}"
 
 
 def roles(results: Results) -> str:
@@ -168,6 +133,7 @@ def grid(results: Results) -> str:
         grid = cells(results, found)
         if not grid:
             continue
+        rows = list(grid.values())
         kl: dict[int, float] = defaultdict(float)
         for (_, block), row in grid.items():
             kl[block] += row.kl
@@ -176,7 +142,9 @@ def grid(results: Results) -> str:
         parts.append(
             f"{name(setting)}, {len(grid)} linears: blocks 0 to {ENDS - 1} have {first:.0%} of "
             f"the sum of KL, the last {ENDS} {last:.0%}; an even share is {ENDS / len(kl):.0%}. "
-            f"{sum(row.dnll < 0 for row in grid.values())} linears lower the NLL.\n\n"
+            f"{sum(r.dnll < 0 for r in rows)} linears lower the NLL; dNLL is within two standard "
+            f"errors of 0 for {sum(abs(r.dnll) < 2 * r.dnll_se for r in rows)}, KL for "
+            f"{sum(r.kl < 2 * r.kl_se for r in rows)}.\n\n"
             + table(
                 ["linear", "KL", "dNLL", "+-"],
                 [
@@ -195,37 +163,6 @@ def grid(results: Results) -> str:
         rows = [row for found in settings for row in found.singles.values()]
         draw(rows, f"SmolLM2-135M, {format.upper()}", DOCS / f"images/grid-{format}.png")
     return "\n\n".join(parts)
-
-
-def left_out(results: Results) -> str:
-    """Write what a linear or block gives back that alone stays dense, beside what it costs."""
-    rows = []
-    for setting in filter(results.grid.__contains__, SETTINGS):
-        trials = {(r.selector, r.direction): r for r in results.grid[setting].trials.values()}
-        every = trials.get(("all", "only"))
-        for what, form in (("linears", r"\w+,blocks=\d+"), ("blocks", r"blocks=\d+")):
-            both = [
-                (row, trials[selector, "only"])
-                for (selector, direction), row in trials.items()
-                if direction == "except"
-                and re.fullmatch(form, selector)
-                and (selector, "only") in trials
-            ]
-            if every is None or len(both) <= ENDS:
-                continue
-            line = [name(setting), f"{len(both)} {what}"]
-            for target in ("kl", "dnll"):
-                whole = getattr(every, target)
-                gains = [whole - getattr(but, target) for but, _ in both]
-                alone = [getattr(only, target) for _, only in both]
-                line.append(f"{spearmanr(gains, alone).statistic:.2f}")
-                line.append(f"{sum(gains) / whole:.2f}")
-                line.append(str(sum(gain < 0 for gain in gains)))
-            but, only = max(both, key=lambda pair: pair[0].kl)
-            line.append(f"`{but.selector}`: {every.kl - but.kl:+.4f}, alone {only.kl:.4f}")
-            rows.append(line)
-    heads = [text for target in ("KL", "dNLL") for text in (f"{target}: rank", "sum", "below 0")]
-    return table(["", "left out", *heads, "the least KL"], rows)
 
 
 def lines(file: str) -> list[dict[str, Any]]:
@@ -258,42 +195,6 @@ def _both(row: dict[str, Any]) -> str:
     return "{spearman:.2f} [{spearman_low:.2f}, {spearman_high:.2f}], {pearson:.2f}".format(**row)
 
 
-def additivity(results: Results) -> str:
-    """Write sets beside sums."""
-    parts = []
-    points = {}
-    for setting, found in results.grid.items():
-        whole = [row for row in sets(found) if not row.name.startswith(ALL_BUT)]
-        two = [row for row in pairs(found) if not row.first.startswith(ALL_BUT)]
-        if not whole:
-            continue
-        points[name(setting)] = [(row.kl_sum, row.kl, "sets") for row in whole]
-        ratios = sorted(row.kl / row.kl_sum for row in whole)
-        rank = spearmanr([row.kl for row in whole], [row.kl_sum for row in whole]).statistic
-        named = [row for row in whole if row.name in ("all", "attn", "mlp", *ROLES)]
-        parts.append(
-            f"{name(setting)}: {len(whole)} sets, measured KL over the sum: median "
-            f"{ratios[len(ratios) // 2]:.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f}; Spearman "
-            f"{rank:.3f}."
-        )
-        if named:
-            lines = []
-            for r in named:
-                numbers = (f"{r.kl:.4f}", f"{r.kl_sum:.4f}", f"{r.kl / r.kl_sum:.2f}")
-                lines.append((f"`{r.name}`", str(r.linears), *numbers))
-            parts.append(table(["set", "linears", "KL", "sum", "ratio"], lines))
-        if two:
-            largest = [
-                (f"`{r.first}`", f"`{r.second}`", f"{r.kl:.4f}", f"{r.kl_interaction:+.4f}")
-                for r in two[:8]
-            ]
-            heads = ["one", "other", "KL of both", "above the sum"]
-            parts.append(f"The largest interactions:\n\n{table(heads, largest)}")
-    if points:
-        draw_points(points, "KL, nats, over the sum", DOCS / "images/additivity.png", equal=True)
-    return "\n\n".join(parts)
-
-
 def main() -> None:
     results = Results()
     fill(
@@ -303,6 +204,7 @@ def main() -> None:
             "order": order(results),
             "blocks": blocks(results),
             "grid": grid(results),
+            "agreement": agreement(results),
             "left out": left_out(results),
             "outliers": correlations("outliers.jsonl", STATISTICS),
             "sensitivity": correlations("sensitivity.jsonl"),
