@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-ISAS = ("portable", "avx2", "avx512", "avx512bf16", "neon")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx", "neon")
+MANY = 800  # outputs for which float32 activations are multiplied in tiles, too
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ["nvfp4", "mxfp4", "mxfp4:ceil", "mxfp4:rceil", "mxfp4:even"]
 
@@ -84,7 +85,7 @@ def check(y: torch.Tensor, reference: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [0, 1, 2, 3, 4, 5, 7, 8, 9, 13, 25, 49, 150])
-@pytest.mark.parametrize("n, k", [(1, 1), (16, 32), (17, 100), (50, 777), (33, 4113)])
+@pytest.mark.parametrize("n, k", [(1, 1), (16, 32), (17, 100), (50, 777), (33, 4113), (MANY, 300)])
 def test_exact_in_every_loop(
     isa: str, name: str, dtype: torch.dtype, m: int, n: int, k: int
 ) -> None:
@@ -162,7 +163,7 @@ def test_rotating_is_the_references_bit_for_bit(isa: str, block: int, dtype: tor
 def test_every_scale_code(isa: str, name: str, m: int) -> None:
     """E8M0 from 0 to 254 and E4M3 with its subnormals; NaN codes make their row NaN."""
     fmt = fp4graph.get_format(name)
-    codes = torch.arange(0x7F if name == "nvfp4" else 0xFF, dtype=torch.uint8)
+    codes = torch.arange(0x7F if name == "nvfp4" else 0xFF, dtype=torch.uint8).repeat(7)
     n = len(codes)
     qdata = torch.randint(256, (n, fmt.block_size // 2), dtype=torch.uint8)
     pts = torch.tensor(0.013) if name == "nvfp4" else None
@@ -190,9 +191,15 @@ def test_every_scale_code(isa: str, name: str, m: int) -> None:
 def test_activations_at_the_ends_of_their_range(
     isa: str, name: str, dtype: torch.dtype, m: int
 ) -> None:
-    packed = fp4graph.quantize(weight(20, 96) / 300, name)
-    for value in (torch.finfo(dtype).max / 4, torch.finfo(dtype).smallest_normal * 4):
-        x = (activations(m, 96).sign() * value).to(dtype)
+    packed = fp4graph.quantize(weight(MANY, 96) / 300, name)
+    x = activations(m, 96)
+    inputs = [
+        x.sign() * torch.finfo(dtype).max / 4,
+        x.sign() * torch.finfo(dtype).smallest_normal * 4,
+    ]
+    if dtype != torch.float16:
+        inputs += [x * 2.0**-e for e in (30, 60, 85, 100)]
+    for x in (each.to(dtype) for each in inputs):
         expected = exact(x, packed)
         if expected.abs().max() > torch.finfo(dtype).smallest_normal * 100:
             check(run(x, packed), expected)
@@ -202,6 +209,19 @@ def test_activations_at_the_ends_of_their_range(
     x[0, 3] = torch.inf
     assert not run(x, packed)[0].isfinite().any()
     assert run(x, packed)[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("m", [1, 8, 30])
+def test_small_activations_beside_a_large_one_that_counts_nothing(
+    isa: str, name: str, m: int
+) -> None:
+    w = weight(MANY, 96)
+    w[:, 0] = 0
+    x = torch.randn(m, 96) * 2.0**-112
+    x[:, 0] = 2.0**-88
+    packed = fp4graph.quantize(w, name)
+    check(run(x, packed), exact(x, packed))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

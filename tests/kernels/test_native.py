@@ -51,10 +51,11 @@ def test_avx512_in_portable_code(tmp_path: Path) -> None:
     """SIMDe and native/avx512/immintrin.h stand in for instructions that this CPU may not have."""
     emulated = (
         f"-I{CHECK.parent / 'avx512'}",
-        "-DFP4_EMULATED=&fp4_avx512,&fp4_avx512bf16",
+        "-DFP4_EMULATED=&fp4_avx512,&fp4_avx512bf16,&fp4_amx",
         '-DFP4_VECTOR_REGISTER="m"',
     )
-    sources = [CHECK, *(SOURCES / f"{name}.cpp" for name in ("portable", "avx512", "avx512bf16"))]
+    units = ("portable", "avx512", "avx512bf16", "amx")
+    sources = [CHECK, *(SOURCES / f"{name}.cpp" for name in units)]
 
     def compile_unit(source: Path) -> str:
         out = str(tmp_path / f"{source.name}.o")
@@ -68,3 +69,4 @@ def test_avx512_in_portable_code(tmp_path: Path) -> None:
     said = run(str(tmp_path / "check"))
     assert said.endswith(" passed, 0 failed\n")
     assert "avx512bf16" in said
+    assert "amx" in said

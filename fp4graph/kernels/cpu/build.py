@@ -38,6 +38,7 @@ _X86 = {
     "avx2.cpp": _AVX2,
     "avx512.cpp": _AVX512,
     "avx512bf16.cpp": (*_AVX512, "-mavx512bf16"),
+    "amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 }
 _ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": _X86,

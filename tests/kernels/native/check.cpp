@@ -176,12 +176,14 @@ std::vector<const Fp4Isa*> to_check() {
 int main() {
   for (const Fp4Isa* isa : to_check()) {
     for (int format : {FP4_NVFP4, FP4_MXFP4}) {
+      check_linear(*isa, format, FP4_FLOAT32, FP4_EXACT, 40, 800, 100);  // outputs enough for tiles
       for (int dtype : {FP4_FLOAT32, FP4_BFLOAT16, FP4_FLOAT16}) {
         for (int64_t M : {0, 1, 2, 3, 5, 8, 9, 13, 31, 150}) {
           const int64_t N = 1 + random_bits() % 70, K = 1 + random_bits() % 600;
           for (int mode : {FP4_EXACT, FP4_INT8}) check_linear(*isa, format, dtype, mode, M, N, K);
         }
         check_linear(*isa, format, dtype, FP4_EXACT, 3, 16, 0);
+        check_linear(*isa, format, dtype, FP4_EXACT, 520, 20, 40);  // more than one pass
         for (int rule = 0; rule < (format == FP4_MXFP4 ? 4 : 1); rule++) {
           const int64_t M = 1 + random_bits() % 40;
           check_rounding(*isa, format, rule, dtype, M, 1 + random_bits() % 300, 0);

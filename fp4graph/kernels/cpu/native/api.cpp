@@ -4,11 +4,32 @@
 #include <string>
 
 #include "fp4.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
+#if defined(__x86_64__)
+bool has_tiles() {  // and may use them: Linux wants to be asked
+#if defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d & kBf16 && d & kTile &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 const Fp4Isa* const* available() {  // best first, null at the end
-  static const Fp4Isa* found[5] = {};
+  static const Fp4Isa* found[6] = {};
   int n = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -20,6 +41,7 @@ const Fp4Isa* const* available() {  // best first, null at the end
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   // On Intel vdpbf16ps is slower than two conversions and FMAs: bench/results, Emerald Rapids.
   const bool slow = __builtin_cpu_is("intel");
+  if (bf16 && has_tiles()) found[n++] = &fp4_amx;
   if (bf16 && !slow) found[n++] = &fp4_avx512bf16;
   if (avx512) found[n++] = &fp4_avx512;
   if (bf16 && slow) found[n++] = &fp4_avx512bf16;

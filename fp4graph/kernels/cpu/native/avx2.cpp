@@ -22,9 +22,12 @@ struct Avx2 {
   static constexpr int kHalfSteps = 2;
   static constexpr int kFewRows = 4;
   static constexpr int kFewPairRows = 0;
+  static constexpr bool kTiles = false;
+  static constexpr bool kFlushes = false;
   static constexpr int kTilePanels = 1;
   static constexpr int kBlockRows = 6;
   static constexpr int64_t kDepth = 256;
+  static constexpr int kFarAhead = 0;
   static constexpr int32_t kOffset = 12;  // maddubs wants one side unsigned
 
   static FP4_INLINE I twice(const void* bytes16) {

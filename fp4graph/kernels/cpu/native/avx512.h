@@ -23,9 +23,12 @@ struct Avx512 {
   static constexpr int kHalfSteps = 4;
   static constexpr int kFewRows = 8;
   static constexpr int kFewPairRows = 0;
+  static constexpr bool kTiles = false;
+  static constexpr bool kFlushes = false;
   static constexpr int kTilePanels = 2;
   static constexpr int kBlockRows = 12;
   static constexpr int64_t kDepth = 128;
+  static constexpr int kFarAhead = 16384;  // Intel's prefetchers stop at each page
   static constexpr int32_t kOffset = 12;  // vpdpbusd wants one side unsigned
 
   struct Tables {

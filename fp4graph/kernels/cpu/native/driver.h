@@ -19,7 +19,14 @@ class Linear : Call<V, Format> {
         return call_.M <= V::kFewPairRows ? pair_rows() : many_rows<typename V::Pairs>();
       }
     }
-    return call_.M <= V::kFewRows ? few_rows() : many_rows<V>();
+    if (call_.M <= V::kFewRows) return few_rows();
+    if constexpr (V::kTiles) {
+      if (call_.dtype == FP4_BFLOAT16) return many_rows<typename V::template Tiles<1>>();
+      if (call_.dtype == FP4_FLOAT16) return many_rows<typename V::template Tiles<2>>();
+      // few outputs do not repay that activations are packed, which V reads where they are
+      if (call_.N >= V::kTiledOutputs) return many_rows<typename V::template Tiles<3>>();
+    }
+    return many_rows<V>();
   }
 
  private:
@@ -93,7 +100,7 @@ class Linear : Call<V, Format> {
     }
     for (int64_t m = 0; m < call_.M; m++) {
       uint32_t amax;
-      unit[m] = load_row<V>(row(m), call_.dtype, call_.K, Kp_, wide, &amax);
+      unit[m] = load_row<V, true>(row(m), call_.dtype, call_.K, Kp_, wide, &amax);
       V::Pairs::reorder_row(wide, Kp_, reinterpret_cast<float*>(x + m * Kp_));
     }
     parallel_ranges(panels_, tasks_, [&](int64_t p0, int64_t p1) {

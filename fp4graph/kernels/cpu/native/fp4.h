@@ -55,6 +55,7 @@ extern const Fp4Isa fp4_portable;
 extern const Fp4Isa fp4_avx2;
 extern const Fp4Isa fp4_avx512;
 extern const Fp4Isa fp4_avx512bf16;
+extern const Fp4Isa fp4_amx;
 #elif defined(__aarch64__)
 extern const Fp4Isa fp4_neon;
 #endif

@@ -12,6 +12,8 @@
 //   finish     kVectors accumulators -> one float a row
 //   kTilePanels, kBlockRows, kDepth: panels, rows and columns that `multiply` takes at a time, so
 //              that sums fit the registers, and weights and activations the first cache
+//   kFlushes   whether `multiply` takes subnormal weights and products for 0
+//   kFarAhead  bytes ahead that codes are fetched to the second cache, or 0: the CPU sees to it
 //   dot        a group of codes times 8-bit activations -> one int32 a row
 // Few rows of activations are stored in V's order of columns (`reorder` in rows.h); for `multiply`
 // they lie as they are, but for bfloat16 pairs, and decoded weights follow. Sums of a row run over at
@@ -54,6 +56,7 @@ FP4_INLINE void prefetch_tile(const uint8_t* tile) {
   constexpr int kAhead = 2048;
   FP4_UNROLL for (int line = 0; line < kTileBytes<Format>; line += 64) {
     __builtin_prefetch(tile + kAhead + line);
+    if constexpr (V::kFarAhead > 0) __builtin_prefetch(tile + V::kFarAhead + line, 0, 2);
   }
 }
 
@@ -170,17 +173,36 @@ FP4_HOT void gemv_pairs(const uint8_t* tile, const uint16_t* x, int64_t stride, 
   FP4_UNROLL for (int m = 0; m < kM; m++) put<V>(y + m * kPanelRows, acc[m], accumulate);
 }
 
+// Whether a weight may be so small that products in pairs, whose subnormals are 0, lose bits of it.
+template <class Format>
+FP4_INLINE bool fades(const uint8_t* tile) {
+  if constexpr (Format::kE4M3) return false;
+  constexpr uint8_t kSmall = 127 - 40;  // 2^-40
+  const uint8_t* scale = tile + kScaleOffset<Format>;
+  uint8_t least = 255;
+  for (int r = 0; r < kPanelRows; r++) least = scale[r] < least ? scale[r] : least;
+  if (least >= kSmall) return false;
+  for (int at = 0; at < kScaleOffset<Format>; at++) {
+    if (tile[at] & 0x77 && scale[at % kOctBytes / 4] < kSmall) return true;
+  }
+  return false;
+}
+
 // Decode `groups` groups of kTilePanels panels, `stride` bytes apart, for `multiply`: w is
-// [kRowVectors][groups * kGroup / kStep][kTilePanels][kVectors] vectors.
+// [kRowVectors][groups * kGroup / kStep][kTilePanels][kVectors] vectors. False if that may not be
+// exact.
 template <class V, class Format>
-FP4_HOT void decode_panels(const uint8_t* tiles, int64_t stride, int64_t groups, float* w) {
+FP4_HOT bool decode_panels(const uint8_t* tiles, int64_t stride, int64_t groups, float* w) {
   constexpr int kWidth = V::kRows * V::kVectors, kStride = kWidth * V::kTilePanels;
   const typename V::Tables tables;
   const int64_t row_vector = groups * (Format::kGroup / V::kStep) * kStride;
+  bool exact = true;
   for (int p = 0; p < V::kTilePanels; p++) {
     const uint8_t* tile = tiles + p * stride;
     float* at = w + p * kWidth;
     for (int64_t g = 0; g < groups; g++) {
+      prefetch_tile<V, Format>(tile);
+      if constexpr (V::kFlushes) exact &= !fades<Format>(tile);
       FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
         typename V::F scale[V::kVectors];
         V::expand(V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows), scale);
@@ -195,6 +217,7 @@ FP4_HOT void decode_panels(const uint8_t* tiles, int64_t stride, int64_t groups,
       at += Format::kGroup / V::kStep * kStride;
     }
   }
+  return exact;
 }
 
 // Slots that kDepth columns of a row of packed activations take.
@@ -230,6 +253,26 @@ FP4_HOT void multiply(const float* w, const float* x, int64_t x_stride, int64_t 
     }
   }
 }
+
+// What a thread multiplies with while a call lasts, for any number of rows up to kBlockRows.
+template <class V>
+class Multiplier {
+ public:
+  static constexpr bool kEvenBlocks = true;  // rows are cut into blocks of one size, nearly
+  static constexpr int64_t kPassRows = 144;  // at most, that share decoded weights
+
+  template <int kM = V::kBlockRows>
+  FP4_INLINE void operator()(int64_t rows, const float* w, const float* x, int64_t x_stride,
+                             int64_t steps, float* c, int64_t stride, bool accumulate) {
+    if constexpr (kM > 0) {
+      if (rows == kM) {
+        multiply<V, kM>(w, x, x_stride, steps, c, stride, accumulate);
+      } else {
+        operator()<kM - 1>(rows, w, x, x_stride, steps, c, stride, accumulate);
+      }
+    }
+  }
+};
 
 // Activations rounded to 8 bits: value = scale * x.
 struct IntRows {

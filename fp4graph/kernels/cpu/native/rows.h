@@ -95,11 +95,16 @@ FP4_INLINE uint32_t amax_bits(const float* x, int64_t n) {  // NaN above Inf abo
 }
 
 // The power of two that a row is divided by so that no sum of ours leaves float32's range where
-// the dequantised weight's would not: 1 for rows with ordinary values, and for Inf and NaN.
+// the dequantised weight's would not, nor products of pairs, which flush, lose bits: 1 for rows with
+// ordinary values, and for Inf and NaN.
+template <bool kFlushes>
 FP4_INLINE float row_unit(uint32_t amax) {
+  constexpr int kLeast = 127 - (kFlushes ? 20 : 89), kMost = 127 + 89;
   const int exponent = static_cast<int>(amax >> 23);
-  const bool ordinary = (exponent > 37 && exponent < 217) || amax == 0 || exponent == 255;
-  return ordinary ? 1.f : float_of(static_cast<uint32_t>(exponent < 1 ? 1 : exponent > 253 ? 253 : exponent) << 23);
+  const bool ordinary =
+      (exponent >= kLeast && exponent <= kMost) || amax == 0 || exponent == 255;
+  const int within = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
+  return ordinary ? 1.f : float_of(static_cast<uint32_t>(within) << 23);
 }
 
 // A row of float32 into V's order of columns; n is a multiple of 8.
@@ -119,13 +124,13 @@ FP4_INLINE void reorder(const float* in, int64_t n, float* out) {
 }
 
 // Read a row: [K] -> out [Kp], padded with zeros and divided by the unit that is returned.
-template <class V>
+template <class V, bool kFlushes = V::kFlushes>
 FP4_INLINE float load_row(const void* source, int dtype, int64_t K, int64_t Kp, float* out,
                           uint32_t* amax) {
   to_floats<V>(source, dtype, K, out);
   memset(out + K, 0, (Kp - K) * 4);
   *amax = amax_bits(out, K);
-  const float unit = row_unit(*amax);
+  const float unit = row_unit<kFlushes>(*amax);
   if (unit != 1.f) {
     const float inverse = 1.f / unit;
     for (int64_t k = 0; k < K; k++) out[k] *= inverse;
@@ -153,10 +158,9 @@ FP4_INLINE void round_row(const float* x, int64_t groups, int8_t* out, float* sc
   }
 }
 
-// A result: sums of a panel's rows -> y = sum * row_scale * unit + bias, in the caller's dtype.
 template <class V>
-FP4_INLINE void store_row(const float* sums, const Fp4Linear& call, int64_t m, int64_t row,
-                          int64_t rows, float unit) {
+FP4_INLINE void store_rows(const float* sums, const Fp4Linear& call, int64_t m, int64_t row,
+                           int64_t rows, float unit) {
   float out[kPanelRows];
   float bias[kPanelRows];
   const float* row_scale = call.row_scale + row;
@@ -171,6 +175,17 @@ FP4_INLINE void store_row(const float* sums, const Fp4Linear& call, int64_t m, i
     for (int64_t i = 0; i < rows; i++) out[i] += bias[i];
   }
   from_floats<V>(out, call.dtype, rows, at(call.y, (m * call.N + row) * size));
+}
+
+// A result: sums of a panel's rows -> y = sum * row_scale * unit + bias, in the caller's dtype.
+template <class V>
+FP4_INLINE void store_row(const float* sums, const Fp4Linear& call, int64_t m, int64_t row,
+                          int64_t rows, float unit) {
+  if (rows == kPanelRows) {  // nearly always, and without a loop
+    store_rows<V>(sums, call, m, row, kPanelRows, unit);
+  } else {
+    store_rows<V>(sums, call, m, row, rows, unit);
+  }
 }
 
 }  // namespace

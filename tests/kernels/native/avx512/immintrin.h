@@ -1,5 +1,6 @@
-// AVX-512 on processors that have none, by Debian's libsimde-dev, and what it lacks of what the
+// AVX-512 and AMX on processors that have none, by Debian's libsimde-dev, and what it lacks of what the
 // kernels use. vdpbf16ps as Intel describes it: pairs from the upper one, subnormals are zeros.
+// tdpbf16ps so too: even and odd columns are summed apart, then their sum is added.
 #pragma once
 #define SIMDE_NO_NATIVE
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -9,6 +10,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <iterator>
 
@@ -93,6 +95,67 @@ void masked_store(void* to, uint32_t mask, Vector x) {
   }
 }
 
+struct Tiles {
+  struct Sizes {
+    uint8_t palette, start, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  } sizes;
+  alignas(64) uint8_t data[8][16][64];
+};
+
+inline thread_local Tiles tiles;
+inline const Tiles::Sizes nothing = {};
+
+inline void tile_loadconfig(const void* from) {
+  memset(&tiles, 0, sizeof tiles);
+  memcpy(&tiles.sizes, from, sizeof tiles.sizes);
+}
+
+inline void tile_zero(int tile) { memset(tiles.data[tile], 0, sizeof tiles.data[tile]); }
+
+inline void tile_loadd(int tile, const void* from, int64_t stride) {
+  tile_zero(tile);
+  for (int row = 0; row < tiles.sizes.rows[tile]; row++) {
+    memcpy(tiles.data[tile][row], static_cast<const char*>(from) + row * stride,
+           tiles.sizes.row_bytes[tile]);
+  }
+}
+
+inline void tile_stored(int tile, void* to, int64_t stride) {
+  for (int row = 0; row < tiles.sizes.rows[tile]; row++) {
+    memcpy(static_cast<char*>(to) + row * stride, tiles.data[tile][row],
+           tiles.sizes.row_bytes[tile]);
+  }
+}
+
+inline void tile_dpbf16ps(int sum, int a, int b) {
+  const auto lane = [](int tile, int row, int at) -> uint32_t& {
+    return reinterpret_cast<uint32_t&>(tiles.data[tile][row][at * 4]);
+  };
+  // what the processor would refuse
+  const auto& [palette, start, reserved, row_bytes, rows] = tiles.sizes;
+  if (palette != 1 || rows[sum] != rows[a] || row_bytes[a] != rows[b] * 4 ||
+      row_bytes[sum] != row_bytes[b]) {
+    abort();
+  }
+  for (int m = 0; m < rows[sum]; m++) {
+    for (int n = 0; n < row_bytes[sum] / 4; n++) {
+      float half[2] = {};
+      for (int k = 0; k < rows[b]; k++) {
+        for (int i = 0; i < 2; i++) {
+          const auto value = [&](uint32_t pair) {
+            return flushed(bits<float>(pair << (16 - 16 * i) & 0xFFFF0000));
+          };
+          half[i] = flushed(std::fma(value(lane(a, m, k)), value(lane(b, k, n)), half[i]));
+        }
+      }
+      const float before = flushed(bits<float>(lane(sum, m, n)));
+      lane(sum, m, n) = bits<uint32_t>(flushed(before + flushed(half[0] + half[1])));
+    }
+  }
+}
+
 }  // namespace emulated
 
 #undef _mm512_dpbf16_ps
@@ -105,3 +168,9 @@ void masked_store(void* to, uint32_t mask, Vector x) {
 #define _mm256_maskz_loadu_epi16(mask, p) (emulated::masked_load<__m256i, uint16_t>(mask, p))
 #define _mm512_mask_storeu_ps(p, mask, x) emulated::masked_store<float>(p, mask, x)
 #define _mm256_mask_storeu_epi16(p, mask, x) emulated::masked_store<uint16_t>(p, mask, x)
+#define _tile_loadconfig(from) emulated::tile_loadconfig(from)
+#define _tile_release() emulated::tile_loadconfig(&emulated::nothing)
+#define _tile_zero(tile) emulated::tile_zero(tile)
+#define _tile_loadd(tile, from, stride) emulated::tile_loadd(tile, from, stride)
+#define _tile_stored(tile, to, stride) emulated::tile_stored(tile, to, stride)
+#define _tile_dpbf16ps(sum, a, b) emulated::tile_dpbf16ps(sum, a, b)
