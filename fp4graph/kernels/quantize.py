@@ -26,7 +26,7 @@ def quantize(
     """Round a weight to FP4.
 
     `rtn` rounds to nearest, bit for bit as `BlockFormat.quantize`, many times faster on a CPU. It
-    never compiles the native library: what is not built yet is not worth half a minute here.
+    never compiles the native library: what is not built yet is not worth a minute here.
 
     Args:
         weight: [N, K], see `BlockFormat.quantize`.

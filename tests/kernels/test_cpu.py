@@ -224,6 +224,16 @@ def test_small_activations_beside_a_large_one_that_counts_nothing(
     check(run(x, packed), exact(x, packed))
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_rows_than_are_taken_at_a_time(isa: str, name: str, dtype: torch.dtype) -> None:
+    packed, x = fp4graph.quantize(weight(MANY, 48), name), activations(4100, 48, dtype=dtype)
+    y = run(x, packed)
+    check(y, exact(x, packed))
+    x[2048] = torch.nan
+    assert run(x, packed).isnan().any(1).nonzero().tolist() == [[2048]]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_alignment_and_dimensions(isa: str, dtype: torch.dtype) -> None:
     packed = fp4graph.quantize(weight(24, 96))

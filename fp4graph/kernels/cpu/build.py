@@ -73,7 +73,7 @@ def find_compiler() -> str:
 
 
 def compile_library(target: Path) -> None:
-    """Compile the kernels and their ops into a shared library, in half a minute.
+    """Compile the kernels and their ops into a shared library, in a minute.
 
     Args:
         target: the library; written whole or not at all.

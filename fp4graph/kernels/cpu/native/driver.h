@@ -12,7 +12,7 @@ class Linear : Call<V, Format> {
   explicit Linear(const Fp4Linear& call) : Call<V, Format>(call) {}
 
   bool run() {
-    if (call_.M == 0 || panels_ == 0) return true;
+    if (panels_ == 0) return true;
     if (call_.mode == FP4_INT8) return int8_rows();
     if constexpr (V::kFewPairRows > 0) {
       if (call_.dtype == FP4_BFLOAT16) {
@@ -174,9 +174,20 @@ class Linear : Call<V, Format> {
   }
 };
 
+// So many rows at a time that scratch stays small; weights are decoded anew for fewer.
+constexpr int64_t kCallRows = 2048;
+
 template <class V>
 bool linear(const Fp4Linear& call) {
-  return call.format == FP4_NVFP4 ? Linear<V, Nvfp4>(call).run() : Linear<V, Mxfp4>(call).run();
+  for (int64_t m = 0; m < call.M; m += kCallRows) {
+    Fp4Linear part = call;
+    part.x = at(call.x, m * call.K * dtype_bytes(call.dtype));
+    part.y = at(call.y, m * call.N * dtype_bytes(call.dtype));
+    part.M = min64(kCallRows, call.M - m);
+    const bool nvfp4 = call.format == FP4_NVFP4;
+    if (!(nvfp4 ? Linear<V, Nvfp4>(part).run() : Linear<V, Mxfp4>(part).run())) return false;
+  }
+  return true;
 }
 
 }  // namespace
