@@ -34,6 +34,7 @@ QUANTIZERS = (
     "gptq:scale-search",
     "gptq:weighted-scale-search",
     "gptq:scale-search+smooth",
+    "gptq:weighted-scale-search+smooth",
     "mr-gptq",
     "learned:scale-search",
     "learned:scale-search+smooth",
