@@ -75,7 +75,9 @@ float get(const uint8_t* from, int64_t i, int dtype) {
   return dtype == FP4_FLOAT16 ? float_of_half(bits) : float_of(static_cast<uint32_t>(bits) << 16);
 }
 
-void check_linear(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M, int64_t N, int64_t K) {
+// Weights are of ordinary size, or subnormal with activations that make up for some of it.
+void check_linear(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M, int64_t N, int64_t K,
+                  bool subnormal = false) {
   const int64_t group = format == FP4_NVFP4 ? 16 : 32, groups = (K + group - 1) / group;
   const int64_t tile = format == FP4_NVFP4 ? kTileBytes<Nvfp4> : kTileBytes<Mxfp4>;
   Buffer qdata(N * groups * group / 2), scale(N * groups), row_scale(N * 4);
@@ -84,9 +86,11 @@ void check_linear(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M,
   for (int64_t i = 0; i < N * groups * group / 2; i++) qdata.data()[i] = random_bits() & 0xFF;
   for (int64_t i = 0; i < N * groups; i++) {
     scale.data()[i] = format == FP4_NVFP4 ? random_bits() % 127 : 117 + random_bits() % 20;
+    if (subnormal) scale.data()[i] = random_bits() % 2;
   }
-  for (int64_t i = 0; i < M * K; i++) put(x.data(), i, dtype, normal());
-  for (int64_t i = 0; i < N; i++) put(bias.data(), i, dtype, normal());
+  const float size_of_x = subnormal ? 0x1p80f : 1.f;
+  for (int64_t i = 0; i < M * K; i++) put(x.data(), i, dtype, normal() * size_of_x);
+  for (int64_t i = 0; i < N; i++) put(bias.data(), i, dtype, subnormal ? 0.f : normal());
   const float tensor = format == FP4_NVFP4 ? .01f : 1.f;
   auto* factors = reinterpret_cast<float*>(row_scale.data());
   std::vector<float> aligned(N);
@@ -115,7 +119,8 @@ void check_linear(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M,
       const double off = get(y.data(), m * N + n, dtype) - sum;
       error += off * off;
       size += sum * sum;
-      close &= std::fabs(off) <= 1e-6 * all + rounding * std::fabs(sum) + 1e-7;
+      const double least = subnormal ? 0 : 1e-7;
+      close &= std::fabs(off) <= 1e-6 * all + rounding * std::fabs(sum) + least;
     }
   }
   if (mode == FP4_INT8) close = std::sqrt(error) <= 1.5e-2 * std::sqrt(size) + rounding * std::sqrt(size);
@@ -177,6 +182,9 @@ int main() {
   for (const Fp4Isa* isa : to_check()) {
     for (int format : {FP4_NVFP4, FP4_MXFP4}) {
       check_linear(*isa, format, FP4_FLOAT32, FP4_EXACT, 40, 800, 100);  // outputs enough for tiles
+      for (int dtype : {FP4_FLOAT32, FP4_BFLOAT16}) {
+        if (format == FP4_MXFP4) check_linear(*isa, format, dtype, FP4_EXACT, 20, 800, 64, true);
+      }
       for (int dtype : {FP4_FLOAT32, FP4_BFLOAT16, FP4_FLOAT16}) {
         for (int64_t M : {0, 1, 2, 3, 5, 8, 9, 13, 31, 150}) {
           const int64_t N = 1 + random_bits() % 70, K = 1 + random_bits() % 600;

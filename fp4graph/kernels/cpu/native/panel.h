@@ -12,6 +12,8 @@
 //   finish     kVectors accumulators -> one float a row
 //   kTilePanels, kBlockRows, kDepth: panels, rows and columns that `multiply` takes at a time, so
 //              that sums fit the registers, and weights and activations the first cache
+//   kFewRows, kFewPairRows: rows up to which `gemv_rows` and, for bfloat16, `gemv_pairs` serve
+//   kTiles     whether more rows than kFewRows are multiplied by V::Tiles<bfloat16 an activation>
 //   kFlushes   whether `multiply` takes subnormal weights and products for 0
 //   kFarAhead  bytes ahead that codes are fetched to the second cache, or 0: the CPU sees to it
 //   dot        a group of codes times 8-bit activations -> one int32 a row
