@@ -74,9 +74,7 @@ def _compiler() -> Finding:
 def _native() -> list[Finding]:
     asked = os.environ.get(library.ISA_VARIABLE)
     if library.find() is None and asked != library.NO_NATIVE:
-        advice = (
-            "pip install --no-build-isolation, or any use of them, builds them in a minute"
-        )
+        advice = "pip install --no-build-isolation, or any use of them, builds them in a minute"
         return [Finding("native CPU kernels", "not built yet", advice)]
     found = load()
     if not isinstance(found, Native):
