@@ -67,13 +67,21 @@ def copies_of(nbytes: float, rows: int) -> int:
     return 1 if rows > 64 else max(2, round(POOL_BYTES / nbytes))
 
 
-def fp4(name: str, ops: dict, w: Tensor, dtype: torch.dtype, rows: int, label: str) -> Variant:
+def packed_copies(w: Tensor, name: str, rows: int) -> list[tuple[Tensor, Tensor]]:
     packed = fp4graph.quantize(w, name)
-    tiles, row_scale = cpu.pack_tiles(packed)
-    count = copies_of(tiles.nbytes, rows)
-    pool = [(tiles.clone(), row_scale.clone()) for _ in range(count)]
+    first = cpu.pack_tiles(packed)
+    more = copies_of(first[0].nbytes, rows) - 1
+    return [first, *(cpu.pack_tiles(packed) for _ in range(more))]  # as a model's layers lie
+
+
+def fp4(name: str, ops: dict, w: Tensor, dtype: torch.dtype, rows: int, label: str) -> Variant:
+    pool = packed_copies(w, name, rows)
     op = ops[name]
-    return each_copy(label, lambda x, i: op(x, *pool[i], None), count, dtype, tiles.nbytes)
+
+    def call(x: Tensor, i: int) -> Tensor:
+        return op(x, *pool[i], None)
+
+    return each_copy(label, call, len(pool), dtype, pool[0][0].nbytes)
 
 
 def dense(w: Tensor, dtype: torch.dtype, rows: int) -> Variant:
@@ -108,12 +116,12 @@ def ggml_mxfp4(library: object, w: Tensor, rows: int) -> Variant:
     return Variant("ggml mxfp4 (int8)", linears, count, torch.float32, linears.weight_bytes)
 
 
-def read(nbytes: int, rows: int) -> Variant:
-    """A plain read of as many bytes: the roof of whatever reads weights once."""
-    count = copies_of(nbytes, rows)
-    pool = [torch.randint(256, (nbytes,), dtype=torch.uint8) for _ in range(count)]
+def read(w: Tensor, rows: int) -> Variant:
+    """A plain read of NVFP4's bytes: the roof of whatever reads weights once."""
+    pool = packed_copies(w, "nvfp4", rows)
     op = torch.ops.fp4graph.cpu_read
-    return each_copy("plain read", lambda x, i: op(pool[i]), count, torch.float32, nbytes)
+    nbytes = pool[0][0].nbytes
+    return each_copy("plain read", lambda x, i: op(pool[i][0]), len(pool), torch.float32, nbytes)
 
 
 def variants(n: int, k: int, rows: int) -> list[Variant]:
@@ -129,7 +137,7 @@ def variants(n: int, k: int, rows: int) -> list[Variant]:
     library = ggml.library()
     if library is not None and k % 32 == 0:
         found.append(ggml_mxfp4(library, w, rows))
-    return [*found, read(round(found[2].weight_bytes), rows)]
+    return [*found, read(w, rows)]
 
 
 def measure(n: int, k: int, rows: int, rounds: int) -> list[Variant]:

@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 import fp4graph
-from fp4graph import OptionError, Report, StudyError
+from fp4graph import OptionError, Policy, Report, Scheme, StudyError, TracedModel
 from fp4graph.models import check_length
 
 if TYPE_CHECKING:
@@ -205,6 +205,7 @@ def measure(
     Raises:
         OptionError: a number too small.
         ModelError: prompt and new tokens are more than the model has positions.
+        SelectorError: a selector matches nothing; said before anything is compiled.
         StudyError: a variant did not run as selected.
     """
     if prompt_tokens < 1 or new_tokens < 2 or rounds < 1:
@@ -214,6 +215,7 @@ def measure(
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator)
     prompt = prompt.to(next(model.parameters()).device)
+    _check_selectors(model, variants, prompt)
     progress.start(len(variants) * (1 + rounds))
     runners = []
     for variant in variants:
@@ -225,6 +227,16 @@ def measure(
             runner.generate()
             progress.advance(f"round {index + 1}: {runner.variant.selector}")
     return [_row(runner, runners[0], prompt_tokens) for runner in runners]
+
+
+def _check_selectors(model: nn.Module, variants: Sequence[Variant], prompt: Tensor) -> None:
+    traced = TracedModel(model)
+    with torch.no_grad():
+        traced(input_ids=prompt[:, :1], use_cache=False)
+    for variant in variants:
+        if variant.format is not None:
+            scheme = Scheme.of(variant.format, variant.quantizer, variant.activations)
+            traced.plan(Policy.of(variant.selector, scheme))
 
 
 def _row(runner: _Runner, dense: _Runner, prompt_tokens: int) -> LatencyRow:

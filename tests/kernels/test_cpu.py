@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,7 +26,6 @@ from fp4graph.kernels.cpu import CPU, Native, load, pack_tiles, unpack_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx", "neon")
 MANY = 800  # outputs for which float32 activations are multiplied in tiles, too
@@ -119,6 +120,20 @@ def test_tiles_are_a_permutation_of_the_packed_weight(isa: str, name: str, n: in
     qdata, scale = unpack_tiles(pack_tiles(whole)[0], (n, k), whole.format)
     assert torch.equal(qdata, whole.qdata)
     assert torch.equal(scale, whole.scale.view(torch.uint8))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux")
+def test_a_packed_weight_asks_for_huge_pages() -> None:
+    tiles, _ = pack_tiles(fp4graph.NVFP4.quantize(torch.ones(16, 1 << 20)))
+    inside = tiles.data_ptr() + tiles.nbytes // 2
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if re.fullmatch("[0-9a-f]+-[0-9a-f]+", first):
+            begin, end = (int(address, 16) for address in first.split("-"))
+        elif first == "VmFlags:" and begin <= inside < end:
+            assert "hg" in rest.split()
+            return
+    pytest.fail("the tiles lie nowhere")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -221,6 +236,24 @@ def test_small_activations_beside_a_large_one_that_counts_nothing(
     x = torch.randn(m, 96) * 2.0**-112
     x[:, 0] = 2.0**-88
     packed = fp4graph.quantize(w, name)
+    check(run(x, packed), exact(x, packed))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("large, small", [(3e4, 1.0), (1.0, 2.0**-110)])
+@pytest.mark.parametrize("columns", [range(1, 8), range(1, 2048, 2)], ids=["few", "many"])
+def test_one_row_with_activations_of_all_sizes(
+    isa: str, name: str, dtype: torch.dtype, large: float, small: float, columns: range
+) -> None:
+    if torch.tensor(small).to(dtype) == 0:
+        pytest.skip(f"{dtype} has no {small}")
+    w, x = weight(50, 2048), torch.full((1, 2048), large)
+    w[:, : columns.stop] = 0
+    w[:, columns] = weight(50, len(columns))
+    w[:, columns.stop :] = 0
+    x[:, columns] = small * torch.randn(len(columns), generator=torch.Generator().manual_seed(2))
+    packed, x = fp4graph.quantize(w, name), x.to(dtype)
     check(run(x, packed), exact(x, packed))
 
 

@@ -77,7 +77,8 @@ def test_misfits_are_errors() -> None:
     model = tiny("llama").requires_grad_(False)
     options = {"prompt_tokens": 4, "new_tokens": 3, "rounds": 1, "progress": Silent()}
     with pytest.raises(SelectorError, match="matches nothing"):
-        measure(model, [Variant("qkv", "nvfp4", "eager")], **options)
+        measure(model, [*VARIANTS, Variant("qkv", "nvfp4", "eager")], **options)
+    assert options["progress"].total == 0  # nothing was compiled
     with pytest.raises(OptionError, match="at least 1 prompt token"):
         measure(model, VARIANTS[:1], **{**options, "new_tokens": 1})
 

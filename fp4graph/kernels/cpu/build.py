@@ -38,7 +38,7 @@ _X86 = {
     "avx2.cpp": _AVX2,
     "avx512.cpp": _AVX512,
     "avx512bf16.cpp": (*_AVX512, "-mavx512bf16"),
-    "amx.cpp": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "amx.cpp": (*_AVX512, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"),
 }
 _ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": _X86,
@@ -150,5 +150,7 @@ def _run(command: list[str]) -> None:
     except OSError as error:
         raise BuildError(f"cannot run {command[0]}: {error}; {INSTALL_COMPILER}") from None
     if done.returncode:
-        said = " ".join(done.stderr.split())[:400] or f"exit status {done.returncode}"
+        lines = done.stderr.splitlines()
+        errors = [line for line in lines if "error" in line]  # there are warnings besides
+        said = " ".join(errors or lines)[:400] or f"exit status {done.returncode}"
         raise BuildError(f"{command[0]} failed: {said}")

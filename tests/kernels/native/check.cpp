@@ -75,9 +75,13 @@ float get(const uint8_t* from, int64_t i, int dtype) {
   return dtype == FP4_FLOAT16 ? float_of_half(bits) : float_of(static_cast<uint32_t>(bits) << 16);
 }
 
-// Weights are of ordinary size, or subnormal with activations that make up for some of it.
+// Ordinary sizes; or subnormal weights, with activations that make up for some of it; or a large
+// activation in each row, whose weights are 0.
+enum class Sizes { kOrdinary, kSubnormal, kUneven };
+
 void check_linear(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M, int64_t N, int64_t K,
-                  bool subnormal = false) {
+                  Sizes sizes = Sizes::kOrdinary) {
+  const bool subnormal = sizes == Sizes::kSubnormal;
   const int64_t group = format == FP4_NVFP4 ? 16 : 32, groups = (K + group - 1) / group;
   const int64_t tile = format == FP4_NVFP4 ? kTileBytes<Nvfp4> : kTileBytes<Mxfp4>;
   Buffer qdata(N * groups * group / 2), scale(N * groups), row_scale(N * 4);
@@ -90,6 +94,10 @@ void check_linear(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M,
   }
   const float size_of_x = subnormal ? 0x1p80f : 1.f;
   for (int64_t i = 0; i < M * K; i++) put(x.data(), i, dtype, normal() * size_of_x);
+  if (sizes == Sizes::kUneven) {
+    for (int64_t m = 0; m < M; m++) put(x.data(), m * K + K / 2, dtype, 60000.f);
+    for (int64_t n = 0; n < N; n++) qdata.data()[(n * groups * group + K / 2) / 2] = 0;
+  }
   for (int64_t i = 0; i < N; i++) put(bias.data(), i, dtype, subnormal ? 0.f : normal());
   const float tensor = format == FP4_NVFP4 ? .01f : 1.f;
   auto* factors = reinterpret_cast<float*>(row_scale.data());
@@ -183,7 +191,9 @@ int main() {
     for (int format : {FP4_NVFP4, FP4_MXFP4}) {
       check_linear(*isa, format, FP4_FLOAT32, FP4_EXACT, 40, 800, 100);  // outputs enough for tiles
       for (int dtype : {FP4_FLOAT32, FP4_BFLOAT16}) {
-        if (format == FP4_MXFP4) check_linear(*isa, format, dtype, FP4_EXACT, 20, 800, 64, true);
+        if (format == FP4_MXFP4) {
+          check_linear(*isa, format, dtype, FP4_EXACT, 20, 800, 64, Sizes::kSubnormal);
+        }
       }
       for (int dtype : {FP4_FLOAT32, FP4_BFLOAT16, FP4_FLOAT16}) {
         for (int64_t M : {0, 1, 2, 3, 5, 8, 9, 13, 31, 150}) {
@@ -191,6 +201,8 @@ int main() {
           for (int mode : {FP4_EXACT, FP4_INT8}) check_linear(*isa, format, dtype, mode, M, N, K);
         }
         check_linear(*isa, format, dtype, FP4_EXACT, 3, 16, 0);
+        check_linear(*isa, format, dtype, FP4_EXACT, 1, 20, 2100, Sizes::kUneven);
+        check_linear(*isa, format, dtype, FP4_EXACT, 1, 237, 90);  // 8 + 4 + 2 + 1 panels
         check_linear(*isa, format, dtype, FP4_EXACT, 2060, 20, 40);  // more than one call's rows
         for (int rule = 0; rule < (format == FP4_MXFP4 ? 4 : 1); rule++) {
           const int64_t M = 1 + random_bits() % 40;

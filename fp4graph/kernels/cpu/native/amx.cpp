@@ -11,6 +11,7 @@ namespace {
 // are read: [kDepth / 32 columns][kSlices][kBlockRows][16 pairs].
 template <int kSlices>
 struct AmxPairs : Avx512Pairs {
+  static constexpr int kFarAhead = Avx512Intel::kFarAhead;
   static constexpr int kTilePanels = 2;
   static constexpr int kBlockRows = 32;
   static constexpr int64_t kDepth = 256;
@@ -45,12 +46,17 @@ struct AmxPairs : Avx512Pairs {
 template <int kSlices>
 constexpr int64_t kSegment<AmxPairs<kSlices>> = AmxPairs<kSlices>::kDepth / 2 * kSlices;
 
-struct Amx : Avx512 {
+struct Amx : Avx512Intel {
   template <int kSlices>
   using Tiles = AmxPairs<kSlices>;
   static constexpr bool kTiles = true;
   static constexpr int kFewRows = 6;
   static constexpr int64_t kTiledOutputs = 768;  // the fewest, of float32
+
+  // vpermb reads 6 bits, the upper two of which are another column's: values lie there four times.
+  static FP4_INLINE I int_decode(const IntTables& t, I raw, int half) {
+    return _mm512_permutexvar_epi8(half ? _mm512_srli_epi16(raw, 4) : raw, t.values);
+  }
 };
 
 template <int kSlices>

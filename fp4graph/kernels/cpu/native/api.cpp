@@ -41,7 +41,7 @@ const Fp4Isa* const* available() {  // best first, null at the end
   const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   // On Intel vdpbf16ps is slower than two conversions and FMAs: bench/results, Emerald Rapids.
   const bool slow = __builtin_cpu_is("intel");
-  if (bf16 && has_tiles()) found[n++] = &fp4_amx;
+  if (bf16 && __builtin_cpu_supports("avx512vbmi") && has_tiles()) found[n++] = &fp4_amx;
   if (bf16 && !slow) found[n++] = &fp4_avx512bf16;
   if (avx512) found[n++] = &fp4_avx512;
   if (bf16 && slow) found[n++] = &fp4_avx512bf16;

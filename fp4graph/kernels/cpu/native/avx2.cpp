@@ -23,10 +23,12 @@ struct Avx2 {
   static constexpr int kFewRows = 4;
   static constexpr int kFewPairRows = 0;
   static constexpr bool kTiles = false;
+  static constexpr bool kSplits = false;
   static constexpr bool kFlushes = false;
   static constexpr int kTilePanels = 1;
   static constexpr int kBlockRows = 6;
   static constexpr int64_t kDepth = 256;
+  static constexpr int kStreams = 1;
   static constexpr int kFarAhead = 0;
   static constexpr int32_t kOffset = 12;  // maddubs wants one side unsigned
 

@@ -24,11 +24,13 @@ struct Avx512 {
   static constexpr int kFewRows = 8;
   static constexpr int kFewPairRows = 0;
   static constexpr bool kTiles = false;
+  static constexpr bool kSplits = false;
   static constexpr bool kFlushes = false;
   static constexpr int kTilePanels = 2;
   static constexpr int kBlockRows = 12;
   static constexpr int64_t kDepth = 128;
-  static constexpr int kFarAhead = 16384;  // Intel's prefetchers stop at each page
+  static constexpr int kStreams = 1;
+  static constexpr int kFarAhead = 0;
   static constexpr int32_t kOffset = 12;  // vpdpbusd wants one side unsigned
 
   struct Tables {
@@ -90,6 +92,9 @@ struct Avx512 {
     }
     return _mm512_add_epi32(sum[0], sum[1]);
   }
+  static FP4_INLINE I next_digit(I sum, I digit) {
+    return _mm512_add_epi32(_mm512_slli_epi32(sum, 8), digit);
+  }
 
   static FP4_INLINE void from_float16(const uint8_t* in, int64_t n, float* out) {
     for (int64_t i = 0; i < n; i += 16) {
@@ -104,6 +109,48 @@ struct Avx512 {
       const F x = _mm512_maskz_loadu_ps(mask, in + i);
       _mm256_mask_storeu_epi16(out + 2 * i, mask, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
     }
+  }
+};
+
+// As Intel's CPUs want it.
+struct Avx512Intel : Avx512 {
+  static constexpr int kStreams = 8;  // prefetchers stop at each page: the others go on meanwhile
+  static constexpr int kFarAhead = 16384;
+  static constexpr bool kSplits = true;
+
+  // Each column's nibbles in the lowest byte of a dword: shifts and lookups share two ports, loads
+  // have ports of their own.
+  struct Columns {
+    I at[4];
+  };
+  static FP4_INLINE Columns load_oct(const uint8_t* p) {
+    Columns codes;
+    FP4_UNROLL for (int s = 0; s < 4; s++) codes.at[s] = load_codes(p + s);
+    return codes;
+  }
+  static FP4_INLINE void decode(const Tables& t, const Columns& codes, int half, F (&d)[4][1]) {
+    FP4_UNROLL for (int s = 0; s < 4; s++) {
+      const I index = half ? _mm512_srli_epi32(codes.at[s], 4) : codes.at[s];
+      d[s][0] = _mm512_permutexvar_ps(index, t.values);
+    }
+  }
+
+  // 16 activations as whole numbers, in three digits `stride` bytes apart, and what they sum up to.
+  // Returns a bit for each activation that is no whole number of units, which is taken for 0.
+  static FP4_INLINE uint32_t split(const float* x, float inverse, float unit, int8_t* digits,
+                                   int stride, int32_t& sum) {
+    const F all = load(x);
+    I rest = _mm512_cvttps_epi32(mul(all, splat(inverse)));
+    const __mmask16 whole = _mm512_cmp_ps_mask(mul(to_float(rest), splat(unit)), all, _CMP_EQ_OQ);
+    rest = _mm512_maskz_mov_epi32(whole, rest);
+    sum += _mm512_reduce_add_epi32(rest);
+    FP4_UNROLL for (int d = 2; d >= 0; d--) {
+      const I digit = _mm512_srai_epi32(_mm512_slli_epi32(rest, 24), 24);
+      rest = _mm512_srai_epi32(_mm512_sub_epi32(rest, digit), 8);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(digits + d * stride),
+                       _mm512_cvtsepi32_epi8(digit));
+    }
+    return static_cast<uint16_t>(~whole);
   }
 };
 

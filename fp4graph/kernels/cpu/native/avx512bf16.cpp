@@ -8,7 +8,6 @@ namespace {
 struct Avx512Bf16 : Avx512 {
   using Pairs = Avx512Pairs;
   static constexpr int kFewPairRows = 8;
-  static constexpr int kFarAhead = 0;  // AMD's
 };
 
 }  // namespace

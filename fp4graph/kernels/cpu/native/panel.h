@@ -12,11 +12,15 @@
 //   finish     kVectors accumulators -> one float a row
 //   kTilePanels, kBlockRows, kDepth: panels, rows and columns that `multiply` takes at a time, so
 //              that sums fit the registers, and weights and activations the first cache
+//   load_oct   codes of 8 columns for `decode`, where these are not `load_codes`
+//   kStreams   panels that `gemv` reads at a time
 //   kFewRows, kFewPairRows: rows up to which `gemv_rows` and, for bfloat16, `gemv_pairs` serve
 //   kTiles     whether more rows than kFewRows are multiplied by V::Tiles<bfloat16 an activation>
+//   kSplits    whether a row of bfloat16 or float16 is multiplied in digits (integers.h)
 //   kFlushes   whether `multiply` takes subnormal weights and products for 0
 //   kFarAhead  bytes ahead that codes are fetched to the second cache, or 0: the CPU sees to it
 //   dot        a group of codes times 8-bit activations -> one int32 a row
+//   split, next_digit  where kSplits: activations into digits; 2^8 times a sum of `dot`, and another
 // Few rows of activations are stored in V's order of columns (`reorder` in rows.h); for `multiply`
 // they lie as they are, but for bfloat16 pairs, and decoded weights follow. Sums of a row run over at
 // most kColumns columns before they are added up, so that their rounding errors stay those of a
@@ -36,12 +40,21 @@ FP4_INLINE void put(float* y, typename V::F sum, bool accumulate) {
   V::store(y, accumulate ? V::add(sum, V::load(y)) : sum);
 }
 
+template <class V>
+FP4_INLINE auto load_oct(const uint8_t* codes) {
+  if constexpr (requires { V::load_oct(codes); }) {
+    return V::load_oct(codes);
+  } else {
+    return V::load_codes(codes);
+  }
+}
+
 // Weights of one group for kRows rows, decoded one half oct at a time, handed to `use(step, d)`,
 // where step counts kStep columns.
 template <class V, class Format, bool kInOrder = false, class Use>
 FP4_INLINE void decode_group(const typename V::Tables& tables, const uint8_t* codes, Use use) {
   FP4_UNROLL for (int oct = 0; oct < Format::kGroup / 8; oct++) {
-    const auto raw = V::load_codes(codes + oct * kOctBytes);
+    const auto raw = load_oct<V>(codes + oct * kOctBytes);
     FP4_UNROLL for (int half = 0; half < 2; half++) {
       typename V::F d[V::kHalfSteps][V::kVectors];
       V::decode(tables, raw, half, d);
@@ -53,54 +66,72 @@ FP4_INLINE void decode_group(const typename V::Tables& tables, const uint8_t* co
   }
 }
 
-template <class V, class Format>
+// Bytes ahead that codes are fetched to the first cache while kStreams panels are read at a time.
+template <int kStreams>
+constexpr int kAhead = kStreams == 1 ? 2048 : 4096 / kStreams;
+
+template <class V, class Format, int kStreams = 1>
 FP4_INLINE void prefetch_tile(const uint8_t* tile) {
-  constexpr int kAhead = 2048;
   FP4_UNROLL for (int line = 0; line < kTileBytes<Format>; line += 64) {
-    __builtin_prefetch(tile + kAhead + line);
-    if constexpr (V::kFarAhead > 0) __builtin_prefetch(tile + V::kFarAhead + line, 0, 2);
+    __builtin_prefetch(tile + kAhead<kStreams> + line);
+    if constexpr (V::kFarAhead > 0 && kStreams < 4) {
+      __builtin_prefetch(tile + V::kFarAhead + line, 0, 2);
+    }
   }
 }
 
-// One row of activations: the scale multiplies a group's sum.
+// acc += a group of one row of activations times the r-th kRows rows of a tile.
 template <class V, class Format>
-FP4_HOT void gemv(const uint8_t* tile, const float* x, int64_t groups, float* y,
+FP4_INLINE void add_group(const typename V::Tables& tables, const uint8_t* tile, int r,
+                          const float* x, typename V::F (&acc)[V::kVectors]) {
+  constexpr int kChains = 4 / V::kVectors;  // sums in flight, to hide the FMA's latency
+  typename V::F sum[kChains][V::kVectors];
+  FP4_UNROLL for (int c = 0; c < kChains; c++) {
+    FP4_UNROLL for (int i = 0; i < V::kVectors; i++) sum[c][i] = V::zero();
+  }
+  decode_group<V, Format>(tables, tile + r * V::kRows * 4, [&](int step, const auto& d) FP4_LAMBDA {
+    const auto xs = V::broadcast(x + step * V::kStep);
+    FP4_UNROLL for (int i = 0; i < V::kVectors; i++) {
+      sum[step % kChains][i] = V::fma(d[i], xs, sum[step % kChains][i]);
+    }
+  });
+  typename V::F scale[V::kVectors];
+  V::expand(V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows), scale);
+  FP4_UNROLL for (int i = 0; i < V::kVectors; i++) {
+    FP4_UNROLL for (int stride = kChains / 2; stride > 0; stride /= 2) {
+      FP4_UNROLL for (int c = 0; c < stride; c++) sum[c][i] = V::add(sum[c][i], sum[c + stride][i]);
+    }
+    acc[i] = V::fma(sum[0][i], scale[i], acc[i]);
+  }
+}
+
+// One row of activations: the scale multiplies a group's sum. kPanels panels lie `stride` bytes
+// apart, and y is [kPanels, 16].
+template <class V, class Format, int kPanels>
+FP4_HOT void gemv(const uint8_t* tiles, int64_t stride, const float* x, int64_t groups, float* y,
                   bool accumulate) {
   const typename V::Tables tables;
-  typename V::F acc[kRowVectors<V>][V::kVectors];
-  FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
-    FP4_UNROLL for (int i = 0; i < V::kVectors; i++) acc[r][i] = V::zero();
+  typename V::F acc[kPanels][kRowVectors<V>][V::kVectors];
+  FP4_UNROLL for (int p = 0; p < kPanels; p++) {
+    FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
+      FP4_UNROLL for (int i = 0; i < V::kVectors; i++) acc[p][r][i] = V::zero();
+    }
   }
   for (int64_t g = 0; g < groups; g++) {
-    prefetch_tile<V, Format>(tile);
-    FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
-      constexpr int kChains = 4 / V::kVectors;  // sums in flight, to hide the FMA's latency
-      typename V::F sum[kChains][V::kVectors];
-      FP4_UNROLL for (int c = 0; c < kChains; c++) {
-        FP4_UNROLL for (int i = 0; i < V::kVectors; i++) sum[c][i] = V::zero();
-      }
-      decode_group<V, Format>(tables, tile + r * V::kRows * 4, [&](int step, const auto& d) FP4_LAMBDA {
-        const auto xs = V::broadcast(x + step * V::kStep);
-        FP4_UNROLL for (int i = 0; i < V::kVectors; i++) {
-          sum[step % kChains][i] = V::fma(d[i], xs, sum[step % kChains][i]);
-        }
-      });
-      typename V::F scale[V::kVectors];
-      V::expand(V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows), scale);
-      FP4_UNROLL for (int i = 0; i < V::kVectors; i++) {
-        FP4_UNROLL for (int stride = kChains / 2; stride > 0; stride /= 2) {
-          FP4_UNROLL for (int c = 0; c < stride; c++) {
-            sum[c][i] = V::add(sum[c][i], sum[c + stride][i]);
-          }
-        }
-        acc[r][i] = V::fma(sum[0][i], scale[i], acc[r][i]);
+    FP4_UNROLL for (int p = 0; p < kPanels; p++) {
+      const uint8_t* tile = tiles + p * stride;
+      prefetch_tile<V, Format, kPanels>(tile);
+      FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
+        add_group<V, Format>(tables, tile, r, x, acc[p][r]);
       }
     }
-    tile += kTileBytes<Format>;
+    tiles += kTileBytes<Format>;
     x += Format::kGroup;
   }
-  FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
-    put<V>(y + r * V::kRows, V::finish(acc[r]), accumulate);
+  FP4_UNROLL for (int p = 0; p < kPanels; p++) {
+    FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
+      put<V>(y + p * kPanelRows + r * V::kRows, V::finish(acc[p][r]), accumulate);
+    }
   }
 }
 
@@ -275,48 +306,5 @@ class Multiplier {
     }
   }
 };
-
-// Activations rounded to 8 bits: value = scale * x.
-struct IntRows {
-  const int8_t* x;        // [rows][groups][kGroup]
-  const float* scale;     // [rows][groups]
-  const int32_t* offset;  // [rows][groups]: V::kOffset times the group's sum
-  int64_t groups;         // of a whole row
-};
-
-template <class V, class Format, int kM>
-FP4_HOT void int_rows(const uint8_t* tile, const IntRows& in, int64_t groups, float* y,
-                      bool accumulate) {
-  constexpr int kParts = Format::kGroup / 4;
-  const typename V::IntTables tables;
-  typename V::F acc[kM][kRowVectors<V>];
-  FP4_UNROLL for (int m = 0; m < kM; m++) {
-    FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) acc[m][r] = V::zero();
-  }
-  for (int64_t g = 0; g < groups; g++) {
-    prefetch_tile<V, Format>(tile);
-    FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
-      typename V::I codes[kParts];
-      FP4_UNROLL for (int oct = 0; oct < Format::kGroup / 8; oct++) {
-        const auto raw = V::load_codes(tile + r * V::kRows * 4 + oct * kOctBytes);
-        codes[2 * oct] = V::int_decode(tables, raw, 0);
-        codes[2 * oct + 1] = V::int_decode(tables, raw, 1);
-      }
-      const auto scale = V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows);
-      FP4_UNROLL for (int m = 0; m < kM; m++) {
-        const int64_t at = m * in.groups + g;
-        const auto sum = V::dot(codes, in.x + at * Format::kGroup, in.offset[at]);
-        const auto factor = V::mul(scale, V::splat(in.scale[at]));
-        acc[m][r] = V::fma(V::to_float(sum), factor, acc[m][r]);
-      }
-    }
-    tile += kTileBytes<Format>;
-  }
-  FP4_UNROLL for (int m = 0; m < kM; m++) {
-    FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
-      put<V>(y + m * kPanelRows + r * V::kRows, acc[m][r], accumulate);
-    }
-  }
-}
 
 }  // namespace

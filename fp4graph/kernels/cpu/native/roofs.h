@@ -16,12 +16,17 @@ uint64_t read_roof(const uint8_t* bytes, int64_t count) {
   std::atomic<uint64_t> total{0};
   parallel_ranges(count / kStep, fp4_threads(), [&](int64_t begin, int64_t end) {
     Loaded seen[kLoads] = {};
-    for (int64_t i = begin; i < end; i++) {
+    const auto read = [&](int64_t i) FP4_LAMBDA {
       FP4_UNROLL for (int j = 0; j < kLoads; j++) {
-        __builtin_prefetch(bytes + i * kStep + j * kBytes + 4096);
+        __builtin_prefetch(bytes + i * kStep + j * kBytes + 4096 / V::kStreams);
         seen[j] |= V::load_codes(bytes + i * kStep + j * kBytes);
       }
+    };
+    const int64_t each = (end - begin) / V::kStreams;
+    for (int64_t i = begin; i < begin + each; i++) {
+      FP4_UNROLL for (int stream = 0; stream < V::kStreams; stream++) read(i + stream * each);
     }
+    for (int64_t i = begin + each * V::kStreams; i < end; i++) read(i);
     FP4_UNROLL for (int j = 1; j < kLoads; j++) seen[0] |= seen[j];
     uint64_t words[kBytes / 8];
     memcpy(words, &seen[0], kBytes);

@@ -138,26 +138,6 @@ FP4_INLINE float load_row(const void* source, int dtype, int64_t K, int64_t Kp, 
   return unit;
 }
 
-// Round a row to 8 bits, a scale a group. x: [Kp] float32, finite and ordinary.
-template <class V, class Format>
-FP4_INLINE void round_row(const float* x, int64_t groups, int8_t* out, float* scale,
-                          int32_t* offset) {
-  constexpr int kGroup = Format::kGroup;
-  for (int64_t g = 0; g < groups; g++) {
-    const float* v = x + g * kGroup;
-    const float amax = float_of(amax_bits(v, kGroup));
-    const float inverse = amax > 1e-36f ? 127.f / amax : 0.f;
-    int8_t* bytes = out + g * kGroup;
-    int32_t sum = 0;
-    for (int i = 0; i < kGroup; i++) {
-      bytes[i] = static_cast<int8_t>(__builtin_nearbyintf(v[i] * inverse));
-      sum += bytes[i];
-    }
-    scale[g] = amax / 127.f * .5f;  // the tables hold twice the code's value
-    offset[g] = V::kOffset * sum;
-  }
-}
-
 template <class V>
 FP4_INLINE void store_rows(const float* sums, const Fp4Linear& call, int64_t m, int64_t row,
                            int64_t rows, float unit) {

@@ -55,6 +55,28 @@ inline __m512 cvtepi32_ps(__m512i x) {
   return bits<__m512>(out);
 }
 
+// Numbers out of int32's range give its least, as the processor does.
+inline __m512i cvttps_epi32(__m512 x) {
+  const auto in = bits<Lanes<float>>(x);
+  Lanes<int32_t> out;
+  for (int i = 0; i < 16; i++) {
+    out.lane[i] = std::fabs(in.lane[i]) < 0x1p31f ? static_cast<int32_t>(in.lane[i]) : INT32_MIN;
+  }
+  return bits<__m512i>(out);
+}
+
+inline __m512i srai_epi32(__m512i x, int shift) {
+  auto lanes = bits<Lanes<int32_t>>(x);
+  for (int32_t& lane : lanes.lane) lane >>= shift;
+  return bits<__m512i>(lanes);
+}
+
+inline int32_t reduce_add_epi32(__m512i x) {
+  uint32_t sum = 0;
+  for (const uint32_t lane : bits<Lanes<uint32_t>>(x).lane) sum += lane;
+  return static_cast<int32_t>(sum);
+}
+
 inline __m512i cvtepu8_epi32(__m128i x) {
   uint8_t in[16];
   memcpy(in, &x, sizeof in);
@@ -161,6 +183,9 @@ inline void tile_dpbf16ps(int sum, int a, int b) {
 #undef _mm512_dpbf16_ps
 #define _mm512_dpbf16_ps(sum, a, b) emulated::dpbf16(sum, a, b)
 #define _mm512_cvtepi32_ps(x) emulated::cvtepi32_ps(x)
+#define _mm512_cvttps_epi32(x) emulated::cvttps_epi32(x)
+#define _mm512_srai_epi32(x, shift) emulated::srai_epi32(x, shift)
+#define _mm512_reduce_add_epi32(x) emulated::reduce_add_epi32(x)
 #define _mm512_cvtepu8_epi32(x) emulated::cvtepu8_epi32(x)
 #define _mm512_cvtph_ps(x) emulated::cvtph_ps(x)
 #define _mm512_cvtps_ph(x, rounding) emulated::cvtps_ph(x)
