@@ -14,7 +14,7 @@ class Linear : Call<V, Format> {
 
   bool run() {
     if (panels_ == 0) return true;
-    if (call_.mode == FP4_INT8) return int8_rows();
+    if (call_.mode == FP4_INT8 && !exact_is_faster()) return int8_rows();
     if constexpr (V::kSplits) {
       if (call_.M == 1 && call_.dtype != FP4_FLOAT32) return row_in_digits();
     }
@@ -37,6 +37,15 @@ class Linear : Call<V, Format> {
   using Base = Call<V, Format>;
   using Base::call_, Base::groups_, Base::Kp_, Base::panels_, Base::panel_bytes_, Base::tasks_;
   using Base::panel, Base::row, Base::store;
+
+  // Than activations of 8 bits, which tiles do not multiply here.
+  bool exact_is_faster() const {
+    if constexpr (V::kTiles) {
+      if (call_.dtype != FP4_FLOAT32) return call_.M >= 16;
+      return call_.M >= 32 && call_.N >= V::kTiledOutputs;
+    }
+    return false;
+  }
 
   template <class W>
   bool many_rows() const {
