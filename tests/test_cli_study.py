@@ -42,6 +42,13 @@ def test_a_plan_and_its_results_for_other_programs(tiny_folder: Path, tmp_path: 
 
 
 @pytest.mark.slow
+def test_a_model_that_is_not_there_leaves_no_results(tmp_path: Path) -> None:
+    result = run("ablate", "no/such-model", "--select", "all", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert "cannot load" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_calibrate_then_ablate(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "c.safetensors"
     made = run(

@@ -166,8 +166,8 @@ def ablate_command(
     wanted = None if whole else tokens
     text = read_text(corpus, wanted)
     out = out or Path("fp4graph-out") / Path(model).name
-    store = Store(out / "trials.sqlite")
     loaded = load_model(model, dtype, device)
+    store = Store(out / "trials.sqlite")
     windows = cut(text, loaded.tokenizer, wanted, seq_len)
     length = windows.ids.shape[1]
     questions = None if probe is None else read_probe(probe, loaded.tokenizer, length)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
 import sys
-import textwrap
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +15,6 @@ from support.closer import relative_l2
 from torch.nn.functional import linear
 
 import fp4graph
-from fp4graph import OptionError
 from fp4graph.calibrate import ROTATIONS, rotate
 from fp4graph.formats import FORMATS
 from fp4graph.kernels import FAKE_QUANTIZE, ROTATE, quantize
@@ -316,76 +312,3 @@ def test_threads_of_torch_and_of_python(isa: str, threads: int) -> None:
         torch.set_num_threads(before)
     assert len(errors) == 16
     assert max(errors) <= 5e-7
-
-
-def script(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
-ONE_LINEAR = """
-    import logging, torch, fp4graph
-    logging.basicConfig(format="%(message)s")
-    fp4graph.kernels.cpu.library._places.__globals__["__file__"] = "/nowhere/library.py"
-    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(64, 48)])})
-    layer = model["layers"][0].requires_grad_(False)
-    backend = fp4graph.backend("path:*", inner="eager")
-    x = torch.randn(3, 64)
-    y = torch.compile(layer, backend=backend)(x)
-    w = fp4graph.NVFP4.quantize(layer.weight).dequantize()
-    assert torch.allclose(y, torch.nn.functional.linear(x, w, layer.bias), atol=1e-5)
-    (row,) = backend.report
-    print(row.kernel, row.bytes_packed > row.bytes_dense, row.reason)
-"""
-
-
-@pytest.mark.slow
-def test_without_a_compiler_it_dequantises_once_and_says_so(tmp_path: Path) -> None:
-    done = script(ONE_LINEAR, CXX="", PATH="/nowhere", FP4GRAPH_CACHE=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("dequantized True")
-    assert "saves no memory and no time; kernel cpu: no C++ compiler found" in done.stdout
-    lines = [line for line in done.stderr.splitlines() if "no native CPU kernels" in line]
-    assert len(lines) == 1
-    assert "no C++ compiler found; install one" in lines[0]
-
-
-@pytest.mark.slow
-def test_with_a_cache_that_cannot_be_written_it_dequantises_once(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file")
-    done = script(ONE_LINEAR, FP4GRAPH_CACHE=str(tmp_path / "cache"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("dequantized True")
-
-
-@pytest.mark.slow
-def test_compiled_at_first_use_by_several_processes_at_once(tmp_path: Path) -> None:
-    results: list[subprocess.CompletedProcess[str]] = []
-    workers = [
-        threading.Thread(
-            target=lambda: results.append(script(ONE_LINEAR, FP4GRAPH_CACHE=str(tmp_path)))
-        )
-        for _ in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [done.stdout.split()[0] for done in results] == ["cpu", "cpu"], results[0].stderr
-    assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [".so"]
-
-
-@pytest.mark.slow
-def test_an_instruction_set_that_is_not_there() -> None:
-    done = script("import fp4graph; fp4graph.kernels.cpu.load()", FP4GRAPH_CPU_ISA="sse9")
-    assert "OptionError: FP4GRAPH_CPU_ISA=sse9: this machine has" in done.stderr
-    with pytest.raises(OptionError, match="portable"):
-        fp4graph.kernels.cpu.load().use("sse9")
-
-
-@pytest.mark.slow
-def test_no_native_kernel_on_request() -> None:
-    done = script(ONE_LINEAR, FP4GRAPH_CPU_ISA="none")
-    assert done.stdout.startswith("dequantized True"), done.stderr
