@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor
 
+from fp4graph.memory import fits
 from fp4graph.passes.cuts import Cut, cuts, segment, tapped
 from fp4graph.passes.pipeline import rows
 from fp4graph.passes.site import site_of
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from fp4graph.trace import TracedModel
 
     Values = tuple[Any, ...]
-
-_SHARE_OF_MEMORY = 0.5
 
 
 class Replay:
@@ -66,8 +64,9 @@ class Replay:
         if isinstance(found, str):
             return found
         live = {node for cut in found for node in cut.live}
-        needed = times * Cut(0, tuple(live)).bytes
-        if needed > _SHARE_OF_MEMORY * psutil.virtual_memory().available:
+        everything = Cut(0, tuple(live))
+        needed = times * everything.bytes
+        if not fits(needed, everything.device):
             return f"the values before its blocks take {needed / 1e9:.1f} GB"
         self._places = [Cut(0, ()), *found]
         return None if found else "it has no blocks"

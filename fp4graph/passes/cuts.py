@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
@@ -39,6 +40,13 @@ class Cut:
     def bytes(self) -> int:
         """Size of the live values."""
         return sum(map(_bytes, self.live))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the live values lie, `cpu` if there is no tensor."""
+        values = (node.meta.get("example_value") for node in self.live)
+        found = (value.device for value in values if isinstance(value, Tensor))
+        return next(found, torch.device("cpu"))
 
 
 def cuts(gm: GraphModule) -> list[Cut] | str:

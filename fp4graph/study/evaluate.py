@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fp4graph.errors import CorpusError, StudyError
+from fp4graph.memory import fits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -128,8 +129,9 @@ _LARGEST_EXPONENT = math.log(sys.float_info.max)
 class DenseReference:
     """The dense model's log probabilities on all windows: float32 [windows, scored, vocab].
 
-    They are mapped from a file, for they can outgrow the memory, and the file's name is removed as
-    soon as it is mapped, so that not even kill -9 leaves it behind.
+    They stay on the model's accelerator if they fit. Else they are mapped from a file, for they can
+    outgrow the memory, and the file's name is removed as soon as it is mapped, so that not even
+    kill -9 leaves it behind.
 
     Args:
         run: the dense model, number of a window to logits [1, length, vocab].
@@ -149,31 +151,33 @@ class DenseReference:
         progress: Callable[[], None],
     ) -> None:
         self.windows = windows
-        self._file: np.memmap[Any, np.dtype[np.float32]] | None = None
+        self._logp_WTV: Tensor | None = None
         shape = len(windows.ids), windows.scored
         nll_WT, self._likeliest_WT = np.empty(shape), np.empty(shape, np.int64)
         for index in range(len(windows.ids)):
             logits_TV = self._logits(run, index)
-            if self._file is None:
-                self._file = _allocate(folder, (len(windows.ids), *logits_TV.shape))
+            if self._logp_WTV is None:
+                full_shape = len(windows.ids), *logits_TV.shape
+                self._logp_WTV = _allocate(folder, full_shape, logits_TV.device)
             for rows, logp_RV in _log_probabilities(logits_TV):
-                self._file[index, rows] = logp_RV.numpy()
-                self._likeliest_WT[index, rows] = logp_RV.argmax(-1)
+                self._logp_WTV[index, rows] = logp_RV.to(self._logp_WTV.device)
+                self._likeliest_WT[index, rows] = logp_RV.argmax(-1).cpu()
                 nll_WT[index, rows] = _nll(logp_RV, self._targets(index)[rows])
             progress()
         self.scores = Scores(nll_WT, np.zeros(shape), np.ones(shape, bool))
 
     def score(self, run: Callable[[int], Tensor], progress: Callable[[], None]) -> Scores:
         """Score another model on the same windows."""
-        assert self._file is not None
+        assert self._logp_WTV is not None
         shape = self.scores.nll.shape
         nll_WT, kl_WT, same_WT = np.empty(shape), np.empty(shape), np.empty(shape, bool)
         for index in range(len(self.windows.ids)):
             for rows, logp_RV in _log_probabilities(self._logits(run, index)):
-                dense_RV = torch.from_numpy(self._file[index, rows])
+                dense_RV = self._logp_WTV[index, rows].to(logp_RV.device)
                 nll_WT[index, rows] = _nll(logp_RV, self._targets(index)[rows])
                 kl_WT[index, rows] = _kl(dense_RV, logp_RV)
-                same_WT[index, rows] = logp_RV.argmax(-1).numpy() == self._likeliest_WT[index, rows]
+                likeliest_R = logp_RV.argmax(-1).cpu().numpy()
+                same_WT[index, rows] = likeliest_R == self._likeliest_WT[index, rows]
             progress()
         return Scores(nll_WT, kl_WT, same_WT)
 
@@ -184,21 +188,23 @@ class DenseReference:
         return self.windows.ids[index, self.windows.first :]
 
 
-_ROWS = 4  # few enough that what is computed of them stays in the cache
+_CPU_ROWS = 4  # few enough that what is computed of them stays in the cache
+_GPU_ROWS = 512
 
 
 def _log_probabilities(logits_TV: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield some rows of the text at a time, and their log probabilities, float32."""
-    for start in range(0, len(logits_TV), _ROWS):
-        rows = slice(start, start + _ROWS)
-        logp_RV = logits_TV[rows].to(torch.float32).cpu().log_softmax(-1)
+    at_once = _CPU_ROWS if logits_TV.device.type == "cpu" else _GPU_ROWS
+    for start in range(0, len(logits_TV), at_once):
+        rows = slice(start, start + at_once)
+        logp_RV = logits_TV[rows].to(torch.float32).log_softmax(-1)
         if bool(logp_RV.sum(-1).isnan().any()) and bool(logp_RV.isnan().any()):
             raise StudyError("its logits hold NaN or +Inf, so there is nothing to measure")
         yield rows, logp_RV
 
 
 def _nll(logp_RV: Tensor, targets_R: Tensor) -> Floats:
-    nll_R = -logp_RV.gather(1, targets_R[:, None])[:, 0].double()
+    nll_R = -logp_RV.gather(1, targets_R.to(logp_RV.device)[:, None])[:, 0].cpu().double()
     if not bool(nll_R.isfinite().all()):
         raise StudyError("it gives a token of the text probability 0 (a logit of -Inf)")
     return nll_R.numpy()
@@ -212,17 +218,22 @@ def _kl(dense_RV: Tensor, logp_RV: Tensor) -> Floats:
         kl_R = (p_RV * (dense_RV - logp_RV)).where(p_RV > 0, 0).sum(-1)
     if not bool(kl_R.isfinite().all()):
         raise StudyError("it rules out a token that the dense model does not (a logit of -Inf)")
-    return kl_R.double().numpy()
+    return kl_R.cpu().double().numpy()
 
 
-def _allocate(folder: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.float32]]:
-    """Map a nameless file, its blocks reserved: a full disk is an error now, not a crash later."""
+def _allocate(folder: Path, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return room for float32, on an accelerator or mapped from a nameless file.
+
+    The file's blocks are reserved: a full disk is an error now, not a crash later.
+    """
     size = math.prod(shape) * 4
+    if device.type != "cpu" and fits(size, device):
+        return torch.empty(shape, device=device)
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix="dense-", suffix=".f32") as file:
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(file.fileno(), 0, size)
-            return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
+            return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=shape))
     except OSError as error:
         raise StudyError(
             f"cannot keep the dense model's {size / 1e9:.1f} GB of log probabilities in {folder} "

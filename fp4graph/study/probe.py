@@ -55,9 +55,10 @@ class Probe:
         for row, ((start, end), question) in enumerate(
             zip(self.spans, self.questions, strict=True)
         ):
-            logp_TV = run(row)[0, start - 1 : end - 1].to(torch.float32).cpu().log_softmax(-1)
-            logp_T = logp_TV.gather(1, self.ids[row, start:end, None])[:, 0]
-            scores[question].append(float(logp_T.double().mean()))
+            logp_TV = run(row)[0, start - 1 : end - 1].to(torch.float32).log_softmax(-1)
+            targets_T = self.ids[row, start:end].to(logp_TV.device)
+            logp_T = logp_TV.gather(1, targets_T[:, None])[:, 0]
+            scores[question].append(float(logp_T.cpu().double().mean()))
             progress()
         return np.array([int(np.argmax(each)) for each in scores])
 

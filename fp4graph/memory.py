@@ -1,0 +1,17 @@
+"""How much memory a device has left."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+_SHARE = 0.5
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether so many bytes are at most half of what a device has free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = psutil.virtual_memory().available
+    return size <= _SHARE * free
