@@ -23,6 +23,7 @@ from fp4graph import (
     StudyError,
     TracedModel,
 )
+from fp4graph.fingerprint import fingerprint
 from fp4graph.models import check_length
 from fp4graph.study.evaluate import DenseReference, Scores, Windows
 from fp4graph.study.statistics import halves, interval, mean_and_error
@@ -102,8 +103,7 @@ class Ablation:
             **({} if probe is None else {"probe": probe.digest()}),
             **({} if loaded.device.type == "cpu" else {"device": loaded.device.type}),
         }
-        with torch.no_grad():
-            self._logits(0)
+        self._arithmetic = f"{fingerprint(self._logits(0)) % 2**64:016x}"
         self._replay = self._new_replay()
 
     def report(self, selector: str = "all") -> Report:
@@ -201,6 +201,7 @@ class Ablation:
         """Return everything that the numbers hang on, and where they were measured."""
         return {
             **self._identity,
+            "arithmetic": self._arithmetic,
             "model_name": self._loaded.name,
             "windows": len(self._windows.ids),
             "scored_tokens": len(self._windows.ids) * self._windows.scored,
@@ -213,7 +214,9 @@ class Ablation:
     def _key(self, trial: Trial) -> dict[str, Any]:
         calibration = self._calibrations.get((trial.format or "", trial.quantizer))
         codes = {} if calibration is None else {"calibration": calibration.digest()}
-        return {**self._identity, **asdict(trial), **codes}
+        # where activations are rounded, last digits decide which way, and that adds up
+        rounded = {} if trial.activations == "none" else {"arithmetic": self._arithmetic}
+        return {**self._identity, **asdict(trial), **codes, **rounded}
 
     def _inputs(self, index: int) -> dict[str, Any]:
         ids = self._rows[index : index + 1].to(self._loaded.device)

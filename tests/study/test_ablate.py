@@ -141,6 +141,24 @@ def test_another_model_text_or_format_is_another_trial(tmp_path: Path) -> None:
     assert mx.dnll != q.dnll
 
 
+def test_with_activations_in_fp4_a_trial_is_of_one_arithmetic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = trials(["q"], ["nvfp4"], ["none", "same"], ("only",))
+    run(tmp_path, plan)
+    real = Ablation._logits
+
+    def last_digit(self: Ablation, index: int) -> torch.Tensor:
+        logits = real(self, index)
+        logits.view(-1)[-1].nextafter_(torch.tensor(math.inf))
+        return logits
+
+    monkeypatch.setattr(Ablation, "_logits", last_digit)
+    progress = Silent()
+    list(ablation(tmp_path).run(plan, progress))
+    assert progress.cached == [True, True, False]
+
+
 def test_check_finds_misfits_before_the_first_trial(tmp_path: Path) -> None:
     study = ablation(tmp_path)
     with pytest.raises(SelectorError, match="`qkv` matches nothing"):
