@@ -47,8 +47,7 @@ architectures: install  ## a census over all architectures of transformers, writ
 
 study: install  ## docs/studies/smollm2-135m.md: some hours, resumable; WIKITEXT=folder of wiki.test.raw
 	$(ABLATE) --plan grid --format nvfp4,mxfp4 --activations none,same --tokens 4096
-	$(ABLATE) --plan grid --direction except --format nvfp4,mxfp4 --tokens 4096
-	$(ABLATE) --plan grid --direction except --activations same --tokens 4096
+	$(ABLATE) --plan grid --direction except --format nvfp4,mxfp4 --activations none,same --tokens 4096
 	$(ABLATE) --plan blocks --format nvfp4,mxfp4 --activations none,same --direction both --tokens 4096
 	$(ABLATE) --plan $(STUDY)/sets.toml --tokens 4096
 	$(ABLATE) --plan roles --format nvfp4,mxfp4 --activations none,same --direction both --tokens 20480
@@ -57,6 +56,7 @@ study: install  ## docs/studies/smollm2-135m.md: some hours, resumable; WIKITEXT
 	$(BIN)/fp4graph sensitivity smollm2-135m --format nvfp4,mxfp4 --activations none,same \
 	    --corpus $(WIKITEXT)/wiki.valid.tokens --against $(STUDY) \
 	    --picture docs/images/sensitivity.png --json > $(STUDY)/sensitivity.jsonl
+	$(BIN)/python bench/redraws.py --corpus $(WIKITEXT)/wiki.test.raw > $(STUDY)/redraws.jsonl
 	$(BIN)/python bench/study.py
 
 check: install  ## what CI runs: style, types, floors, then the tests

@@ -3,7 +3,7 @@
     python bench/study.py
 
 The results are in docs/studies/smollm2-135m/: trials.sqlite, and the JSON lines of `sensitivity`
-and `outliers` with their correlations.
+and `outliers` with their correlations, and of `bench/redraws.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from markdown import fill, table
 from scipy.stats import spearmanr
 from study_results import DATA, DOCS, ROLES, SETTINGS, Results, name
-from study_sets import additivity, agreement, left_out
+from study_sets import additivity, agreement, left_out, redraws
 
 from fp4graph.study.plot import draw
 from fp4graph.study.plot_scores import draw_cells
@@ -206,6 +206,7 @@ def main() -> None:
             "grid": grid(results),
             "agreement": agreement(results),
             "left out": left_out(results),
+            "redraws": redraws(),
             "outliers": correlations("outliers.jsonl", STATISTICS),
             "sensitivity": correlations("sensitivity.jsonl"),
             "additivity": additivity(results),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
+from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
 from markdown import table
 from scipy.stats import spearmanr
-from study_results import DOCS, ROLES, SETTINGS, Results, name
+from study_results import DATA, DOCS, ROLES, SETTINGS, Results, name
 
 from fp4graph.study.additivity import pairs, sets
 from fp4graph.study.plot_scores import draw_points
@@ -61,6 +63,24 @@ def left_out(results: Results) -> str:
     parts = ("rank", "spread", "sum", "below 0")
     heads = [f"{target}: {part}" for target in ("KL", "dNLL") for part in parts]
     return table(["", "left out", *heads, "the least KL"], rows)
+
+
+def redraws() -> str:
+    """Write how far the whole model's damage moves when its activations are rounded anew."""
+    found: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+    for line in (DATA / "redraws.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        found[row["format"], row["activations"]].append(row)
+    rows = []
+    for setting in filter(found.__contains__, SETTINGS):
+        line = [name(setting), str(len(found[setting]))]
+        for target in ("kl", "dnll"):
+            values = np.array([row[target] for row in found[setting]])
+            line.append(f"{values.mean():.4f}, {values.std(ddof=1):.2g}")
+            line.append(f"{values.min():.4f} to {values.max():.4f}")
+        rows.append(line)
+    heads = [text for each in ("KL", "dNLL") for text in (f"{each}: mean, spread", "range")]
+    return table(["", "draws", *heads], rows)
 
 
 def additivity(results: Results) -> str:
