@@ -41,7 +41,6 @@ def test_a_plan_and_its_results_for_other_programs(tiny_folder: Path, tmp_path: 
     assert run("export-results", str(tmp_path / "none"), "a.csv").exit_code == 2
 
 
-@pytest.mark.slow
 def test_a_model_that_is_not_there_leaves_no_results(tmp_path: Path) -> None:
     result = run("ablate", "no/such-model", "--select", "all", "--out", str(tmp_path / "out"))
     assert result.exit_code == 2
@@ -49,6 +48,7 @@ def test_a_model_that_is_not_there_leaves_no_results(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_calibrate_then_ablate(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "c.safetensors"
     made = run(
