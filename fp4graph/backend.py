@@ -10,6 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fp4graph.calibrate import Calibration
 from fp4graph.errors import Fp4GraphError, OptionError, RefusalError, SelectorError
+from fp4graph.graph_runs import GraphRuns
 from fp4graph.inner import NAMES, compile_inner, read_mode
 from fp4graph.passes.choose import refusal
 from fp4graph.passes.dynamo import (
@@ -60,6 +61,7 @@ class Backend:
     Attributes:
         policy: what runs how.
         report: one row for each linear of the graphs compiled so far.
+        runs: how often they ran.
         watch: follows the calls of the functions that it compiles for.
     """
 
@@ -73,6 +75,7 @@ class Backend:
     ) -> None:
         self.policy = policy
         self.report = report
+        self.runs = GraphRuns()
         self._inner = inner
         self._on_refusal = on_refusal
         self._model = model
@@ -147,7 +150,7 @@ class Backend:
             self._paths = paths
         self.report.add(found)
         run = compile_inner(self._inner, gm, example_inputs, mode)
-        return bind(run, bound, example_inputs)
+        return self.runs.counted(bind(run, bound, example_inputs))
 
     def _universe(self) -> tuple[LinearTag, ...] | None:
         if self._model is None:
@@ -252,7 +255,8 @@ def backend(
 
     Args:
         select: a selector, or a mapping from selector to a format's name, to a dict of `format`,
-            `quantizer`, `activations`, `kernel`, or to None for dense; later entries win.
+            `quantizer`, `activations`, `kernel`, or to None for dense; later entries win. A
+            `Policy` stands as it is, whatever `format` and the like say.
         format: `nvfp4`, `mxfp4`, or `mxfp4:RULE` with a scale rule (floor, ceil, rceil, even).
         quantizer: how codes are found: `rtn`, round to nearest; `scale-search`, the best
             scale for each group; docs/numerics.md has all. With a calibration it is that one's own.

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from fp4graph.calibrate import Calibration
     from fp4graph.tags import LinearTag, Role
 
-Select = str | Selector | Mapping[str, "str | BlockFormat | Mapping[str, object] | None"]
-"""A selector, or a mapping from selector to a format, to options of `Scheme`, or to None."""
-
 INT8_ERROR = 0.015
 """Relative L2 error that rounding activations to 8 bits in groups stays within."""
 
@@ -142,13 +139,15 @@ class Policy:
         """Parse `select`.
 
         Args:
-            select: a selector, which `default` applies to, or a mapping.
+            select: a selector, which `default` applies to, a mapping, or a policy as it is.
             default: scheme for a plain selector, and for what a mapping's options leave open.
 
         Raises:
             SelectorError: a selector that cannot be parsed.
             OptionError: a mapping value that cannot be read.
         """
+        if isinstance(select, Policy):
+            return select
         if isinstance(select, str | Selector):
             return cls(((_selector(select), default),))
         given: object = select  # the annotation is no promise
@@ -218,6 +217,10 @@ class Policy:
         if len(self.entries) == 1 and self.entries[0][1] is not None:
             return str(self.entries[0][0])
         return "; ".join(f"{selector}: {scheme or 'dense'}" for selector, scheme in self.entries)
+
+
+Select = str | Selector | Policy | Mapping[str, "str | BlockFormat | Mapping[str, object] | None"]
+"""A selector; a mapping from selector to a format, to options of `Scheme`, or to None; a policy."""
 
 
 def _selector(text: str | Selector) -> Selector:

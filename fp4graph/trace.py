@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from fp4graph.errors import Fp4GraphError, StudyError
+from fp4graph.errors import Fp4GraphError
+from fp4graph.graph_runs import GraphRuns
 from fp4graph.passes.dynamo import make_room_for_graphs, pin_to_owners, raiser
 from fp4graph.passes.pipeline import (
     OnRefusal,
@@ -52,7 +53,7 @@ class TracedModel:
         self.graphs: list[TracedGraph] = []
         self._policy: Policy | None = None
         self._on_refusal: OnRefusal = "raise"
-        self._runs = 0
+        self._runs = GraphRuns()
         make_room_for_graphs()
         self._compiled = torch.compile(model, backend=self._capture, dynamic=False)
 
@@ -62,13 +63,8 @@ class TracedModel:
         Raises:
             StudyError: no traced graph ran, so the result is the plain model's.
         """
-        before = self._runs
-        out = self._compiled(*args, **kwargs)
-        if self._runs == before:
-            raise StudyError(
-                "the model ran without its traced graph: the result is the dense model's"
-            )
-        return out
+        with self._runs.required():
+            return self._compiled(*args, **kwargs)
 
     def select(self, policy: Policy | None, on_refusal: OnRefusal = "raise") -> Report:
         """Rewrite every traced graph, from its first form; None runs the model as it is.
@@ -111,11 +107,7 @@ class TracedModel:
         except Fp4GraphError as error:
             return raiser(error)
 
-        def run(*args: Any) -> Any:
-            self._runs += 1
-            return graph.run(*args)
-
-        return run
+        return self._runs.counted(lambda *args: graph.run(*args))
 
 
 class TracedGraph:

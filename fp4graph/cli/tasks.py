@@ -21,8 +21,8 @@ from fp4graph.cli.common import (
     print_json,
     stderr,
 )
-from fp4graph.study.harness import evaluate_tasks
 from fp4graph.study.plan import DIRECTIONS
+from fp4graph.study.tasks import evaluate_tasks
 from fp4graph.study.trial import mode_of, set_of, trials
 
 if TYPE_CHECKING:
@@ -70,10 +70,11 @@ def tasks_command(
     check_trained(model)
     loaded = load_model(model, dtype, device)
     table = Table(title=f"{model}, {', '.join(tasks)}", box=box.SIMPLE_HEAD)
-    for name in ("FP4 in", "format", "mode", "quantizer", "task", "metric"):
+    for name in ("FP4 in", "format", "mode", "quantizer", "task", "metric", "filter"):
         table.add_column(name, no_wrap=True)
     for name in ("value", "above dense", "+-", "questions"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("note")
     with stderr.status(f"running {', '.join(tasks)}"):
         for row in evaluate_tasks(loaded, plan, tasks, limit, include, batch_size):
             check_interrupt()
@@ -87,9 +88,11 @@ def tasks_command(
                 "" if dense else row.quantizer,
                 row.task,
                 row.metric,
-                f"{row.value:.4f}",
-                "" if dense else f"{row.difference:+.4f}",
+                row.filter,
+                "" if row.value is None else f"{row.value:.4f}",
+                "" if dense or row.difference is None else f"{row.difference:+.4f}",
                 "" if dense or row.difference_se is None else f"{row.difference_se:.4f}",
                 str(row.questions),
+                row.note,
             )
     output(as_json=as_json).print(table)

@@ -12,7 +12,7 @@ from fp4graph import Calibration, OptionError, Policy, Report, Scheme, Selector,
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fp4graph.study.harness import TaskRow
+    from fp4graph.study.tasks import TaskRow
 
 Direction = Literal["only", "except"]
 Calibrations = Mapping[tuple[str, str], Calibration]
