@@ -15,14 +15,18 @@ import torch
 import transformers
 
 from fp4graph.cache import cache_folder
+from fp4graph.errors import ModelError
+from fp4graph.pretrained import read_checkpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
 _LOG = logging.getLogger("fp4graph.gguf")
 
 
-def load_gguf(file: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+def load_gguf(file: Path, dtype: torch.dtype, allow: Sequence[str] = ()) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer from a GGUF file, through a converted copy in the cache.
 
     The copy is in float32, which holds every value of the file's own quantisation, and lies in
@@ -32,20 +36,44 @@ def load_gguf(file: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     Args:
         file: the GGUF file.
         dtype: of all weights.
+        allow: see `read_checkpoint`; no copy is kept of a file that lacks weights.
+
+    Raises:
+        ModelError: see `read_checkpoint`; or the file is one of several parts of a model.
     """
-    folder = cache_folder() / "gguf" / f"{_digest(file)}-{transformers.__version__}"
+    folder = cache_folder() / "gguf" / f"{_digest(file)}-{transformers.__version__}-whole"
     if not folder.is_dir():
         _LOG.warning("converting %s, once; the copy is kept in %s", file.name, folder)
-        model, tokenizer = _convert(file)
+        try:
+            model, tokenizer = _convert(file)
+        except ModelError:
+            if not allow:
+                raise
+            model, tokenizer = _convert(file, allow)
+            return model.to(dtype), tokenizer
         try:
             _keep(model, tokenizer, folder)
         except OSError as error:
             _LOG.warning("no copy kept in %s (%s): every command will convert", folder, error)
             return model.to(dtype), tokenizer
-    return (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
-        transformers.AutoTokenizer.from_pretrained(folder),
-    )
+    return read_checkpoint(folder, dtype), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def _check_whole(file: Path) -> None:
+    """Check that a file holds a whole model.
+
+    Raises:
+        ModelError: it is one of several parts.
+    """
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field("split.count")
+    parts = 1 if field is None else int(field.contents())
+    if parts > 1:
+        raise ModelError(
+            f"{file.name} is one of {parts} parts of a model; put them together first: "
+            "llama-gguf-split --merge FIRST-PART WHOLE.gguf"
+        )
 
 
 def _digest(file: Path) -> str:
@@ -53,13 +81,11 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "blake2b").hexdigest()[:16]
 
 
-def _convert(file: Path) -> tuple[Any, Any]:
-    options = {"gguf_file": file.name}
+def _convert(file: Path, allow: Sequence[str] = ()) -> tuple[Any, Any]:
+    _check_whole(file)
     with contextlib.redirect_stderr(io.StringIO()):  # its bar counts tensors, not time
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32, **options
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, **options)
+        model = read_checkpoint(file.parent, torch.float32, allow, gguf_file=file.name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     model.hf_quantizer = None  # the weights are plain now, and only plain ones can be saved
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -15,9 +15,10 @@ import transformers
 from fp4graph.errors import CorpusError, ModelError
 from fp4graph.fingerprint import fingerprint
 from fp4graph.gguf import load_gguf
+from fp4graph.pretrained import check_dense, read_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
@@ -114,6 +115,7 @@ def load(
     *,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    allow_weights: Sequence[str] = (),
 ) -> LoadedModel:
     """Load a model.
 
@@ -123,9 +125,12 @@ def load(
         dtype: of all weights.
         device: where they are to be.
         seed: of random weights, which are others on another device.
+        allow_weights: patterns of weights' names that may be missing from the checkpoint (they are
+            drawn at random then), unknown to the model, or of another shape.
 
     Raises:
-        ModelError: nothing loads by that name; says what was tried.
+        ModelError: nothing loads by that name, and says what was tried; a checkpoint whose weights
+            are not the model's, or are quantised already.
     """
     transformers.utils.logging.disable_progress_bar()
     if name in RANDOM_MODELS:
@@ -139,10 +144,13 @@ def load(
     folder, gguf = _locate(name)
     try:
         if gguf is not None:
-            model, tokenizer = load_gguf(Path(folder) / gguf, dtype)
+            model, tokenizer = load_gguf(Path(folder) / gguf, dtype, allow_weights)
         else:
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            model = read_checkpoint(folder, dtype, allow_weights)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        check_dense(model)
+    except ModelError as error:
+        raise ModelError(f"{name}: {error}") from None
     except Exception as error:  # transformers raises anything, with pages of text
         reason = " ".join(str(error).split())[:300]
         raise ModelError(

@@ -26,6 +26,7 @@ from fp4graph.cli.common import (
     progress_bar,
     read_text,
     stderr,
+    weights_option,
 )
 from fp4graph.study.ablate import Ablation
 from fp4graph.study.evaluate import cut
@@ -129,6 +130,7 @@ class _Bar:
 )
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for results.")
 @dtype_option
+@weights_option
 @device_option
 @json_option
 def ablate_command(

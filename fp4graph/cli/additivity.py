@@ -20,6 +20,7 @@ from fp4graph.cli.common import (
     output,
     picture_option,
     print_json,
+    weights_option,
 )
 from fp4graph.study.additivity import PairRow, SetRow, pairs, sets
 from fp4graph.study.measured import measured, setting_of
@@ -35,6 +36,7 @@ _MANY = 30
 @click.argument("results", type=click.Path(path_type=Path))
 @picture_option
 @dtype_option
+@weights_option
 @json_option
 def additivity_command(
     model: str, results: Path, picture: Path | None, dtype: str, as_json: bool

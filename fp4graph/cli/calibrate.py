@@ -19,6 +19,7 @@ from fp4graph.cli.common import (
     load_windows,
     output,
     progress_bar,
+    weights_option,
 )
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     help="The file, .safetensors.",
 )
 @dtype_option
+@weights_option
 @device_option
 def calibrate_command(
     model: str,

@@ -79,6 +79,22 @@ def dtype_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
+def weights_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--allow-weights`, which `load_model` heeds."""
+
+    def keep(ctx: click.Context, param: click.Parameter, patterns: tuple[str, ...]) -> None:
+        ctx.meta[_ALLOWED] = patterns
+
+    text = "Names of weights that the checkpoint may lack, or have too many or misshapen: lm_head.*"
+    return click.option(
+        "--allow-weights", type=CommaList(), default=(), callback=keep, expose_value=False,
+        help=text, metavar="PATTERNS",
+    )(command)  # fmt: skip
+
+
+_ALLOWED = "fp4graph.allow_weights"
+
+
 def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--device`."""
     text = "Where the model runs: cpu, cuda, cuda:1.  [default: cuda if there is a GPU, else cpu]"
@@ -135,10 +151,11 @@ def load_model(model: str, dtype: str, device: torch.device = CPU) -> models.Loa
     """Load a model by its name, and say so while it takes.
 
     Raises:
-        ModelError: nothing loads by that name.
+        ModelError: see `models.load`.
     """
+    allowed = click.get_current_context().meta.get(_ALLOWED, ())
     with stderr.status(f"loading {model}"):
-        return models.load(model, DTYPES[dtype], device=device)
+        return models.load(model, DTYPES[dtype], device=device, allow_weights=allowed)
 
 
 def open_results(path: Path) -> Store:

@@ -15,6 +15,7 @@ from fp4graph.cli.common import (
     output,
     print_json,
     stderr,
+    weights_option,
 )
 from fp4graph.kernels import parse_target
 
@@ -41,6 +42,7 @@ _LENGTH = 8
     type=click.Choice(list(DTYPES)),
     help="Dtype of the model: float32, or bfloat16 on a GPU, if left out.",
 )
+@weights_option
 @json_option
 def inspect_command(
     model: str,

@@ -20,6 +20,7 @@ from fp4graph.cli.common import (
     output,
     print_json,
     progress_bar,
+    weights_option,
 )
 from fp4graph.study.latency import LatencyRow, Variant, measure
 
@@ -67,6 +68,7 @@ class _Bar:
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @dtype_option
+@weights_option
 @device_option
 @json_option
 def latency_command(

@@ -20,6 +20,7 @@ from fp4graph.cli.common import (
     output,
     picture_option,
     print_json,
+    weights_option,
     windows_bar,
 )
 from fp4graph.cli.correlation_table import show_correlations
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 )
 @picture_option
 @dtype_option
+@weights_option
 @device_option
 @json_option
 def outliers_command(

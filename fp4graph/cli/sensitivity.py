@@ -22,6 +22,7 @@ from fp4graph.cli.common import (
     output,
     picture_option,
     print_json,
+    weights_option,
     windows_bar,
 )
 from fp4graph.cli.correlation_table import show_correlations
@@ -67,6 +68,7 @@ _SHOWN = 20
 )
 @picture_option
 @dtype_option
+@weights_option
 @device_option
 @json_option
 def sensitivity_command(

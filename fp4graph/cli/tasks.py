@@ -20,6 +20,7 @@ from fp4graph.cli.common import (
     output,
     print_json,
     stderr,
+    weights_option,
 )
 from fp4graph.study.plan import DIRECTIONS
 from fp4graph.study.tasks import evaluate_tasks
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
 @dtype_option
+@weights_option
 @device_option
 @json_option
 def tasks_command(
