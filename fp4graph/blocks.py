@@ -1,7 +1,8 @@
 """A model that is run block by block: what comes into each is seen, what goes out goes on.
 
 At any moment there are the values between two blocks, so that a model needs little more memory than
-it takes anyway.
+it takes anyway. What is run at once is a block, and more where a weight is used in several, as in
+looped models: what comes into all its uses decides its codes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fp4graph.hessians import Seen, look
 from fp4graph.passes.base import run_passes
 from fp4graph.passes.cuts import Cut, cuts, segment
 from fp4graph.passes.match import match_linear
-from fp4graph.passes.regions import copy_graph
+from fp4graph.passes.regions import copy_graph, regions
 from fp4graph.passes.select import SelectLinears
 from fp4graph.passes.site import LinearSite, site_of
 from fp4graph.trace import TracedModel
@@ -28,7 +29,7 @@ from fp4graph.trace import TracedModel
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from torch.fx import Node
+    from torch.fx import GraphModule, Node
 
     from fp4graph.policy import Policy
 
@@ -69,16 +70,13 @@ class Blocks:
         found = cuts(self._gm)
         if isinstance(found, str):
             raise CalibrationError(f"the model cannot be run block by block: {found}")
-        self._starts = found
-        nodes = list(self._gm.graph.nodes)
-        self._linears: list[dict[Node, LinearSite]] = [{} for _ in found]
-        for index, node in enumerate(nodes):
-            site = site_of(node)
-            if site is not None and site.scheme is not None:
-                _check(site, node)
-                number = max(i for i, cut in enumerate(found) if cut.index <= index)
-                self._linears[number][node] = site
-        first = segment(self._gm, Cut(0, ()), found[0])
+        selected = _selected(self._gm)
+        self._starts = _starts(found, selected)
+        self._linears: list[dict[Node, LinearSite]] = [{} for _ in self._starts]
+        for index, (node, site) in selected.items():
+            number = max(i for i, cut in enumerate(self._starts) if cut.index <= index)
+            self._linears[number][node] = site
+        first = segment(self._gm, Cut(0, ()), self._starts[0])
         self._live: list[Args] = []
         for args in self._args:
             self._live.append(_shared(first(*args), self._live))
@@ -94,7 +92,7 @@ class Blocks:
 
     @torch.no_grad()
     def see(self, number: int) -> list[Seen]:
-        """Return a block's selected linears, each with the Hessian of its input."""
+        """Return a block's selected weights, each with the Hessian of its inputs."""
         linears, inputs = look(self._linears[number])
         nodes = [node for each in inputs for node in each.nodes]
         seen = segment(self._gm, self._starts[number], self._end(number), nodes)
@@ -175,11 +173,19 @@ class Blocks:
         return changed
 
     def _after_last(self) -> list[Node] | None:
-        """Return what the linears after the last block take, for heads are not worth their time."""
+        """Return what the linears after the last block take, for heads are not worth their time.
+
+        Of a selected head what it gives.
+        """
         nodes = list(self._gm.graph.nodes)[self._starts[-1].index :]
-        heads = [n for n in nodes if (site := site_of(n)) and site.tag.block is None]
-        forms = [form for node in heads if (form := match_linear(node))]
-        return list(dict.fromkeys(form.x for form in forms)) or None
+        linears = [(node, site) for node in nodes if (site := site_of(node))]
+        inside = [i for i, (_, site) in enumerate(linears) if site.tag.block is not None]
+        ends = []
+        for node, site in linears[max(inside, default=-1) + 1 :]:
+            form = match_linear(node)
+            if form is not None:
+                ends.append(node if site.scheme else form.x)
+        return list(dict.fromkeys(ends)) or None
 
     def weight(self, site: LinearSite, expert: int | None = None) -> Tensor:
         """Return a linear's dense weight, or an expert's, [N, K]."""
@@ -199,13 +205,54 @@ class Blocks:
         return found
 
     def digest(self) -> str:
-        """Return a hash of the weights and of the batches."""
-        every = (each for args in self._args for each in args if isinstance(each, Tensor))
-        tensors = {id(each): each for each in every if each.numel()}
-        return repr([fingerprint(each) for each in tensors.values()])
+        """Return a hash of the graph with all its numbers, of the weights and of the batches."""
+        every = [each for args in self._args for each in args]
+        graphs = [region.gm for region in regions(self._gm)]
+        for graph in graphs:
+            taken = (node.target for node in graph.graph.nodes if node.op == "get_attr")
+            every += [getattr(graph, str(name), None) for name in taken]
+        found = {id(each): each for each in every if isinstance(each, Tensor) and each.numel()}
+        tensors = [fingerprint(each) for each in found.values()]
+        numbers = [each for each in every if isinstance(each, int | float)]
+        return repr((tensors, numbers, [graph.code for graph in graphs]))
 
     def _end(self, number: int) -> Cut | None:
         return self._starts[number + 1] if number + 1 < len(self._starts) else None
+
+
+def _selected(gm: GraphModule) -> dict[int, tuple[Node, LinearSite]]:
+    """Return the selected linears by their place in a graph.
+
+    Raises:
+        CalibrationError: one cannot be calibrated, or shares its weight with one that stays dense.
+    """
+    found, dense = {}, {}
+    for index, node in enumerate(gm.graph.nodes):
+        site = site_of(node)
+        if site is not None and site.scheme is not None:
+            _check(site, node)
+            found[index] = node, site
+        elif site is not None and site.weight is not None:
+            dense[site.weight] = site
+    for _, site in found.values():
+        other = dense.get(-1 if site.weight is None else site.weight)
+        if other is not None:
+            raise CalibrationError(
+                f"{site.tag.fqn} has the weight of {other.tag.fqn}, which is not selected: "
+                "select both or none"
+            )
+    return found
+
+
+def _starts(found: Sequence[Cut], selected: Mapping[int, tuple[Node, LinearSite]]) -> list[Cut]:
+    """Return where to begin anew: no weight's uses lie on both sides, none before the first."""
+    uses: dict[int | None, list[int]] = {}
+    for index, (_, site) in selected.items():
+        uses.setdefault(site.weight, []).append(index)
+    spans = [(min(each), max(each)) for each in uses.values()]
+    starts = [cut for cut in found if not any(first < cut.index <= last for first, last in spans)]
+    before = bool(spans) and (not starts or min(min(each) for each in spans) < starts[0].index)
+    return [Cut(0, ()), *starts] if before or not starts else starts
 
 
 class _Recorded(Exception):
@@ -224,14 +271,16 @@ def _record(traced: TracedModel, batches: Iterable[Tensor | Mapping[str, Any]]) 
     for batch in batches:
         inputs = {"input_ids": batch, "use_cache": False} if isinstance(batch, Tensor) else batch
         if not traced.graphs:
-            traced(**inputs)
+            traced.settle(**inputs)
+        if len(traced.graphs) != 1:
+            break
         traced.graphs[0].run = record
         try:
             traced(**inputs)
         except _Recorded:
             continue
         break  # another graph ran, which the caller notices
-    if not found:
+    if not traced.graphs:
         raise CalibrationError("there are no batches to calibrate with")
     return found
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +29,7 @@ from fp4graph.formats import get_format
 from fp4graph.policy import Policy, Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -66,19 +69,23 @@ def calibrate(
         propagate: whether a block sees what the rounded blocks before it give, as it will when the
             model runs, or what the dense ones give.
         out: a file for the result. Blocks that are done are kept beside it until it is written, and
-            a call with the same arguments goes on after them.
+            a call goes on after them: one with the same arguments, for the same graph, weights,
+            batches and versions.
         about: facts to keep in the file.
         progress: called with how many blocks of how many are done.
 
     Returns:
         the codes, for `backend(calibration=...)`; `about["output_error"]` has for each linear the
         squared error of its output over the square on the batches, rounded to nearest and as found.
+        A weight that is used more than once a call is rounded for the inputs of all its uses.
+        `about["unseen"]` names the experts that no token came to: their codes are what comes of no
+        data, and a warning says so.
 
     Raises:
         OptionError: no such quantizer, or one that the format has no use for.
         SelectorError: a term matches nothing.
         CalibrationError: the model cannot be run block by block; no batches, or of several shapes;
-            a linear that cannot be calibrated.
+            a linear that cannot be calibrated, or whose inputs were NaN or Inf.
         WeightError: a weight holds NaN or Inf.
     """
     block_format = get_format(format)
@@ -88,10 +95,11 @@ def calibrate(
     policy = Policy.of(select, Scheme.of(block_format))
     blocks = Blocks(model, batches, policy, dense=how.solver == "learned")
     facts = {**(about or {}), "select": str(select), "propagate": propagate, "damping": damping}
+    versions = {name: version(name) for name in ("fp4graph", "torch", "transformers")}
     key = hashlib.sha256(
-        f"{block_format} {quantizer} {facts} {blocks.digest()}".encode()
+        f"{block_format} {quantizer} {facts} {versions} {blocks.digest()}".encode()
     ).hexdigest()
-    kept = None if out is None else Path(f"{out}.blocks")
+    kept = None if out is None else Path(f"{out}.blocks") / key[:16]  # whoever else writes to out
     ended: list[Calibration | Path] = []  # what has a file is left there meanwhile
     for number in range(len(blocks)):
         progress(number, len(blocks))
@@ -106,29 +114,65 @@ def calibrate(
         rounded = {fqn: done.dequantize(fqn) for fqn in done.packed if propagate}
         blocks.advance(number, rounded)
     progress(len(blocks), len(blocks))
+    result = _together(ended, out, key)
+    facts["output_error"] = result.about["output_error"]
+    facts["unseen"] = result.about["unseen"]
+    if facts["unseen"]:
+        _LOG.warning(_UNSEEN, len(facts["unseen"]), ", ".join(facts["unseen"][:3]))
+    result = replace(result, fingerprints=blocks.fingerprints(), about={**facts, "key": key})
+    if out is not None and kept is not None:
+        result.save(out)
+        shutil.rmtree(kept, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another run's blocks are there
+            kept.parent.rmdir()
+    return result
+
+
+_LOG = logging.getLogger("fp4graph.calibrate")
+_UNSEEN = "no token came to %d experts, so their codes come of no data: %s, ..."
+
+
+def _together(ended: Sequence[Calibration | Path], out: Path | str | None, key: str) -> Calibration:
+    """Return the codes of all blocks.
+
+    Another process that does the same may have put them together already, and removed them.
+    """
+    whole: Calibration | None = None
+    blocks: list[Calibration] = []
+    for each in ended:
+        if isinstance(each, Path):
+            done = _load(each, key)
+            if done is None and out is not None:
+                whole = whole or _load(Path(out), key)
+                if whole is not None:
+                    return whole
+            if done is None:
+                raise CalibrationError(f"{each} was removed while it was needed: start again")
+            blocks.append(done)
+        else:
+            blocks.append(each)
+    first = blocks[0]
+    about: dict[str, Any] = {"output_error": {}, "unseen": []}
     packed: dict[str, PackedWeight] = {}
     smooth: dict[str, Tensor] = {}
-    errors: dict[str, tuple[float, float]] = {}
-    for each in ended:
-        done = Calibration.load(each) if isinstance(each, Path) else each
-        packed.update(done.packed)
-        smooth.update(done.smooth)
-        errors.update(done.about["output_error"])
-    facts["output_error"] = errors
-    result = Calibration(str(block_format), quantizer, packed, smooth, blocks.fingerprints(), facts)
-    if out is not None:
-        result.save(out)
-        shutil.rmtree(f"{out}.blocks", ignore_errors=True)
-    return result
+    for block in blocks:
+        packed.update(block.packed)
+        smooth.update(block.smooth)
+        about["output_error"].update(block.about["output_error"])
+        about["unseen"] += block.about["unseen"]
+    return Calibration(first.format, first.quantizer, packed, smooth, {}, about)
 
 
 @dataclass(frozen=True)
 class _Linear:
     """A linear as it is rounded: transformed, with the mean of x x^T of its transformed input.
 
-    And the output error when it is rounded to nearest as it is.
+    And the output error when it is rounded to nearest as it is, all its names, and whether it has
+    seen any token.
     """
 
+    names: tuple[str, ...]
+    seen: bool
     transform: Transform
     weight: Tensor
     mean: Tensor
@@ -156,19 +200,19 @@ def _block(
 
         weights = {fqn: linear.weight for fqn, linear in linears.items()}
         found = learn(weights, found, of_transformed, blocks.batches)
-    errors = {
-        fqn: (
-            linear.to_nearest,
-            output_error(linear.weight, found[fqn].dequantize(), linear.mean),
-        )
-        for fqn, linear in linears.items()
-    }
-    smooth = {
-        fqn: linear.transform.smooth
-        for fqn, linear in linears.items()
-        if linear.transform.smooth is not None
-    }
-    return Calibration(str(format), quantizer, found, smooth, {}, {"output_error": errors})
+    packed: dict[str, PackedWeight] = {}
+    smooth: dict[str, Tensor] = {}
+    about: dict[str, Any] = {"output_error": {}, "unseen": []}
+    for fqn, linear in linears.items():
+        as_found = output_error(linear.weight, found[fqn].dequantize(), linear.mean)
+        for name in linear.names:
+            packed[name] = found[fqn]
+            about["output_error"][name] = linear.to_nearest, as_found
+            if linear.transform.smooth is not None:
+                smooth[name] = linear.transform.smooth
+            if not linear.seen:
+                about["unseen"].append(name)
+    return Calibration(str(format), quantizer, packed, smooth, {}, about)
 
 
 def _linears(
@@ -177,7 +221,8 @@ def _linears(
     seen = blocks.see(number)
     shared: dict[int, tuple[Transform, Tensor]] = {}  # by the input, for it is what is transformed
     for each in seen:
-        site, hessian, fqn = each.site, each.hessian, each.name
+        site, hessian, fqn = each.site, each.hessian, each.names[0]
+        hessian.check(fqn)
         plain_NK = blocks.weight(site, each.expert)
         if how.rotation and site.tag.shape[-1] % how.rotation:
             problem = f"K={site.tag.shape[-1]} is no multiple of the rotation's {how.rotation}"
@@ -199,12 +244,19 @@ def _linears(
         except WeightError as error:
             raise WeightError(f"{fqn}: {error}") from None
         weight = transform.apply(plain_NK)
-        yield fqn, _Linear(transform, weight, mean_KK, output_error(weight, nearest, mean_KK))
+        to_nearest = output_error(weight, nearest, mean_KK)
+        seen_any = hessian.tokens > 0
+        yield fqn, _Linear(each.names, seen_any, transform, weight, mean_KK, to_nearest)
 
 
 def _load(file: Path | None, key: str) -> Calibration | None:
     """Return a block that an earlier call with the same arguments has done."""
     if file is None or not file.is_file():
         return None
-    done = Calibration.load(file)
-    return done if done.about["key"] == key else None
+    try:
+        done = Calibration.load(file)
+    except CalibrationError:
+        if file.is_file():
+            raise
+        return None  # another process has just removed it
+    return done if done.about.get("key") == key else None

@@ -1,8 +1,8 @@
-"""What comes into a block's linears: nodes of the graph, and a Hessian for each input."""
+"""What comes into a block's linears: nodes of the graph, and a Hessian for each set of inputs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,45 +21,44 @@ if TYPE_CHECKING:
 
 
 class Seen(NamedTuple):
-    """A linear and what came into it.
+    """A weight and what came into the linears that use it.
 
     Attributes:
-        site: the linear.
-        hessian: of its input; linears that share an input share the object.
-        from_norm: whether a norm's weight scales the input last.
+        sites: its linears; more than one where it is used more than once a call.
+        hessian: of all their inputs; weights with the same inputs share the object.
+        from_norm: whether a norm's weight scales each input last.
         expert: of experts, which one; None elsewhere.
     """
 
-    site: LinearSite
+    sites: tuple[LinearSite, ...]
     hessian: Hessian
     from_norm: bool
     expert: int | None = None
 
     @property
-    def name(self) -> str:
-        """What its weight goes by; see `matrix_name`."""
-        return matrix_name(self.site.tag.fqn, self.expert)
+    def site(self) -> LinearSite:
+        """The first of its linears."""
+        return self.sites[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it goes by, one name a module path; see `matrix_name`."""
+        paths = dict.fromkeys(site.tag.fqn for site in self.sites)
+        return tuple(matrix_name(path, self.expert) for path in paths)
 
 
 @dataclass(frozen=True)
 class Input:
-    """What comes into some linears: the nodes, and a Hessian, or one for each expert.
+    """What comes into some linears: the nodes, and the Hessians that it is added to.
 
-    See `LinearForm` for the nodes.
+    Of experts there is a Hessian for each, elsewhere one. See `LinearForm` for the nodes.
     """
 
     x: Node
     x_dim: int
     offs: Node | None
     batched: bool
-    hessians: tuple[Hessian, ...]
-
-    @classmethod
-    def of(cls, form: LinearForm, site: LinearSite) -> Input:
-        """Begin with nothing seen."""
-        count = site.tag.shape[0] if form.offs is not None or form.batched else 1
-        hessians = tuple(Hessian(site.tag.shape[-1]) for _ in range(count))
-        return cls(form.x, form.x_dim, form.offs, form.batched, hessians)
+    hessians: list[tuple[Hessian, ...]] = field(default_factory=list)
 
     @property
     def nodes(self) -> list[Node]:
@@ -72,26 +71,41 @@ class Input:
             pieces = [x[start:end] for start, end in pairwise([0, *offs.tolist()])]
         else:
             pieces = list(x) if self.batched else [x.movedim(self.x_dim, -1)]
-        for hessian, piece in zip(self.hessians, pieces, strict=True):
-            hessian.add(piece)
+        for hessians in self.hessians:
+            for hessian, piece in zip(hessians, pieces, strict=True):
+                hessian.add(piece)
 
 
 def look(linears: Mapping[Node, LinearSite]) -> tuple[list[Seen], list[Input]]:
-    """Return a block's linears, each with the Hessian that its input is to be added to."""
-    inputs: dict[object, Input] = {}
-    found = []
+    """Return the weights of some linears, each with the Hessian that its inputs are added to."""
+    uses: dict[object, list[tuple[LinearSite, LinearForm]]] = {}
     for node, site in linears.items():
         form = match_linear(node)
         assert form is not None
-        key = (form.x, form.x_dim, form.offs, form.batched)
-        if key not in inputs:
-            inputs[key] = Input.of(form, site)
-        source = inputs[key]
-        if not form.stacked:
-            from_norm = bool(scaled_by_norm(form.x)) and form.x_dim == -1
-            found.append(Seen(site, source.hessians[0], from_norm))
-        elif isinstance(form.index, int):
-            found.append(Seen(site, source.hessians[0], False, form.index))
+        index = form.index if isinstance(form.index, int) else None
+        uses.setdefault((site.weight, index, site.rows), []).append((site, form))
+    inputs: dict[object, Input] = {}
+    shared: dict[object, tuple[Hessian, ...]] = {}
+    found = []
+    for each in uses.values():
+        sites, forms = zip(*each, strict=True)
+        keys = tuple(dict.fromkeys(map(_input_of, forms)))
+        if keys not in shared:
+            one_each = forms[0].offs is not None or forms[0].batched
+            count = sites[0].tag.shape[0] if one_each else 1
+            shared[keys] = tuple(Hessian(sites[0].tag.shape[-1]) for _ in range(count))
+            for key in keys:
+                inputs.setdefault(key, Input(*key)).hessians.append(shared[keys])
+        hessians = shared[keys]
+        if not forms[0].stacked:
+            from_norm = all(scaled_by_norm(form.x) and form.x_dim == -1 for form in forms)
+            found.append(Seen(sites, hessians[0], from_norm))
+        elif isinstance(forms[0].index, int):
+            found.append(Seen(sites, hessians[0], False, forms[0].index))
         else:
-            found += [Seen(site, h, False, expert) for expert, h in enumerate(source.hessians)]
+            found += [Seen(sites, h, False, expert) for expert, h in enumerate(hessians)]
     return found, list(inputs.values())
+
+
+def _input_of(form: LinearForm) -> tuple[Node, int, Node | None, bool]:
+    return form.x, form.x_dim, form.offs, form.batched

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Seen:
-    """A linear in one run of the model; where it is called more than once, the last call.
+    """A linear in one call, of which a run of the model may have several.
 
     Attributes:
         x: its input, [..., K].
@@ -55,7 +55,7 @@ class LinearTap:
         traced: the model, traced; its dense form is run.
 
     Attributes:
-        seen: of the last run, what each linear saw.
+        seen: of the last run, what each linear saw, call by call.
 
     Raises:
         StudyError: a graph has linears inside higher-order ops.
@@ -63,11 +63,11 @@ class LinearTap:
 
     def __init__(self, traced: TracedModel) -> None:
         self._traced = traced
-        self.seen: dict[LinearTag, Seen] = {}
-        self._outputs: dict[LinearTag, tuple[Tensor, int]] = {}
+        self.seen: dict[LinearTag, list[Seen]] = {}
+        self._outputs: dict[LinearTag, list[tuple[Tensor, int]]] = {}
         for graph in traced.graphs:
             places = _places(graph.tagged)
-            nodes = list(dict.fromkeys(n for place in places.values() for n in (place.x, place.y)))
+            nodes = list(dict.fromkeys(n for _, place in places for n in (place.x, place.y)))
             graph.run = self._keeping(tapped(graph.tagged, nodes), places, nodes)
 
     def __call__(self, **inputs: Any) -> Any:
@@ -86,49 +86,53 @@ class LinearTap:
             )
         return out
 
-    def gradients(self, loss: Tensor) -> dict[LinearTag, Tensor]:
+    def gradients(self, loss: Tensor) -> dict[LinearTag, list[Tensor]]:
         """Return the gradient of something computed from the last run's output.
 
         Args:
             loss: a scalar. More losses may follow; what the run computed is kept for them.
 
         Returns:
-            for each linear that the loss hangs on its gradient by that linear's output, [..., N].
+            for each linear that the loss depends on its gradient by that linear's output,
+            [..., N], call by call as in `seen`; zeros for a call that it does not depend on.
         """
-        tags = list(self._outputs)
+        calls = [(tag, *call) for tag, calls in self._outputs.items() for call in calls]
         found: tuple[Tensor | None, ...] = torch.autograd.grad(
-            loss, [self._outputs[tag][0] for tag in tags], retain_graph=True, allow_unused=True
+            loss, [y for _, y, _ in calls], retain_graph=True, allow_unused=True
         )
-        return {
-            tag: gradient.movedim(self._outputs[tag][1], -1)
-            for tag, gradient in zip(tags, found, strict=True)
-            if gradient is not None
-        }
+        matter = {tag for (tag, *_), each in zip(calls, found, strict=True) if each is not None}
+        gradients: dict[LinearTag, list[Tensor]] = {}
+        for (tag, y, y_dim), gradient in zip(calls, found, strict=True):
+            if tag in matter:
+                known = torch.zeros_like(y) if gradient is None else gradient
+                gradients.setdefault(tag, []).append(known.movedim(y_dim, -1))
+        return gradients
 
-    def _keeping(self, run: Any, places: dict[LinearTag, _Place], nodes: list[Node]) -> Any:
+    def _keeping(self, run: Any, places: list[tuple[LinearTag, _Place]], nodes: list[Node]) -> Any:
         def kept(*args: Any) -> Any:
             if torch.is_grad_enabled():
                 args = tuple(map(_with_gradient, args))
             own, values = run(*args)
             by_node = dict(zip(nodes, values, strict=True))
-            for tag, place in places.items():
+            for tag, place in places:
                 weight = args[place.weight].detach()
                 weight_NK = weight.T if place.transposed else weight
                 x = by_node[place.x].detach().movedim(place.x_dim, -1)
-                self.seen[tag] = Seen(x, weight_NK)
-                self._outputs[tag] = by_node[place.y], place.y_dim
+                self.seen.setdefault(tag, []).append(Seen(x, weight_NK))
+                self._outputs.setdefault(tag, []).append((by_node[place.y], place.y_dim))
             return own
 
         return kept
 
 
-def _places(gm: GraphModule) -> dict[LinearTag, _Place]:
-    found: dict[LinearTag, _Place] = {}
+def _places(gm: GraphModule) -> list[tuple[LinearTag, _Place]]:
+    found = []
     for node in gm.graph.nodes:
         site, form = site_of(node), match_linear(node)
         if site is None or form is None or site.weight is None or len(site.tag.shape) != 2:
             continue
-        found[site.tag] = _Place(form.x, form.x_dim, node, form.y_dim, site.weight, site.transposed)
+        place = _Place(form.x, form.x_dim, node, form.y_dim, site.weight, site.transposed)
+        found.append((site.tag, place))
     own = sum(site_of(node) is not None for node in gm.graph.nodes)
     if own < len(list(sites(gm))):
         raise StudyError("linears are inside higher-order ops, so their inputs are not seen")

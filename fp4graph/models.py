@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from fp4graph.errors import CorpusError, ModelError
+from fp4graph.files import read_text
 from fp4graph.fingerprint import fingerprint
 from fp4graph.gguf import load_gguf
 from fp4graph.pretrained import check_dense, read_checkpoint
@@ -207,8 +208,7 @@ def corpus(name: str, characters: int | None = None) -> str:
     if name.startswith("hf:"):
         return _hub_corpus(*name.removeprefix("hf:").split(":"))
     try:
-        with Path(name).open(encoding="utf-8-sig") as file:
-            return file.read(characters)
+        return read_text(Path(name), characters)
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(
             f"cannot read corpus {name!r} ({error}); expected pydoc, a text file, or hf:DATASET"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from fp4graph.errors import Fp4GraphError
+from fp4graph.errors import Fp4GraphError, StudyError
 from fp4graph.graph_runs import GraphRuns
 from fp4graph.passes.dynamo import make_room_for_graphs, pin_to_owners, raiser
 from fp4graph.passes.pipeline import (
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     Tags = tuple[LinearTag, ...]
 
+_MOST_TRACES = 4
+
 
 class TracedModel:
     """A model whose linears can be put in FP4 and back without tracing it again.
@@ -54,8 +56,33 @@ class TracedModel:
         self._policy: Policy | None = None
         self._on_refusal: OnRefusal = "raise"
         self._runs = GraphRuns()
+        self._ran: set[TracedGraph] = set()
         make_room_for_graphs()
         self._compiled = torch.compile(model, backend=self._capture, dynamic=False)
+
+    def settle(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model until a call is traced no more, and forget what only earlier calls ran.
+
+        The first call of some models makes what later ones use, such as tables of cosines, so that
+        it has a graph of its own.
+
+        Raises:
+            StudyError: each call is traced anew.
+        """
+        for _ in range(_MOST_TRACES):
+            before = len(self.graphs)
+            self._ran.clear()
+            out = self(*args, **kwargs)
+            if len(self.graphs) == before:
+                for graph in self.graphs:
+                    if graph not in self._ran:
+                        problem = "the model went back to the graph of its first call"
+                        graph.run = raiser(StudyError(problem))
+                self.graphs = [graph for graph in self.graphs if graph in self._ran]
+                return out
+        raise StudyError(
+            f"each of {_MOST_TRACES} calls was traced anew: the model changes from call to call"
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model as last selected.
@@ -107,7 +134,11 @@ class TracedModel:
         except Fp4GraphError as error:
             return raiser(error)
 
-        return self._runs.counted(lambda *args: graph.run(*args))
+        def run(*args: Any) -> Any:
+            self._ran.add(graph)
+            return graph.run(*args)
+
+        return self._runs.counted(run)
 
 
 class TracedGraph:

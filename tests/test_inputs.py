@@ -34,6 +34,7 @@ def test_gradients_are_those_of_hooks(family: str) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    assert {len(calls) for calls in tap.seen.values()} == {1}
 
     def hook(fqn: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[torch.Tensor], y: torch.Tensor) -> None:
@@ -47,12 +48,13 @@ def test_gradients_are_those_of_hooks(family: str) -> None:
     model.requires_grad_(True)
     model(**inputs).logits.square().sum().backward()
     assert len(found[0]) == len(tap.seen) == len(seen)
-    for tag, gradient in found[0].items():
+    for tag, (gradient,) in found[0].items():
         x, y = seen[tag.fqn]
         assert y.grad is not None
-        torch.testing.assert_close(tap.seen[tag].x, x.view_as(tap.seen[tag].x))
+        ours = tap.seen[tag][0].x
+        torch.testing.assert_close(ours, x.view_as(ours))
         torch.testing.assert_close(gradient, y.grad.view_as(gradient), rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(found[1][tag], gradient), "each loss has its own"
+        assert not torch.allclose(found[1][tag][0], gradient), "each loss has its own"
 
 
 class _Turned(nn.Module):
@@ -72,8 +74,8 @@ def test_dimensions_are_last_however_the_graph_has_them() -> None:
     with torch.enable_grad():
         out = tap(x=x)
         loss = out.sum()
-    ((tag, gradient),) = tap.gradients(loss).items()
-    assert tap.seen[tag].x.shape == (3, 16)
+    ((tag, (gradient,)),) = tap.gradients(loss).items()
+    assert tap.seen[tag][0].x.shape == (3, 16)
     torch.testing.assert_close(gradient, 2 * x @ model.weight.T)
 
 

@@ -40,7 +40,7 @@ def gptq(
         hessian: mean of x x^T, [K, K]; the computation is in its dtype, the inverse in float64.
         base: the weight under the scales that are to be kept.
         damping: added to the diagonal, relative to its mean. Where the damped Hessian has no
-            Cholesky factor it is raised tenfold, with a warning.
+            Cholesky factor it is raised tenfold, from 0 to the default, with a warning.
         name: of the weight, for that.
 
     Raises:
@@ -53,9 +53,8 @@ def gptq(
     order = hessian.diagonal().argsort(descending=True, stable=True)
     root_KK = _inverse_root(hessian, order, damping, name)
     w_KN = weight.detach().to(hessian.dtype).T[order].contiguous()
-    rounded_KN = torch.zeros(
-        len(codes_GN) * format.block_size, len(weight), device=weight.device
-    )  # over their scales
+    shape = (len(codes_GN) * format.block_size, len(weight))
+    rounded_KN = torch.zeros(shape, dtype=torch.float32, device=weight.device)  # over their scales
     columns = order.tolist()
     for start in range(0, len(w_KN), BLOCK):
         end = min(start + BLOCK, len(w_KN))
@@ -93,5 +92,5 @@ def _inverse_root(hessian: Tensor, order: Tensor, damping: float, name: str) -> 
             return torch.empty_like(hessian).copy_(torch.from_numpy(root))
         if damping >= _MOST_DAMPING:
             raise CalibrationError(f"{name}: its Hessian has no inverse even with damping 1")
-        damping = min(10 * damping, _MOST_DAMPING)
+        damping = min(10 * damping or DAMPING, _MOST_DAMPING)
         _LOG.warning("%s: its Hessian has no Cholesky factor: damping raised to %g", name, damping)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fp4graph.errors import CalibrationError
+
 
 class Hessian:
     """The second moment of a linear's input, added up batch by batch.
@@ -20,8 +22,9 @@ class Hessian:
     """
 
     def __init__(self, in_features: int) -> None:
-        self._sum_KK = torch.zeros(in_features, in_features)
-        self.amax = torch.zeros(in_features)
+        shape, cpu = (in_features, in_features), torch.device("cpu")
+        self._sum_KK = torch.zeros(shape, dtype=torch.float32, device=cpu)
+        self.amax = torch.zeros(in_features, dtype=torch.float32, device=cpu)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
@@ -32,6 +35,20 @@ class Hessian:
         if len(x_MK):
             self.amax = torch.maximum(self.amax, x_MK.abs().amax(0))
         self.tokens += len(x_MK)
+
+    def check(self, name: str) -> None:
+        """Check that codes can be found with it.
+
+        Args:
+            name: of the weight.
+
+        Raises:
+            CalibrationError: inputs were NaN or Inf, or too large for their squares.
+        """
+        if not bool(self._sum_KK.isfinite().all() & self.amax.isfinite().all()):
+            raise CalibrationError(
+                f"{name}: its inputs were NaN or Inf while calibrating, or beyond 1e19"
+            )
 
     @property
     def mean(self) -> Tensor:

@@ -60,6 +60,8 @@ def learn(
         with torch.enable_grad():
             rounded = {fqn: _rounded(latent(fqn), scales[fqn], bases[fqn]) for fqn in bases}
             loss = error(rounded, step % batches)
+        if not loss.requires_grad:
+            return dict(bases)  # nothing that the block gives depends on these weights
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -98,7 +100,7 @@ def _codes(base: PackedWeight) -> Tensor:
 def _gap(z: Tensor) -> Tensor:
     """Return how far codes are apart around a value."""
     magnitude = z.abs()
-    return torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    return 2.0 ** ((magnitude >= 2).to(z.dtype) + (magnitude >= 4).to(z.dtype) - 1)
 
 
 def _rounded(z_NK: Tensor, scale_NK: Tensor, base: PackedWeight) -> Tensor:

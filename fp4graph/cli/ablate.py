@@ -28,6 +28,7 @@ from fp4graph.cli.common import (
     stderr,
     weights_option,
 )
+from fp4graph.files import write_text
 from fp4graph.study.ablate import Ablation
 from fp4graph.study.evaluate import cut
 from fp4graph.study.export import export
@@ -177,7 +178,7 @@ def ablate_command(
         ablation = Ablation(loaded, windows, store, out, calibrations, questions)
     todo = _todo(ablation, groups, calibrations, by_budget=budget is not None)
     provenance = {**ablation.provenance(), "corpus": corpus, "seq_len": seq_len}
-    (out / "run.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    write_text(out / "run.json", json.dumps(provenance, indent=2) + "\n")
     rows: list[Row] = []
     with progress_bar() as bar:
         seconds = math.inf if budget is None else budget * 60

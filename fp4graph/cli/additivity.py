@@ -50,7 +50,7 @@ def additivity_command(
     loaded = load_model(model, dtype)
     traced = TracedModel(loaded.model)
     with torch.no_grad():
-        traced(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False)
+        traced(input_ids=torch.zeros(1, 8, dtype=torch.int64, device="cpu"), use_cache=False)
     console = output(as_json=as_json)
     points = {}
     for found in measured(store, loaded.revision(), traced.tags):

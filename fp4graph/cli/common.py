@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import signal
 import sys
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
     from fp4graph.study.evaluate import Windows
 
+_LOG = logging.getLogger("fp4graph.cli")
+FAULT = 1
 USAGE = 2
 INTERRUPTED = 130
 
@@ -211,7 +214,10 @@ def check_trained(model: str) -> None:
 
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn what a user can mend into one line on stderr and exit status 2, Ctrl-C into 130."""
+    """Turn every error into one line on stderr.
+
+    Exit status 2 for what a user can mend, 130 for Ctrl-C, 1 for what should not have happened.
+    """
     _interrupted.clear()
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     ours = usual and threading.current_thread() is threading.main_thread()
@@ -226,9 +232,29 @@ def readable_errors() -> Iterator[None]:
         kept = "what ended is kept: the same ablate or calibrate command goes on where it was"
         click.echo(f"fp4graph: interrupted; {kept}", err=True)
         sys.exit(INTERRUPTED)
+    except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        raise
+    except OSError as error:
+        click.echo(f"fp4graph: {error}", err=True)
+        sys.exit(USAGE)
+    except Exception as error:
+        _LOG.info("where it came from", exc_info=True)
+        click.echo(f"fp4graph: {_unforeseen(error)}", err=True)
+        sys.exit(FAULT)
     finally:
         if ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _unforeseen(error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in reason
+    if memory:
+        return f"not enough memory: {reason}"
+    return (
+        f"a fault of fp4graph's or of the model's code ({type(error).__name__}: {reason}); "
+        "what ended is kept; `fp4graph -v COMMAND` shows where it came from"
+    )
 
 
 _interrupted = threading.Event()

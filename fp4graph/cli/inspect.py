@@ -68,7 +68,7 @@ def inspect_command(
     with stderr.status(f"tracing {model}"):
         report: Report = fp4graph.explain(
             loaded.model,
-            torch.arange(_LENGTH)[None],
+            torch.arange(_LENGTH, device="cpu")[None],
             select=select,
             format=format_name,
             quantizer=quantizer,

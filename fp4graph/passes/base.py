@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from fp4graph.files import write_text
 from fp4graph.passes.regions import regions
 
 if TYPE_CHECKING:
@@ -113,6 +114,5 @@ def run_passes(
 
 def _dump(gm: GraphModule, folder: str | None, stem: str) -> None:
     if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         text = gm.print_readable(print_output=False)
-        (Path(folder) / f"{stem}.txt").write_text(text, encoding="utf-8")
+        write_text(Path(folder) / f"{stem}.txt", text)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from fp4graph.passes.effects import is_pure, under_way
 from fp4graph.passes.regions import regions
 from fp4graph.passes.site import site_of, sites
-from fp4graph.passes.writes import writes_in_place, written
+from fp4graph.passes.writes import written
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -65,12 +66,16 @@ def cuts(gm: GraphModule) -> list[Cut] | str:
         return "the graph writes to its inputs in place"
     position = {node: index for index, node in enumerate(nodes)}
     last_use = {node: max((position[user] for user in node.users), default=-1) for node in nodes}
+    open_at = list(under_way(nodes))
     found: list[Cut] = []
     before, seen = None, 0
     for index, site in own:
         block = (site.tag.stack, site.tag.block)
         if site.tag.block is not None and block != before:
-            places = [_cut(nodes, at, last_use) for at in range(seen + 1, index + 1)]
+            between = [at for at in range(seen + 1, index + 1) if not open_at[at]]
+            if not between:
+                return "autocast, vmap or a gradient mode is set around its blocks"
+            places = [_cut(nodes, at, last_use) for at in between]
             places = [place for place in places if overwritten.isdisjoint(place.live)]
             if not places:
                 return "the graph writes in place to what goes from block to block"
@@ -110,13 +115,8 @@ def segment(
         new.meta = dict(old.meta)
     if outputs is not None:
         graph.output(tuple(copies[node] for node in outputs))
-        graph.eliminate_dead_code(_matters)
+        graph.eliminate_dead_code(lambda node: not is_pure(node))
     return GraphModule(gm, graph)
-
-
-def _matters(node: Node) -> bool:
-    """Whether a node does something though nobody takes its result."""
-    return node.is_impure() or writes_in_place(node)
 
 
 def tapped(gm: GraphModule, nodes: Collection[Node]) -> GraphModule:

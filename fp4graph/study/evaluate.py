@@ -71,10 +71,11 @@ def cut(text: str, tokenizer: Any, tokens: int | None, seq_len: int) -> Windows:
     if len(ids) < wanted:
         raise CorpusError(f"the text has {len(ids)} tokens, fewer than the {wanted} asked for")
     count = len(ids) // seq_len
-    rows = torch.tensor(ids[: count * seq_len], dtype=torch.int64).reshape(count, seq_len)
+    rows = torch.tensor(ids[: count * seq_len], dtype=torch.int64, device="cpu")
+    rows = rows.reshape(count, seq_len)
     if not adds_bos(tokenizer):
         return Windows(rows, first=1)
-    bos = torch.full((count, 1), tokenizer.bos_token_id)
+    bos = torch.full((count, 1), tokenizer.bos_token_id, device="cpu")
     return Windows(torch.cat((bos, rows), dim=1), first=2)
 
 

@@ -36,7 +36,8 @@ def export(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _json_lines(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _csv(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -212,9 +212,9 @@ def measure(
     if prompt_tokens < 1 or new_tokens < 2 or rounds < 1:
         raise OptionError("latency needs at least 1 prompt token, 2 new tokens and 1 round")
     check_length(model, prompt_tokens + new_tokens)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator)
+    prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator, device="cpu")
     prompt = prompt.to(next(model.parameters()).device)
     _check_selectors(model, variants, prompt)
     progress.start(len(variants) * (1 + rounds))

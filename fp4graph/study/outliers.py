@@ -54,9 +54,9 @@ class Accumulator:
     """
 
     def __init__(self, channels: int) -> None:
-        self._counts = torch.zeros(_BINS, dtype=torch.int64)
-        self._powers = torch.zeros(4, dtype=torch.float64)  # sums of x, x^2, x^3, x^4
-        self._largest_K = torch.zeros(channels)
+        self._counts = torch.zeros(_BINS, dtype=torch.int64, device="cpu")
+        self._powers = torch.zeros(4, dtype=torch.float64, device="cpu")  # sums of x^1 to x^4
+        self._largest_K = torch.zeros(channels, dtype=torch.float32, device="cpu")
 
     def add(self, x: Tensor) -> None:
         """Take in values, [..., K]."""
@@ -73,9 +73,9 @@ class Accumulator:
     def result(self) -> Outliers:
         """Return what was seen."""
         total = int(self._counts.sum())
-        below = self._counts.cumsum(0)
+        below = self._counts.cumsum(0).double()
         bin_ = int((below < _QUANTILE * total).sum())
-        edges = torch.tensor([bin_, bin_ + 1], dtype=torch.int32) << 16
+        edges = torch.tensor([bin_, bin_ + 1], dtype=torch.int32, device="cpu") << 16
         p999 = float(edges.view(torch.float32).mean())
         largest = float(self._largest_K.max())
         mean, square, cube, fourth = (self._powers / max(total, 1)).tolist()
@@ -128,26 +128,29 @@ def outliers(
     check_length(loaded.model, windows.ids.shape[1])
     traced = TracedModel(loaded.model)
     all_ids = windows.ids.to(loaded.device)
-    traced(input_ids=all_ids[:1], use_cache=False)
+    traced.settle(input_ids=all_ids[:1], use_cache=False)
     tap = LinearTap(traced)
     seen: dict[str, Accumulator] = {}
     tokens: dict[str, int] = defaultdict(int)
     for ids in all_ids.split(1):
         tap(input_ids=ids, use_cache=False)
-        own: dict[tuple[int, int], Accumulator] = {}  # q, k and v have one input between them
-        for tag, linear in tap.seen.items():
-            x = linear.x
-            tokens[tag.fqn] += x.numel() // x.shape[-1]
-            key = (x.data_ptr(), x.shape[-1])
+        own: dict[
+            tuple[tuple[int, int], ...], Accumulator
+        ] = {}  # q, k and v have one input between them
+        for tag, calls in tap.seen.items():
+            inputs = [call.x for call in calls]
+            tokens[tag.fqn] += sum(x.numel() // x.shape[-1] for x in inputs)
+            key = (*((x.data_ptr(), x.shape[-1]) for x in inputs),)
             if key not in own:
                 own[key] = seen.setdefault(tag.fqn, Accumulator(tag.shape[1]))
-                own[key].add(x)
+                for x in inputs:
+                    own[key].add(x)
             seen[tag.fqn] = own[key]
         progress()
     found = {}
-    for tag, linear in tap.seen.items():
+    for tag, calls in tap.seen.items():
         weight = Accumulator(tag.shape[1])
-        weight.add(linear.weight)
+        weight.add(calls[0].weight)
         row = (tag.fqn, str(tag.role), tag.block, tag.shape, tokens[tag.fqn])
         found[tag] = OutlierRow(*row, seen[tag.fqn].result(), weight.result())
     return found

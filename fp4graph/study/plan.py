@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp4graph import OptionError, Selector
+from fp4graph.files import read_text
 from fp4graph.study.trial import Calibrations, Direction, Trial, check_by, selectors_by, trials
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def read_plan(name: str, given: dict[str, Any]) -> tuple[Group, ...]:
     if not name.endswith(".toml"):
         raise OptionError(f"--plan {name!r}: expected {', '.join(PLANS)} or a file that ends .toml")
     try:
-        tables = tomllib.loads(Path(name).read_text(encoding="utf-8")).get("trials")
+        tables = tomllib.loads(read_text(Path(name))).get("trials")
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise OptionError(f"cannot read the plan {name}: {error}") from None
     if not isinstance(tables, list) or not tables:

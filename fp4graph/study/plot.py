@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import matplotlib as mpl
 import numpy as np
 
+from fp4graph.files import written_whole
 from fp4graph.study.trial import mode_of
 
 mpl.use("Agg")  # before pyplot; there may be no screen
@@ -55,7 +56,8 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         where = "this selection only" if direction == "only" else "all but this selection"
         axis.set_title(f"{format} {mode}, FP4 in {where}", fontsize=10)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as draft:
+        figure.savefig(draft, dpi=120, format="png")
     plt.close(figure)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from fp4graph.files import written_whole
 from fp4graph.study.plot import heat_map
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def draw_cells(
     for axis, (title, cells) in zip(axes[:, 0], panels.items(), strict=True):
         heat_map(axis, cells, label)
         axis.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as draft:
+        figure.savefig(draft, dpi=120, format="png")
     plt.close(figure)
 
 
@@ -82,7 +84,8 @@ def draw_points(
             axis.axline((low, low), (10 * low, 10 * low), color="#333333", linewidth=0.8)
     handles = [plt.Line2D([], [], marker="o", ls="", color=color) for color in colors.values()]
     figure.legend(handles, list(colors), loc="outside right", fontsize=8)
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as draft:
+        figure.savefig(draft, dpi=120, format="png")
     plt.close(figure)
 
 

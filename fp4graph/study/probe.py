@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fp4graph import CorpusError
+from fp4graph.files import read_lines
 from fp4graph.study.evaluate import adds_bos
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def read_probe(path: Path, tokenizer: Any, length: int) -> Probe:
     questions: list[int] = []
     answers: list[int] = []
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in _lines(path):
         context, choices, answer = _question(line, f"{path}, line {number}")
         before = bos + tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"]
         for choice in choices:
@@ -103,12 +104,12 @@ def read_probe(path: Path, tokenizer: Any, length: int) -> Probe:
         answers.append(answer)
     if not rows:
         raise CorpusError(f"{path} has no questions")
-    return Probe(torch.tensor(rows), tuple(spans), tuple(questions), tuple(answers))
+    return Probe(torch.tensor(rows, device="cpu"), tuple(spans), tuple(questions), tuple(answers))
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[tuple[int, str]]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"cannot read the probe {path}: {error}") from None
 

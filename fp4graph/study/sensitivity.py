@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from statistics import fmean, variance
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from scipy.special import digamma, polygamma
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fp4graph.study.evaluate import Windows
     from fp4graph.tags import LinearTag
 
+_ON_CPU: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 PREDICTORS = (
     *("weight_error", "output_error", "fisher"),
     *("kl_element", "kl_token", "kl_window", "kl"),
@@ -141,13 +142,13 @@ class Sensitivity:
         ids_WT = windows.ids.to(loaded.device)
         traced = TracedModel(loaded.model)
         with torch.enable_grad():
-            traced(input_ids=ids_WT[:1], use_cache=False)
+            traced.settle(input_ids=ids_WT[:1], use_cache=False)
         self._tap = LinearTap(traced)
         self.tags = traced.tags
         self._packed: dict[tuple[Scheme, LinearTag], PackedWeight] = {}
         self._weight_errors: dict[tuple[Scheme, LinearTag], float] = {}
         self._sums: dict[tuple[Scheme, LinearTag], _Sums] = defaultdict(_Sums)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         dense = _seconds(loaded, ids_WT)
         start = time.perf_counter()
         for ids in ids_WT.split(1):
@@ -159,7 +160,7 @@ class Sensitivity:
         self.left_out = [t.fqn for t in self.tags if t.is_block_linear and t not in scored]
         self.products: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
         for (scheme, tag), sums in self._sums.items():
-            products = torch.tensor(sums.products, dtype=torch.float64)
+            products = _tensor(sums.products)
             self.products[scheme.format.name, _mode(scheme)][tag.fqn] = products
 
     def _window(self, ids: Tensor, schemes: Sequence[Scheme], generator: torch.Generator) -> None:
@@ -175,7 +176,8 @@ class Sensitivity:
         root_TV = (logp_TV.detach() / 2).exp()
         by_sample = []
         for _ in range(self._samples):
-            r_TV = torch.randn(root_TV.shape, generator=generator).to(root_TV.device) * root_TV
+            r_TV = torch.randn(root_TV.shape, generator=generator, **_ON_CPU)
+            r_TV = r_TV.to(root_TV.device) * root_TV
             v_TV = r_TV - root_TV.square() * r_TV.sum(-1, keepdim=True)
             with torch.enable_grad():
                 product = (logits_TV.where(root_TV > 0, 0) * v_TV).sum()  # -Inf rules a token out
@@ -188,16 +190,22 @@ class Sensitivity:
                         self._add(scheme, tag, self._tap.seen[tag], gradient, samples)
 
     def _add(
-        self, scheme: Scheme, tag: LinearTag, seen: Seen, g: Tensor, samples: Sequence[Tensor]
+        self,
+        scheme: Scheme,
+        tag: LinearTag,
+        calls: Sequence[Seen],
+        gradients: Sequence[Tensor],
+        samples: Sequence[Sequence[Tensor]],
     ) -> None:
+        """Take in what FP4 changes in all calls of a linear."""
         key = (scheme, tag)
-        w_NK = seen.weight.float()
+        w_NK = calls[0].weight.float()
         if key not in self._packed:
             self._packed[key] = quantize(w_NK, scheme.format, scheme.quantizer)
         rounded_NK = self._packed[key].dequantize()
         if key not in self._weight_errors:
             self._weight_errors[key] = _relative(rounded_NK - w_NK, w_NK)
-        x_MK = seen.x.reshape(-1, seen.x.shape[-1]).float()
+        x_MK = torch.cat([seen.x.reshape(-1, seen.x.shape[-1]) for seen in calls]).float()
         y_MN = x_MK @ w_NK.T
         if scheme.activations is None:
             change_MN = x_MK @ (rounded_NK - w_NK).T
@@ -207,11 +215,11 @@ class Sensitivity:
         square_MN = change_MN.square()
         sums.error += float(square_MN.double().sum())
         sums.power += float(y_MN.square().double().sum())
-        g_MN = g.reshape(change_MN.shape)
+        g_MN = _rows(gradients)
         sums.fisher += float((g_MN.square() * square_MN).double().sum())
         sums.first += float((g_MN * change_MN).double().sum())
         for sample in samples:
-            v_MN = sample.reshape(change_MN.shape)
+            v_MN = _rows(sample)
             product_M = (v_MN * change_MN).double().sum(-1)
             share = 0.5 / len(samples)
             sums.element += share * float((v_MN.square() * square_MN).double().sum())
@@ -236,7 +244,9 @@ class Sensitivity:
             fisher=sums.fisher / tokens,
             kl_element=sums.element / tokens,
             kl_token=sums.token / tokens,
-            kl_window=kl_of(torch.tensor(sums.products), self._windows),
+            kl_window=kl_of(
+                torch.tensor(sums.products, dtype=torch.float64, device="cpu"), self._windows
+            ),
             kl=math.sqrt(sums.element * sums.token) / tokens,
             dnll=sums.first / tokens,
         )
@@ -286,6 +296,15 @@ def _seconds(loaded: LoadedModel, ids_WT: Tensor) -> float:
         logits = loaded.model(input_ids=ids_WT[:1], use_cache=False).logits
         logits[0, -1, -1].item()  # waits for an accelerator
     return (time.perf_counter() - start) * len(ids_WT)
+
+
+def _tensor(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def _rows(calls: Sequence[Tensor]) -> Tensor:
+    """Return values [..., N] of all calls as one matrix."""
+    return torch.cat([each.reshape(-1, each.shape[-1]) for each in calls])
 
 
 def _mode(scheme: Scheme) -> str:

@@ -121,8 +121,7 @@ def test_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     with pytest.raises(KeyboardInterrupt):
         fp4graph.calibrate(model, BATCHES, out=out, progress=kill)
-    kept = tmp_path / "c.safetensors.blocks" / "0.safetensors"
-    assert kept.is_file()
+    assert list((tmp_path / "c.safetensors.blocks").glob("*/0.safetensors"))
     solved: list[str] = []
 
     def counting(*args: object, name: str, **options: object) -> object:
@@ -133,7 +132,7 @@ def test_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = fp4graph.calibrate(model, BATCHES, out=out)
     assert len(solved) == 7
     assert all(".layers.1." in name for name in solved), "the first block was not done again"
-    assert not kept.parent.exists()
+    assert not (tmp_path / "c.safetensors.blocks").exists()
     assert all(torch.equal(found.packed[f].qdata, whole.packed[f].qdata) for f in whole.packed)
     with pytest.raises(KeyboardInterrupt):
         fp4graph.calibrate(model, BATCHES, out=out, progress=kill)
@@ -248,3 +247,95 @@ def test_options_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CalibrationError, match="cannot write"):
         found.save(tmp_path / "file" / "c.safetensors")
+
+
+def test_goes_on_for_the_same_model_alone(tmp_path: Path) -> None:
+    def model(eps: float) -> nn.Module:
+        found = tiny("llama")
+        for module in found.modules():
+            if hasattr(module, "variance_epsilon"):
+                module.variance_epsilon = eps  # in no weight and in no configuration
+        return found
+
+    def kill(done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "c.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fp4graph.calibrate(model(1e-6), BATCHES, out=out, progress=kill)
+    found = fp4graph.calibrate(model(0.5), BATCHES, out=out)
+    assert found.digest() == fp4graph.calibrate(model(0.5), BATCHES).digest()
+    kept = list((tmp_path / "c.safetensors.blocks").iterdir())
+    assert len(kept) == 1, "the other's blocks are still there"
+    fp4graph.calibrate(model(1e-6), BATCHES, out=out)
+    assert [each.name for each in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_two_at_once_end_with_the_same_codes(tmp_path: Path) -> None:
+    """The second ends while the first is between its blocks."""
+    out, started = tmp_path / "c.safetensors", []
+
+    def meanwhile(done: int, total: int) -> None:
+        if done == 1 and not started:
+            started.append(True)
+            torch._dynamo.reset()
+            fp4graph.calibrate(tiny("llama"), BATCHES, out=out)
+
+    found = fp4graph.calibrate(tiny("llama"), BATCHES, out=out, progress=meanwhile)
+    assert started
+    assert fp4graph.Calibration.load(out).digest() == found.digest()
+    assert found.digest() == fp4graph.calibrate(tiny("llama"), BATCHES).digest()
+    assert [each.name for each in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "quantizer", ["gptq", "weighted-scale-search", "rtn+smooth", "learned", "mr-gptq"]
+)
+def test_inputs_that_are_no_numbers_are_an_error_for_every_quantizer(quantizer: str) -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[int(BATCHES[1][0, 3])] = torch.inf
+    with pytest.raises(CalibrationError, match=r"layers\.0.*NaN or Inf"):
+        fp4graph.calibrate(model, BATCHES, quantizer=quantizer)
+
+
+def test_no_damping_ends(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny("llama")
+    found = fp4graph.calibrate(model, [tokens(4)], "down", damping=0.0)
+    assert len(found.packed) == 2
+    assert "damping raised to 0.01" in caplog.text
+
+
+class LazyTables(nn.Module):
+    """Makes its tables in its first call, as several models do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.known = model, 0
+
+    def forward(self, input_ids: Tensor, **options: object) -> object:
+        if input_ids.shape[1] > self.known:
+            self.known = input_ids.shape[1]
+            self.table = torch.arange(self.known) * 0
+        return self.model(input_ids + self.table[: input_ids.shape[1]], **options)
+
+
+def test_a_model_whose_first_call_is_not_like_the_second() -> None:
+    plain = fp4graph.calibrate(tiny("llama"), BATCHES)
+    lazy = fp4graph.calibrate(LazyTables(tiny("llama")), BATCHES)
+    for name, packed in plain.packed.items():
+        assert torch.equal(lazy.packed[f"model.{name}"].qdata, packed.qdata)
+
+
+class Changing(LazyTables):
+    """Is another model in each call."""
+
+    def forward(self, input_ids: Tensor, **options: object) -> object:
+        self.known += 1
+        return self.model(input_ids % self.known, **options)
+
+
+def test_a_model_that_changes_from_call_to_call_is_an_error() -> None:
+    with pytest.raises(fp4graph.StudyError, match="changes from call to call"):
+        fp4graph.calibrate(Changing(tiny("llama")), BATCHES)

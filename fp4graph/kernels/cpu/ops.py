@@ -46,7 +46,7 @@ def pack_tiles(packed: PackedWeight) -> tuple[Tensor, Tensor]:
     tiles, row_scale = torch.ops.fp4graph.cpu_pack_tiles(
         packed.qdata,
         packed.scale.view(torch.uint8),
-        torch.ones(()) if tensor is None else tensor,
+        torch.ones((), dtype=torch.float32, device="cpu") if tensor is None else tensor,
         _CODES[packed.format.base],
     )
     return tiles, row_scale
