@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from support.closer import relative_l2
 from support.models import tiny, tokens
 from torch import Tensor, nn
@@ -128,3 +129,63 @@ def test_where_rows_are_not_known_a_part_is_an_error() -> None:
     call = torch.compile(model["layers"][0], backend=fp4graph.backend("v", model=model))
     with torch.no_grad(), pytest.raises(SelectorError, match="v is only a part of the fused"):
         call(torch.randn(1, 4, 32))
+
+
+def gpt2_of(tokens_: int) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=64, n_layer=1, n_head=4, vocab_size=96, n_positions=tokens_,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("batch, length", [(1, 1), (1, 2), (3, 5), (64, 64), (512, 512)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_parts_do_not_depend_on_how_many_tokens_there_are(
+    batch: int, length: int, dynamic: bool
+) -> None:
+    """2^18 tokens of 192 values are 50 million."""
+    model, seen = gpt2_of(length), []
+    backend = fp4graph.backend("v", inner=lambda gm, _: seen.append(gm) or _stop, model=model)
+    compiled = torch.compile(model.transformer.h[0].attn, backend=backend, dynamic=dynamic)
+    with torch.no_grad(), pytest.raises(_Stopped):
+        compiled(torch.empty(batch, length, 64))
+    assert [row.rows for row in backend.report.selected] == [64]
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _stop(*args: object) -> None:
+    raise _Stopped
+
+
+class Chosen(nn.Module):
+    """Attention over those tokens of a text that a mask chooses: how many depends on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o_proj = nn.Linear(32, 96, bias=False), nn.Linear(32, 32, bias=False)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x[mask]
+        q, k, v = self.qkv(x).view(-1, 3, 2, 16).unbind(1)
+        heads = (each.transpose(0, 1) for each in (q, k, v))
+        y = nn.functional.scaled_dot_product_attention(*heads)
+        return self.o_proj(y.transpose(0, 1).flatten(1))
+
+
+def test_parts_where_the_number_of_tokens_depends_on_data() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"layers": nn.ModuleList([Chosen().requires_grad_(False)])})
+    x, mask = torch.randn(9, 32), torch.arange(9) % 2 == 0
+    backend = fp4graph.backend("v", inner="eager", model=model)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(model["layers"][0], backend=backend, fullgraph=True)
+        out = compiled(x, mask)
+    twin = copy.deepcopy(model["layers"][0])
+    twin.qkv.weight[64:] = fp4graph.quantize(twin.qkv.weight[64:]).dequantize()
+    assert [row.rows for row in backend.report.selected] == [32]
+    assert relative_l2(out, twin(x, mask)) < 2e-6

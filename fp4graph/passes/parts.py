@@ -1,32 +1,32 @@
 """Which rows of a fused weight serve which part: the q, k and v of a qkv, the gate and up of both.
 
 Each value of the linear's result is given its row's number, and the numbers are sent through the
-views that follow (splits, slices, transposes), as real tensors. Where the views end, what takes the
-value tells the part. So it does not matter whether parts lie one after the other (Phi-3),
-interleaved by heads (GPT-NeoX, Falcon) or row by row.
+views that follow (splits, slices, transposes). Where the views end, what takes the value tells the
+part. So it does not matter whether parts lie one after the other (Phi-3), interleaved by heads
+(GPT-NeoX, Falcon) or row by row; and since a row's number is the same for every token, not how
+many tokens there are either: see `numbering.py`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.fx import Node, map_arg
+from torch.fx import Node
 
 from fp4graph.passes.match import called
+from fp4graph.passes.numbering import Numbering, sizes_of, view
 from fp4graph.passes.origins import ACTIVATIONS, ATTENTION, Flow, tensors
 from fp4graph.passes.writes import VIEWS
 from fp4graph.tags import Role
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection
 
 Parts = dict[Role, tuple[int, ...]]
 
 _MOVES = VIEWS | {"contiguous", "getattr"}
 _SAME = {"to", "float", "type_as", "clone", "clamp", "clip", "dropout", "detach"}
-_MOST = 1 << 24  # values that numbers are sent for
 
 
 def parts_of(node: Node, role: Role, flow: Flow) -> Parts:
@@ -41,7 +41,7 @@ def parts_of(node: Node, role: Role, flow: Flow) -> Parts:
     asked = {Role.GATE_UP: _gates}.get(role, _arguments)(node, role, flow)
     found: Parts = {}
     for part, takers in asked.items():
-        rows = [numbers.flatten() for end, numbers in ends.items() if end in takers]
+        rows = [numbering.rows for end, numbering in ends.items() if end in takers]
         if rows:
             found[part] = tuple(torch.cat(rows).unique().tolist())
     every = sorted(row for rows in found.values() for row in rows)
@@ -50,52 +50,32 @@ def parts_of(node: Node, role: Role, flow: Flow) -> Parts:
     return found if known else {}
 
 
-def _ends(node: Node) -> dict[Node, Tensor]:
+def _ends(node: Node) -> dict[Node, Numbering]:
     """Return the last views of a linear's result, with the numbers of the rows in them."""
-    value = node.meta["example_value"]
-    shape = [_hint(size) for size in value.shape]
-    numbers = torch.arange(shape[-1]).expand(shape)
-    if numbers.numel() > _MOST:
+    sizes = sizes_of(node)
+    if sizes is None:
         return {}
-    sent: dict[Node, Any] = {node: numbers}
-    ends: dict[Node, Tensor] = {}
+    sent: dict[Node, Numbering | tuple[Numbering, ...]] = {node: Numbering.of(sizes)}
+    ends: dict[Node, Numbering] = {}
     waiting = [node]
     while waiting:
         each = waiting.pop(0)
+        before = sent[each]
         for user in each.users:
             name = called(user)
             if name in _SAME and user.args[:1] == (each,):
-                sent[user] = sent[each]
+                sent[user] = before
             elif name in _MOVES and user.args[:1] == (each,):
-                try:
-                    sent[user] = _run(user, sent)
-                except (RuntimeError, IndexError, TypeError, KeyError):
+                after = view(user, before)
+                if after is None:
                     return {}
+                sent[user] = after
             else:
-                if isinstance(sent[each], Tensor):
-                    ends[each] = sent[each]
+                if isinstance(before, Numbering):
+                    ends[each] = before
                 continue
             waiting.append(user)
     return ends
-
-
-def _run(node: Node, sent: Mapping[Node, Any]) -> Any:
-    """Run a view on numbers."""
-
-    def value(argument: Node) -> Any:
-        return sent[argument] if argument in sent else _hint(argument.meta["example_value"])
-
-    args: Any = map_arg(node.args, value)
-    kwargs: Any = map_arg(node.kwargs, value)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    view: Any = node.target
-    return view(*args, **kwargs)
-
-
-def _hint(size: Any) -> int:
-    """Return the size that a symbolic one stands for at this call."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def _arguments(node: Node, role: Role, flow: Flow) -> dict[Role, Collection[Node]]:
