@@ -86,7 +86,7 @@ class Backend:
         self._entries: WeakSet[PackEntry] = WeakSet()
         self._reached: MutableMapping[Tensor, None] = WeakIdKeyDictionary()
         self._failed: Fp4GraphError | None = None
-        self.watch = CallWatch(self._raise_again, self._check_call)
+        self.watch = CallWatch(self._raise_again, self._check_call, self.runs)
         make_room_for_graphs()
 
     def __call__(

@@ -13,7 +13,7 @@ from support.nets import Net, net, rounded
 from torch import nn
 
 import fp4graph
-from fp4graph import RecompileError, RefusalError, SelectorError
+from fp4graph import RecompileError, RefusalError, SelectorError, StudyError
 from fp4graph.passes.dynamo import GRAPHS_A_FUNCTION
 
 if TYPE_CHECKING:
@@ -327,3 +327,17 @@ def test_a_traced_model_takes_a_selection_before_its_first_call() -> None:
 def test_no_rows_at_all(shape: tuple[int, ...], activations: str | None) -> None:
     backend = fp4graph.backend("all", inner="eager", activations=activations)
     assert torch.compile(net(1), backend=backend)(torch.zeros(shape)).shape == shape
+
+
+@pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile"])
+def test_a_stance_that_runs_the_plain_model_is_an_error(stance: str) -> None:
+    model = net()
+    call = torch.compile(model, backend=fp4graph.backend("all", inner="eager"), dynamic=False)
+    with torch.no_grad():
+        expected = call(X)
+        with torch.compiler.set_stance(stance):
+            if stance == "eager_on_recompile":
+                assert torch.equal(call(X), expected), "this shape has its graph"
+            with pytest.raises(StudyError, match=f"set_stance.*{stance}.*dense"):
+                call(torch.cat((X, X, X)))
+        assert torch.equal(call(X), expected)

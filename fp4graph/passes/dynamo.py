@@ -20,7 +20,7 @@ from torch._guards import TracingContext
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fp4graph.errors import RecompileError
+from fp4graph.errors import RecompileError, StudyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
     from fp4graph.errors import Fp4GraphError
+    from fp4graph.graph_runs import GraphRuns
 
 GRAPHS_A_FUNCTION = 16
 """How many graphs one backend compiles for one function; Dynamo alone stops at 8, silently."""
@@ -94,16 +95,25 @@ class CallWatch:
         before: called at the start of each later call; may raise.
         after: called at the end of each call in which Dynamo compiled something and nothing was
             raised, with the modules that the called function can reach; may raise.
+        runs: counts how often the backend's graphs run.
+
+    Raises:
+        StudyError: a later call ran none of them, for `torch.compiler.set_stance` tells Dynamo to
+            run the plain model.
     """
 
     def __init__(
-        self, before: Callable[[], None], after: Callable[[tuple[nn.Module, ...]], None]
+        self,
+        before: Callable[[], None],
+        after: Callable[[tuple[nn.Module, ...]], None],
+        runs: GraphRuns,
     ) -> None:
         listeners = torch._dynamo.callback.callback_handler.start_callbacks
         if _compilation_starts not in listeners:  # torch._dynamo.reset() forgets it
             listeners.append(_compilation_starts)
         self._before = before
         self._after = after
+        self._runs = runs
         self._watched: WeakSet[Any] = WeakSet()
         self._here = threading.local()
         self._no_fallback = torch._dynamo.config._make_closure_patcher(
@@ -125,7 +135,18 @@ class CallWatch:
 
     def _enter(self) -> Callable[[], None]:
         self._before()
-        return self._start()
+        leave = self._start()
+        if eval_frame._stance.stance == "default":
+            return leave
+        return partial(self._leave_stance, leave, self._runs.count)
+
+    def _leave_stance(self, leave: Callable[[], None], before: int) -> None:
+        leave()
+        stance = eval_frame._stance.stance
+        if self._runs.count == before and sys.exception() in (None, self._here.outer):
+            raise StudyError(
+                f"torch.compiler.set_stance({stance!r}) ran this call in the plain model, dense"
+            )
 
     def _start(self) -> Callable[[], None]:
         strict = not torch._dynamo.config.suppress_errors  # Dynamo forbids both
