@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -21,7 +22,7 @@ from fp4graph.passes.dynamo import (
     raiser,
     running_call,
 )
-from fp4graph.passes.names import named_linears, why_unreached
+from fp4graph.passes.names import model_lists, named_linears, why_unreached
 from fp4graph.passes.pipeline import (
     OnRefusal,
     bindings,
@@ -36,7 +37,8 @@ from fp4graph.passes.stale import bind
 from fp4graph.passes.tag import TagLinears
 from fp4graph.policy import Policy, Scheme, Select
 from fp4graph.report import LinearRow, Report
-from fp4graph.stacks import Stacks
+from fp4graph.stacks import Stacks, below_block, list_of
+from fp4graph.tags import Role
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping, Sequence
@@ -128,10 +130,10 @@ class Backend:
     def _compile(
         self, gm: GraphModule, example_inputs: Sequence[Any], mode: str | None
     ) -> Callable[..., Any]:
-        universe = self._universe()
-        plan = plan_passes(self.policy, self._on_refusal, universe)
-        run_passes(gm, example_inputs, (TagLinears.of(self._model), *plan))
+        run_passes(gm, example_inputs, (TagLinears.of(self._model),), recompile=False)
         self._tags.update({site.tag.fqn: site.tag for _, site in sites(gm)})
+        universe = self._universe()
+        run_passes(gm, example_inputs, plan_passes(self.policy, self._on_refusal, universe))
         self._check_stacks(gm)
         found = rows(gm)
         if found:
@@ -153,10 +155,22 @@ class Backend:
         return self.runs.counted(bind(run, bound, example_inputs))
 
     def _universe(self) -> tuple[LinearTag, ...] | None:
+        """Return the model's linears: as graphs have them, as a sibling's graph has, by name."""
         if self._model is None:
             return None
-        tags = (each.tag for each in named_linears(self._model))
-        return tuple(self._tags.get(tag.fqn, tag) for tag in tags)
+        lists = model_lists(self._model)
+
+        def kind(tag: LinearTag) -> tuple[str | None, str]:
+            return list_of(tag.fqn, lists), below_block(tag.fqn, lists)
+
+        roles = {kind(tag): tag.role for tag in self._tags.values() if tag.block is not None}
+        tags = []
+        for each in named_linears(self._model):
+            tag = each.tag
+            if tag.role is Role.OTHER and tag.block is not None:
+                tag = replace(tag, role=roles.get(kind(tag), tag.role))
+            tags.append(self._tags.get(tag.fqn, tag))
+        return tuple(tags)
 
     def _raise_again(self) -> None:
         if self._failed is not None:
@@ -200,7 +214,8 @@ class Backend:
             and each.weight not in self._reached
             and (not inside or id(each.weight) in inside)
         }
-        missing = [each for each in unreached if self.policy.decide(each.tag).scheme]
+        tags = {tag.fqn: tag for tag in self._universe() or ()}
+        missing = [each for each in unreached if self.policy.decide(tags[each.tag.fqn]).scheme]
         if missing and self._on_refusal == "raise":
             self._failed = refusal([(each.tag.fqn, unreached[each]) for each in missing])
             return

@@ -17,7 +17,7 @@ import re
 from fnmatch import fnmatchcase
 from functools import cache
 
-from fp4graph.stacks import below_block, block_of, stack_of
+from fp4graph.stacks import NO_LISTS, Lists, below_block, block_of, stack_of
 from fp4graph.tags import LinearTag, Role
 
 FAMILIES: dict[str, dict[str, Role]] = {
@@ -162,14 +162,22 @@ _EXPERT_LINEARS = {  # which linear of an expert a last name means
 }
 
 
-@cache
-def role_of(fqn: str) -> Role:
-    """Return the role that the tables give to a module path, `Role.OTHER` if none knows it."""
+def role_of(fqn: str, lists: Lists = NO_LISTS) -> Role:
+    """Return the role that the tables give to a module path, `Role.OTHER` if none knows it.
+
+    Args:
+        fqn: the path.
+        lists: of the model's blocks, beside those that their names tell.
+    """
     fqn = fqn.removesuffix(".base_layer")  # peft keeps the dense linear under its own name
     fqn = _SHARED.sub("", fqn)  # a shared expert is a dense MLP
-    if "." in below_block(fqn):
+    if "." in below_block(fqn, lists):
         fqn = fqn.removesuffix(".linear")  # a wrapper's own, as Moshi's `q_proj.linear`
-    names = (below_block(fqn), fqn.rpartition(".")[2])
+    return _role(below_block(fqn, lists), fqn.rpartition(".")[2])
+
+
+@cache
+def _role(*names: str) -> Role:
     for table in FAMILIES.values():
         for pattern, role in table.items():
             if any(fnmatchcase(name, pattern) for name in names):
@@ -177,9 +185,10 @@ def role_of(fqn: str) -> Role:
     return Role.OTHER
 
 
-def tag_by_name(fqn: str, shape: tuple[int, ...]) -> LinearTag:
+def tag_by_name(fqn: str, shape: tuple[int, ...], lists: Lists = NO_LISTS) -> LinearTag:
     """Build the tag that a module path alone tells, of a model whose number of blocks is open."""
-    role = role_of(fqn)
+    role = role_of(fqn, lists)
     why = "" if role is Role.OTHER else "its name"
     expert = _EXPERT_LINEARS.get(fqn.rpartition(".")[2]) if role is Role.EXPERT else None
-    return LinearTag(fqn, role, block_of(fqn), None, shape, why, expert, stack_of(fqn))
+    block, stack = block_of(fqn, lists), stack_of(fqn, lists)
+    return LinearTag(fqn, role, block, None, shape, why, expert, stack)

@@ -7,6 +7,10 @@ o            takes the result of attention; attn_gate: an activated factor of wh
 gate, up     the two factors of what `down` takes, of which gate passed an activation;
 up alone where there is one; gate_up where one linear is both
 router       meets top-k
+lm_head      gives what the graph returns, a row for each of the embedding's
+
+Attention over several streams at once, whose q, k and v are put one after the other, has a linear
+of each kind for every stream.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ def roles_by_dataflow(
 ) -> dict[Node, tuple[Role, str]]:
     """Return the role of each linear that a rule knows, and the rule."""
     found: dict[Node, tuple[Role, str]] = {}
-    for rule in (_attention, _mlp, _router):
+    for rule in (_attention, _mlp, _router, _head):
         for node, role, why in rule(flow):
             found.setdefault(node, (role, why))
     return found
@@ -42,7 +46,7 @@ def roles_by_dataflow(
 def _attention(flow: Flow) -> _Found:
     for result, arguments in flow.attentions:
         reached = _reached(flow, arguments)
-        if len(reached) > _MOST_PROJECTIONS:
+        if len(reached) > _MOST_PROJECTIONS * _streams(flow, arguments):
             continue  # the walk went astray
         chains = {
             below: above
@@ -69,6 +73,22 @@ def _reached(flow: Flow, arguments: tuple[Node, Node, Node]) -> dict[Node, set[s
             if not all(origin.activated for origin in origins):
                 reached.setdefault(linear, set()).add(part)
     return reached
+
+
+def _streams(flow: Flow, arguments: tuple[Node, Node, Node]) -> int:
+    """Return how many sequences are put one after the other before attention, each its linears'."""
+    waiting, seen, most = list(arguments), set[Node](), 1
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node in flow.linears:
+            continue
+        seen.add(node)
+        waiting += tensors(node)
+        if called(node) in ("cat", "concat", "concatenate"):
+            pieces = [set(flow.linears_of(each)) for each in tensors(node)]
+            apart = len(set[Node]().union(*pieces)) == sum(map(len, pieces))
+            most = max(most, len(pieces) if all(pieces) and apart else 1)
+    return most
 
 
 def _after_attention(flow: Flow, result: Node, reached: Collection[Node]) -> _Found:
@@ -131,3 +151,29 @@ def _router(flow: Flow) -> _Found:
             if all(called(each) in TOP for each in rest):  # groups are chosen first
                 for linear in linears:
                     yield linear, Role.ROUTER, "meets top-k"
+
+
+def _head(flow: Flow) -> _Found:
+    rows = {_rows(node) for node in flow.nodes if called(node) == "embedding"} - {None}
+    for node in flow.linears:
+        if node.meta["example_value"].shape[-1] in rows and _is_returned(node, flow):
+            yield node, Role.LM_HEAD, "gives the logits, a row for each of the embedding's"
+
+
+def _rows(embedding: Node) -> int | None:
+    weight = (*embedding.args, None, None)[1] or embedding.kwargs.get("weight")
+    value = weight.meta.get("example_value") if isinstance(weight, Node) else None
+    return None if value is None else int(value.shape[0])
+
+
+def _is_returned(node: Node, flow: Flow) -> bool:
+    """Whether a graph returns a linear's result, or what is made of it by no other linear."""
+    waiting, seen = [node], set[Node]()
+    while waiting:
+        each = waiting.pop()
+        if each.op == "output":
+            return True
+        if each not in seen and (each is node or each not in flow.linears):
+            seen.add(each)
+            waiting += each.users
+    return False

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fp4graph.roles import tag_by_name
-from fp4graph.stacks import Stacks
+from fp4graph.stacks import Lists, Stacks, block_lists
 from fp4graph.tags import LinearTag, Role
 
 if TYPE_CHECKING:
@@ -52,12 +52,13 @@ def parameter_names(model: nn.Module) -> Names:
 def named_linears(model: nn.Module) -> tuple[NamedLinear, ...]:
     """Return the linears of a model from its modules, without tracing."""
     found = []
+    lists = model_lists(model)
     for path, module in model.named_modules():
         stored_KN = type(module).__name__ == "Conv1D"
         for name, weight in module.named_parameters(recurse=False):
             tag_path = _short(f"{path}.{name}".lstrip("."))
             shape = tuple(weight.T.shape if stored_KN and weight.ndim == 2 else weight.shape)
-            tag = tag_by_name(tag_path, shape)
+            tag = tag_by_name(tag_path, shape, lists)
             if tag.role is Role.EXPERT and weight.ndim in (2, 3):
                 certain = "bias" not in name
             elif weight.ndim == 2 and not isinstance(module, nn.Embedding):
@@ -67,6 +68,19 @@ def named_linears(model: nn.Module) -> tuple[NamedLinear, ...]:
             found.append(NamedLinear(tag, weight, certain))
     stacks = Stacks.of(each.tag for each in found)
     return tuple(replace(each, tag=stacks.place(each.tag)) for each in found)
+
+
+def model_lists(model: nn.Module) -> Lists:
+    """Return the lists of blocks that a model's modules tell of."""
+    modules = model.named_modules(remove_duplicate=False)
+    matrices = (
+        _short(f"{path}.{name}".lstrip("."))
+        for path, module in modules
+        if not isinstance(module, nn.Embedding)
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.ndim in (2, 3) and "bias" not in name
+    )
+    return block_lists(matrices)
 
 
 def why_unreached(model: nn.Module, linear: NamedLinear) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,13 +12,14 @@ from torch import nn
 from fp4graph.passes.dataflow import roles_by_dataflow
 from fp4graph.passes.flow import flow_of
 from fp4graph.passes.match import LinearForm, called, is_linear, match_linear
-from fp4graph.passes.names import named_linears, parameter_names, path_of
+from fp4graph.passes.names import model_lists, named_linears, parameter_names, path_of
 from fp4graph.passes.regions import regions, unshare
+from fp4graph.passes.siblings import mark_experts, side_by_side
 from fp4graph.passes.site import LinearSite, mark, site_of, sites
 from fp4graph.passes.sources import entry_of, source_of
 from fp4graph.passes.writes import is_view, written
 from fp4graph.roles import tag_by_name
-from fp4graph.stacks import Stacks
+from fp4graph.stacks import NO_LISTS, Lists, Stacks, block_lists, block_of, list_of
 from fp4graph.tags import Role
 
 if TYPE_CHECKING:
@@ -52,23 +54,27 @@ class TagLinears:
     reads (einsum, a fused attention op, stacked experts) is marked there as unsupported, so that it
     leaves a row in the report.
 
+    A list of blocks is what `stacks.py` says; that its members run one after another is seen here.
+
     Attributes:
         names: module paths by parameter, from `parameter_names(model)`; where given, paths are
             whole even if a submodule is compiled alone.
-        stacks: the model's stacks of blocks; None takes those in the graph.
+        tags: of the model's linears, as its modules tell; empty takes those in the graph.
+        lists: of the model's blocks.
     """
 
     name: ClassVar[str] = "tag"
     names: Names = field(default_factory=dict)
-    stacks: Stacks | None = None
+    tags: tuple[LinearTag, ...] = ()
+    lists: Lists = NO_LISTS
 
     @classmethod
     def of(cls, model: nn.Module | None) -> TagLinears:
         """Build the pass, with whole module paths where the model is known."""
         if model is None:
             return cls()
-        stacks = Stacks.of(each.tag for each in named_linears(model))
-        return cls(parameter_names(model), stacks)
+        tags = tuple(each.tag for each in named_linears(model))
+        return cls(parameter_names(model), tags, model_lists(model))
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         """See the class."""
@@ -81,16 +87,36 @@ class TagLinears:
                 form = match_linear(node)
                 if form is not None:
                     self._mark_linear(node, form, region, outer, example_inputs, overwritten)
+        lists = self._place_in_blocks(gm, found_regions)
+        for region in found_regions:
             _mark_roles(region, outer, example_inputs)
+            mark_experts(region.gm.graph, lists)
             for placeholder, (index, _) in region.inputs.items():
                 if isinstance(example_inputs[index], nn.Parameter):
                     self._mark_product(
-                        placeholder, example_inputs[index], region, outer[index], index
+                        placeholder, example_inputs[index], region, outer[index], index, lists
                     )
         found = list(sites(gm))
-        stacks = self.stacks or Stacks.of(site.tag for _, site in found)
+        known = self.tags or tuple(site.tag for _, site in found)
+        stacks = Stacks.of(_in_lists(tag, lists) for tag in known)
         for node, site in found:
             mark(node, replace(site, tag=stacks.place(site.tag)))
+
+    def _place_in_blocks(self, gm: GraphModule, found_regions: Sequence[Region]) -> Lists:
+        """Find the lists of blocks and tell each linear its block; return the lists."""
+        lists = self.lists | block_lists(site.tag.fqn for _, site in sites(gm))
+        for region in found_regions:
+            members: dict[str, dict[Node, int]] = defaultdict(dict)
+            for node in region.gm.graph.nodes:
+                site = site_of(node)
+                block = None if site is None else block_of(site.tag.fqn, lists)
+                if site is not None and block is not None:
+                    members[list_of(site.tag.fqn, lists) or ""][node] = block
+            nodes = region.gm.graph.nodes
+            lists -= {name for name, each in members.items() if side_by_side(nodes, each)}
+        for node, site in list(sites(gm)):
+            mark(node, replace(site, tag=_in_lists(site.tag, lists)))
+        return lists
 
     def _mark_linear(
         self,
@@ -138,7 +164,13 @@ class TagLinears:
         )
 
     def _mark_product(
-        self, placeholder: Node, weight: nn.Parameter, region: Region, source: Node, index: int
+        self,
+        placeholder: Node,
+        weight: nn.Parameter,
+        region: Region,
+        source: Node,
+        index: int,
+        lists: Lists,
     ) -> None:
         """Mark the first reader of stacked experts, or of a matrix the first product."""
         for user, alias in _readers(placeholder):
@@ -146,7 +178,7 @@ class TagLinears:
             is_addend = called(user) in ("addmm", "baddbmm", "addmv") and first is alias
             if site_of(user) is not None or user.op == "output" or is_addend:
                 continue
-            tag = self._tag(user, source, weight, tuple(weight.shape), region)
+            tag = _in_lists(self._tag(user, source, weight, tuple(weight.shape), region), lists)
             is_stack = tag.role is Role.EXPERT and weight.ndim == 3
             if not is_stack and (weight.ndim not in (2, 3) or called(user) not in _PRODUCTS):
                 continue
@@ -168,6 +200,14 @@ class TagLinears:
         return tag_by_name(path, shape)
 
 
+def _in_lists(tag: LinearTag, lists: Lists) -> LinearTag:
+    """Return a tag for a model whose lists of blocks are known."""
+    placed = tag_by_name(tag.fqn, tag.shape, lists)
+    if placed.role is Role.OTHER:  # what its use tells
+        placed = replace(placed, role=tag.role, why=tag.why, expert=tag.expert)
+    return placed
+
+
 _UNSURE = {  # (what a name says, what it stands for as well)
     (Role.ROUTER, Role.GATE),
     (Role.GATE, Role.ROUTER),
@@ -184,7 +224,8 @@ def _mark_roles(region: Region, outer: Sequence[Node], inputs: Sequence[Any]) ->
         named = site.tag.role
         if named is Role.EXPERT and role in (Role.GATE, Role.UP, Role.GATE_UP, Role.DOWN):
             mark(node, replace(site, tag=replace(site.tag, expert=role)))
-        if (named is Role.OTHER and site.tag.block is not None) or (named, role) in _UNSURE:
+        unnamed = named is Role.OTHER and (site.tag.block is None) == (role is Role.LM_HEAD)
+        if unnamed or (named, role) in _UNSURE:
             mark(node, replace(site, tag=replace(site.tag, role=role, why=why)))
 
 

@@ -104,8 +104,8 @@ class Ablation:
             **({} if loaded.device.type == "cpu" else {"device": loaded.device.type}),
         }
         with torch.no_grad():
-            logits_TV = self._traced.settle(**self._inputs(0)).logits[0]
-        self._arithmetic = f"{fingerprint(logits_TV) % 2**64:016x}"
+            self._traced.settle(**self._inputs(0))
+        self._arithmetic = f"{fingerprint(self._logits(0)[0]) % 2**64:016x}"
         self._replay = self._new_replay()
 
     def report(self, selector: str = "all") -> Report:

@@ -55,7 +55,7 @@ def test_selects_by_such_roles(block: type[Letters]) -> None:
 def test_agrees_with_the_tables(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(family)
     by_name = fp4graph.explain(model, tokens(), select="none", use_cache=False)
-    monkeypatch.setattr("fp4graph.roles.role_of", lambda path: Role.OTHER)
+    monkeypatch.setattr("fp4graph.roles.role_of", lambda path, lists: Role.OTHER)
     torch._dynamo.reset()
     by_flow = fp4graph.explain(model, tokens(), select="none", use_cache=False)
     known = [row for row in by_name if row.block is not None and row.role != "expert"]
