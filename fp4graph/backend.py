@@ -17,12 +17,13 @@ from fp4graph.passes.choose import refusal
 from fp4graph.passes.dynamo import (
     CallWatch,
     GraphCount,
+    called_module,
     make_room_for_graphs,
     pin_to_owners,
     raiser,
     running_call,
 )
-from fp4graph.passes.names import model_lists, named_linears, why_unreached
+from fp4graph.passes.names import model_lists, named_linears, parameter_names, unreached
 from fp4graph.passes.pipeline import (
     OnRefusal,
     bindings,
@@ -32,7 +33,7 @@ from fp4graph.passes.pipeline import (
     rows,
     run_passes,
 )
-from fp4graph.passes.site import sites
+from fp4graph.passes.site import sites, unmark
 from fp4graph.passes.stale import bind
 from fp4graph.passes.tag import TagLinears
 from fp4graph.policy import Policy, Scheme, Select
@@ -130,7 +131,7 @@ class Backend:
     def _compile(
         self, gm: GraphModule, example_inputs: Sequence[Any], mode: str | None
     ) -> Callable[..., Any]:
-        run_passes(gm, example_inputs, (TagLinears.of(self._model),), recompile=False)
+        self._tag(gm, example_inputs)
         self._tags.update({site.tag.fqn: site.tag for _, site in sites(gm)})
         universe = self._universe()
         run_passes(gm, example_inputs, plan_passes(self.policy, self._on_refusal, universe))
@@ -153,6 +154,17 @@ class Backend:
         self.report.add(found)
         run = compile_inner(self._inner, gm, example_inputs, mode)
         return self.runs.counted(bind(run, bound, example_inputs))
+
+    def _tag(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
+        """Tag a graph; where it is a fragment, by the paths of the module that is called."""
+        run_passes(gm, example_inputs, (TagLinears.of(self._model),), recompile=False)
+        called = None if self._model is not None else called_module()
+        if called is None:
+            return
+        paths = set().union(*parameter_names(called).values())
+        if not all(site.tag.fqn in paths for _, site in sites(gm)):
+            unmark(gm)
+            run_passes(gm, example_inputs, (TagLinears.of(called),), recompile=False)
 
     def _universe(self) -> tuple[LinearTag, ...] | None:
         """Return the model's linears: as graphs have them, as a sibling's graph has, by name."""
@@ -207,26 +219,17 @@ class Backend:
 
     def _check_reached(self, model: nn.Module, modules: tuple[nn.Module, ...]) -> None:
         inside = {id(p) for module in modules for p in module.parameters()}
-        unreached = {
-            each: why_unreached(model, each)
-            for each in named_linears(model)
-            if each.certain
-            and each.weight not in self._reached
-            and (not inside or id(each.weight) in inside)
-        }
         tags = {tag.fqn: tag for tag in self._universe() or ()}
-        missing = [each for each in unreached if self.policy.decide(tags[each.tag.fqn]).scheme]
+        missing, rows = [], []
+        for each, reason in unreached(model, self._reached):
+            if not inside or id(each.weight) in inside:
+                selected = self.policy.decide(tags[each.tag.fqn]).scheme is not None
+                missing += [(each.tag.fqn, reason)] if selected else []
+                rows.append(LinearRow.of_unreached(each.tag, each.weight.nbytes, reason, selected))
         if missing and self._on_refusal == "raise":
-            self._failed = refusal([(each.tag.fqn, unreached[each]) for each in missing])
+            self._failed = refusal(missing)
             return
-        self.report.add(
-            LinearRow.of(
-                each.tag,
-                each.weight.nbytes,
-                f"{'refused' if each in missing else 'not in any graph'}: {reason}",
-            )
-            for each, reason in unreached.items()
-        )
+        self.report.include(rows)
 
     def _check_stacks(self, gm: GraphModule) -> None:
         """Refuse to guess from a fragment: how many blocks there are, which stack is the main one.

@@ -80,6 +80,14 @@ class LinearRow:
             expert=tag.expert and str(tag.expert),
         )
 
+    @classmethod
+    def of_unreached(
+        cls, tag: LinearTag, bytes_dense: int, reason: str, selected: bool
+    ) -> LinearRow:
+        """Build the row of a linear that is in no graph, and so runs dense if it runs at all."""
+        what = "refused" if selected else "not in any graph"
+        return cls.of(tag, bytes_dense, f"{what}: {reason}")
+
 
 @dataclass
 class Report:
@@ -98,6 +106,10 @@ class Report:
     def add(self, rows: Iterable[LinearRow]) -> None:
         """Take in the rows of one graph."""
         self.graphs += 1
+        self.include(rows)
+
+    def include(self, rows: Iterable[LinearRow]) -> None:
+        """Take in rows of what is in no graph."""
         for row in rows:
             self.rows_by_path[row.path] = row
 

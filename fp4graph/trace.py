@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fp4graph.errors import Fp4GraphError, StudyError
 from fp4graph.graph_runs import GraphRuns
 from fp4graph.passes.dynamo import make_room_for_graphs, pin_to_owners, raiser
+from fp4graph.passes.names import unreached
 from fp4graph.passes.pipeline import (
     OnRefusal,
     bindings,
@@ -26,7 +28,9 @@ from fp4graph.passes.tag import TagLinears
 from fp4graph.report import LinearRow, Report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor
 
     from fp4graph.kernels import Target
     from fp4graph.policy import Policy
@@ -51,6 +55,7 @@ class TracedModel:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._tag = TagLinears.of(model)
         self.graphs: list[TracedGraph] = []
         self._policy: Policy | None = None
@@ -104,6 +109,7 @@ class TracedModel:
         report = Report()
         for graph in self.graphs:
             report.add(graph.rewrite(policy, on_refusal, self.tags))
+        report.include(self._unreached(policy))
         return report
 
     @property
@@ -122,7 +128,17 @@ class TracedModel:
         report = Report()
         for graph in self.graphs:
             report.add(graph.plan(policy, self.tags, target))
+        report.include(self._unreached(policy))
         return report
+
+    def _unreached(self, policy: Policy | None) -> Iterator[LinearRow]:
+        """Yield rows of linears in frames that Dynamo runs as they are, or that the call left."""
+        reached = WeakIdKeyDictionary()
+        for graph in self.graphs:
+            reached.update(dict.fromkeys(graph.weights))
+        for each, reason in unreached(self._model, reached):
+            selected = policy is not None and policy.decide(each.tag).scheme is not None
+            yield LinearRow.of_unreached(each.tag, each.weight.nbytes, reason, selected)
 
     def _capture(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         run_passes(gm, example_inputs, (self._tag,))
@@ -157,6 +173,13 @@ class TracedGraph:
         self.tagged = gm
         self._example_inputs = tuple(example_inputs)
         self.run: Callable[..., Any] = gm.forward
+
+    @property
+    def weights(self) -> Iterator[Tensor]:
+        """The weights of its linears, as the model holds them."""
+        for _, site in sites(self.tagged):
+            if site.weight is not None:
+                yield self._example_inputs[site.weight]
 
     def plan(self, policy: Policy, universe: Tags, target: Target | None) -> list[LinearRow]:
         """Say what `rewrite` would do; refusals become rows."""

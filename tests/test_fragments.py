@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.closer import relative_l2
 from support.models import dequantised, tiny, tokens
+from support.nets import Block, Net, net
 from torch import Tensor, nn
 
 import fp4graph
@@ -101,3 +102,45 @@ def test_explain_sees_a_model_whole_that_graph_breaks_split() -> None:
     report = fp4graph.explain(model, tokens(), select="blocks=-1", use_cache=False)
     assert [row.block for row in report.selected] == [1] * 6
     assert len(report) == 13
+
+
+class Broken(Block):
+    """Breaks the graph between its two linears' modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(x)
+        torch._dynamo.graph_break()
+        return x + self.mlp(x)
+
+
+class BrokenNet(Net):
+    def __init__(self, blocks: int) -> None:
+        super().__init__(blocks)
+        self.layers = nn.ModuleList(Broken(32) for _ in range(blocks))
+
+
+@pytest.mark.parametrize("select, count", [("all", 12), ("down,blocks=1", 1), ("attn,blocks>1", 2)])
+def test_graph_breaks_leave_paths_whole_for_the_module_that_is_called(
+    select: str, count: int
+) -> None:
+    model, x = net(cls=BrokenNet), torch.randn(2, 32)
+    backend = fp4graph.backend(select, inner="eager")
+    with torch.no_grad():
+        out = torch.compile(model, backend=backend)(x)
+    picked = [row.path for row in backend.report.selected]
+    assert len(picked) == count
+    assert all(path.startswith("layers.") for path in picked)
+    twin = copy.deepcopy(model)
+    for path in picked:
+        linear = twin.get_submodule(path)
+        linear.weight.copy_(fp4graph.quantize(linear.weight).dequantize())
+    assert relative_l2(out, twin(x)) < 2e-6
+
+
+def test_what_is_in_no_graph_has_a_row_in_explain() -> None:
+    model = net()
+    model.layers[1].mlp.forward = torch._dynamo.disable(model.layers[1].mlp.forward)
+    report = fp4graph.explain(model, torch.randn(2, 32), select="blocks=1")
+    reasons = {row.path: row.reason for row in report if row.path.startswith("layers.1.mlp")}
+    assert set(reasons) == {"layers.1.mlp.up_proj", "layers.1.mlp.down_proj"}
+    assert all("refused: layers.1.mlp is kept from compilation" in each for each in reasons.values())

@@ -154,10 +154,27 @@ def _router(flow: Flow) -> _Found:
 
 
 def _head(flow: Flow) -> _Found:
-    rows = {_rows(node) for node in flow.nodes if called(node) == "embedding"} - {None}
+    embeddings = (node for node in flow.nodes if called(node) == "embedding")
+    rows = {_rows(node) for node in embeddings if _embeds_an_input(node, flow)} - {None}
     for node in flow.linears:
         if node.meta["example_value"].shape[-1] in rows and _is_returned(node, flow):
             yield node, Role.LM_HEAD, "gives the logits, a row for each of the embedding's"
+
+
+def _embeds_an_input(embedding: Node, flow: Flow) -> bool:
+    """Whether what is looked up is given to the graph, and not positions that it counts itself."""
+    waiting = [each for each in tensors(embedding) if not _is_table(each)]
+    while waiting:
+        node = waiting.pop()
+        if node.op == "placeholder" and not flow.is_parameter(node):
+            return True
+        waiting += [] if called(node) == "embedding" else tensors(node)
+    return False
+
+
+def _is_table(node: Node) -> bool:
+    value = node.meta.get("example_value")
+    return bool(value is not None and value.is_floating_point())
 
 
 def _rows(embedding: Node) -> int | None:

@@ -161,6 +161,16 @@ class CallWatch:
             self._after(modules)
 
 
+def called_module() -> nn.Module | None:
+    """Return the module whose call is being compiled, seen from within it; None if not just one."""
+    frame = running_call()
+    if frame is None:
+        return None
+    call = frame.f_locals
+    found = _modules_of(call["fn"], (), {})
+    return found[0] if len(found) == 1 else None
+
+
 def _modules_of(fn: Any, args: Any, kwargs: Any) -> tuple[nn.Module, ...]:
     """Return the modules that a call can reach: its object, its arguments, what its code names."""
     while isinstance(fn, partial):

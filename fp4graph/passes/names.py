@@ -14,8 +14,9 @@ from fp4graph.stacks import Lists, Stacks, block_lists
 from fp4graph.tags import LinearTag, Role
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping
+    from collections.abc import Container, Iterator, Mapping, MutableMapping
 
+    from torch import Tensor
     from torch.fx import Node
 
     Names = Mapping[nn.Parameter, tuple[str, ...]]
@@ -81,6 +82,18 @@ def model_lists(model: nn.Module) -> Lists:
         if weight.ndim in (2, 3) and "bias" not in name
     )
     return block_lists(matrices)
+
+
+def unreached(model: nn.Module, reached: Container[Tensor]) -> Iterator[tuple[NamedLinear, str]]:
+    """Yield the linears of a model that are in no graph, and why, as far as that can be seen.
+
+    Args:
+        model: the model.
+        reached: the weights that some graph has.
+    """
+    for each in named_linears(model):
+        if each.certain and each.weight not in reached:
+            yield each, why_unreached(model, each)
 
 
 def why_unreached(model: nn.Module, linear: NamedLinear) -> str:

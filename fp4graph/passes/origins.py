@@ -72,6 +72,10 @@ class Flow:
     def __getitem__(self, node: Node) -> Origins:
         return self._origins[node]
 
+    def is_parameter(self, node: Node) -> bool:
+        """Whether a placeholder is a parameter or a buffer of the model."""
+        return node in self._parameters
+
     def linears_of(self, node: Node) -> dict[Node, list[Origin]]:
         """Group the origins that are linears."""
         found: dict[Node, list[Origin]] = {}

@@ -64,6 +64,12 @@ def site_of(node: Node) -> LinearSite | None:
     return node.meta.get(_KEY)
 
 
+def unmark(gm: GraphModule) -> None:
+    """Take all sites off a graph."""
+    for node, _ in list(sites(gm)):
+        del node.meta[_KEY]
+
+
 def unmarked(node: Node) -> dict[str, Any]:
     """Return a node's metadata without its site."""
     return {key: value for key, value in node.meta.items() if key != _KEY}
