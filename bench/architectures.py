@@ -1,5 +1,7 @@
 """Which linears of every causal architecture of transformers fp4graph knows and runs: a census.
 
+And of five diffusion transformers of diffusers (tests/support/diffusion.py).
+
     make architectures          # or: python bench/architectures.py [TYPE ...]
 
 Each model type, made tiny with random weights (tests/support/architectures.py), runs in a process
@@ -22,6 +24,7 @@ import os
 import sys
 import warnings
 from collections import defaultdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.architectures import TYPES, build, call
+from support.diffusion import DIFFUSION, build_diffusion
 
 import fp4graph
 
@@ -67,7 +71,7 @@ class Products(TorchFunctionMode):
 
 def examine(kind: str) -> dict[str, Any]:
     """Run one type and count."""
-    model, inputs = build(kind)
+    model, inputs = (build_diffusion if kind in DIFFUSION else build)(kind)
     dense = call(model, inputs)
     products = Products(model)
     with products:
@@ -148,8 +152,9 @@ def in_a_process(kind: str) -> dict[str, Any]:
     return {"type": kind, **found}
 
 
-def page(found: list[dict[str, Any]]) -> str:
+def page(every: list[dict[str, Any]]) -> str:
     """Return the page."""
+    found = [each for each in every if each["type"] not in DIFFUSION]
     ran = [each for each in found if "error" not in each]
     good = {
         "every block linear has a role": sum(not each["other"] for each in ran),
@@ -171,9 +176,24 @@ def page(found: list[dict[str, Any]]) -> str:
         f"| builds, runs and compiles | {len(ran)} of {len(found)} |",
         *(f"| {name} | {count} of {len(ran)} |" for name, count in good.items()),
         "",
+        *table(found),
+        "",
+        "## Diffusion transformers",
+        "",
+        f"Of diffusers {version('diffusers')}, tiny and random, run with `all` in NVFP4. What is",
+        "`other` there makes scales and shifts of a time embedding (adaptive norms).",
+        "",
+        *table([each for each in every if each["type"] in DIFFUSION]),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def table(found: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a table."""
+    lines = [
         "| type | block linears | `other` | expert stacks | in FP4 | difference | notes |",
         "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for each in found:
         if "error" in each:
             lines.append(f"| {each['type']} | | | | | | {each['error'].replace('|', '/')} |")
@@ -185,7 +205,7 @@ def page(found: list[dict[str, Any]]) -> str:
             f"{each['experts'] or ''} | {each['selected']} | {each['difference']:.0e} | "
             f"{'; '.join(notes).replace('|', '/')} |"
         )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def fp4graph_versions() -> str:
@@ -201,7 +221,7 @@ def main() -> None:
     found = []
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        for kind in progress.track(chosen or TYPES, description="types"):
+        for kind in progress.track(chosen or (*TYPES, *DIFFUSION), description="types"):
             found.append(in_a_process(kind))
             if chosen:
                 print(json.dumps(found[-1], indent=1))

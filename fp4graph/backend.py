@@ -21,7 +21,6 @@ from fp4graph.passes.dynamo import (
     make_room_for_graphs,
     pin_to_owners,
     raiser,
-    running_call,
 )
 from fp4graph.passes.names import model_lists, named_linears, parameter_names, unreached
 from fp4graph.passes.pipeline import (
@@ -37,6 +36,7 @@ from fp4graph.passes.site import sites, unmark
 from fp4graph.passes.stale import bind
 from fp4graph.passes.tag import TagLinears
 from fp4graph.policy import Policy, Scheme, Select
+from fp4graph.private import required_call
 from fp4graph.report import LinearRow, Report
 from fp4graph.stacks import Stacks, below_block, list_of
 from fp4graph.tags import Role
@@ -110,7 +110,7 @@ class Backend:
             mode = read_mode(kwargs)
             self._graphs.add(gm, example_inputs)
             run = self._compile(gm, example_inputs, mode)
-            self.watch.follow(running_call())
+            self.watch.follow(required_call())
         except Fp4GraphError as error:
             return raiser(error)
         return run

@@ -24,6 +24,7 @@ from fp4graph.passes.match import match_linear
 from fp4graph.passes.regions import copy_graph, regions
 from fp4graph.passes.select import SelectLinears
 from fp4graph.passes.site import LinearSite, site_of
+from fp4graph.private import SET_GRAD_ENABLED
 from fp4graph.trace import TracedModel
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class Blocks:
         outputs = None if end is not None else self._after_last()
         run = segment(self._gm, self._starts[number], end, outputs)
         for node in list(run.graph.nodes):
-            if node.target is torch._C._set_grad_enabled:  # of code that was traced without
+            if node.target is SET_GRAD_ENABLED:  # of code that was traced without
                 run.graph.erase_node(node)
         run.recompile()
         with torch.no_grad():

@@ -45,6 +45,10 @@ class RecompileError(Fp4GraphError):
     """A function that needs more graphs than Dynamo keeps before it runs the plain model."""
 
 
+class TorchVersionError(Fp4GraphError):
+    """A version of torch that lacks, or has changed, something private that fp4graph needs."""
+
+
 class ModelError(Fp4GraphError):
     """A model that cannot be found, loaded or used for the job at hand."""
 

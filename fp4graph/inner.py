@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from torch._inductor import list_mode_options
-
 from fp4graph.errors import OptionError
+from fp4graph.private import compile_fx, list_mode_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,8 +42,6 @@ def compile_inner(
     if inner == "eager":
         return gm.forward
     if inner == "inductor":
-        from torch._inductor.compile_fx import compile_fx
-
         patches = list_mode_options(mode) if mode else None
         return cast(
             "Callable[..., Any]", compile_fx(gm, list(example_inputs), config_patches=patches)

@@ -7,7 +7,8 @@ from weakref import WeakKeyDictionary
 
 from fp4graph.backend import Backend, backend
 from fp4graph.errors import Fp4GraphError, OptionError
-from fp4graph.passes.dynamo import raiser, running_call
+from fp4graph.passes.dynamo import raiser
+from fp4graph.private import running_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping, Sequence

@@ -13,6 +13,7 @@ import torch
 from support.models import byte_tokenizer, tiny
 
 import fp4graph.models
+from fp4graph.private import setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
     names = ("recompile_limit", "accumulated_recompile_limit")  # a Backend raises these for good
-    entries = [torch._dynamo.config._config[name] for name in names]
+    entries = [setting(name) for name in names]
     before = [entry.default for entry in entries]
     torch._dynamo.reset()
     yield

@@ -143,4 +143,6 @@ def test_what_is_in_no_graph_has_a_row_in_explain() -> None:
     report = fp4graph.explain(model, torch.randn(2, 32), select="blocks=1")
     reasons = {row.path: row.reason for row in report if row.path.startswith("layers.1.mlp")}
     assert set(reasons) == {"layers.1.mlp.up_proj", "layers.1.mlp.down_proj"}
-    assert all("refused: layers.1.mlp is kept from compilation" in each for each in reasons.values())
+    assert all(
+        "refused: layers.1.mlp is kept from compilation" in each for each in reasons.values()
+    )

@@ -12,6 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from fp4graph.private import is_faking
+
 _F32_MANTISSA = 23
 _F32_BIAS = 127
 
@@ -73,8 +75,7 @@ class Minifloat:
     def decode(self, codes: Tensor) -> Tensor:
         """Return the float32 values of uint8 codes."""
         # a table made under a fake mode is fake, and must not outlive it
-        fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-        table = self.table(codes.device) if fake else self._kept_table(codes.device)
+        table = self.table(codes.device) if is_faking() else self._kept_table(codes.device)
         return table[codes.to(torch.int32)]
 
     @cache  # noqa: B019 - two instances exist, and their tables are small

@@ -22,12 +22,14 @@ from torch.fx import Node
 
 from fp4graph.passes.match import called
 from fp4graph.passes.origins import SOFTMAX, TOP, Flow, tensors
+from fp4graph.passes.site import site_of
 from fp4graph.tags import Role
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
 
+_PRODUCTS = {"mul", "multiply", "mul_", "imul", "addcmul"}
 _Found = Iterator[tuple[Node, Role, str]]
 _MOST_PROJECTIONS = 5
 
@@ -97,8 +99,29 @@ def _after_attention(flow: Flow, result: Node, reached: Collection[Node]) -> _Fo
             continue
         yield linear, Role.O, "takes attention's result"
         for factor, origins in flow.linears_of(x).items():
-            if factor not in reached and all(origin.activated for origin in origins):
+            if factor in reached or not all(origin.activated for origin in origins):
+                continue
+            if _multiplied(flow, x, result, factor):
                 yield factor, Role.ATTN_GATE, "an activated factor of attention's result"
+            else:
+                yield factor, Role.UP, "passes an activation beside attention's result"
+
+
+def _multiplied(flow: Flow, x: Node, result: Node, factor: Node) -> bool:
+    """Whether a linear's result multiplies attention's on the way to `x`."""
+    waiting, seen = [x], set[Node]()
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node in flow.linears or node is result:
+            continue
+        seen.add(node)
+        inputs = tensors(node)
+        waiting += inputs
+        if called(node) in _PRODUCTS and len(inputs) > 1:
+            origins = [{origin.node for origin in flow[each]} for each in inputs]
+            if any(result in each for each in origins) and any(factor in each for each in origins):
+                return True
+    return False
 
 
 _PARTS = {
@@ -120,6 +143,8 @@ def _mlp(flow: Flow) -> _Found:
         if not flow.is_plain(x):
             continue
         factors = flow.linears_of(x)
+        if any(_block(factor) != _block(down) for factor in factors):
+            continue  # what conditions all blocks alike, such as a time embedding
         activated = [n for n, all_ in factors.items() if any(each.activated for each in all_)]
         if len(factors) == 1 and activated:
             (only, origins), why = next(iter(factors.items())), "passes an activation into down"
@@ -134,6 +159,11 @@ def _mlp(flow: Flow) -> _Found:
             yield activated[0], Role.GATE, "passes an activation, then multiplies"
             yield other, Role.UP, "is multiplied by an activated linear"
             yield down, Role.DOWN, "takes the product of gate and up"
+
+
+def _block(linear: Node) -> tuple[str, int | None] | None:
+    site = site_of(linear)
+    return None if site is None else (site.tag.stack, site.tag.block)
 
 
 def _router(flow: Flow) -> _Found:

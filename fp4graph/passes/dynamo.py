@@ -13,14 +13,22 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch._dynamo import eval_frame
-from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.source import NNModuleSource
-from torch._guards import TracingContext
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fp4graph.errors import RecompileError, StudyError
+from fp4graph.private import (
+    GuardBuilder,
+    NNModuleSource,
+    TracingContext,
+    innermost_backend,
+    install_guard,
+    running_call,
+    setting,
+    settings_patcher,
+    stance,
+    start_callbacks,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -77,7 +85,7 @@ def make_room_for_graphs() -> None:
     config = torch._dynamo.config
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         before = getattr(config, name)
-        entry = config._config[name]  # type: ignore[attr-defined]
+        entry = setting(name)
         entry.default += GRAPHS_A_FUNCTION
         if getattr(config, name) == before:
             setattr(config, name, before + GRAPHS_A_FUNCTION)
@@ -108,7 +116,7 @@ class CallWatch:
         after: Callable[[tuple[nn.Module, ...]], None],
         runs: GraphRuns,
     ) -> None:
-        listeners = torch._dynamo.callback.callback_handler.start_callbacks
+        listeners = start_callbacks()
         if _compilation_starts not in listeners:  # torch._dynamo.reset() forgets it
             listeners.append(_compilation_starts)
         self._before = before
@@ -116,9 +124,7 @@ class CallWatch:
         self._runs = runs
         self._watched: WeakSet[Any] = WeakSet()
         self._here = threading.local()
-        self._no_fallback = torch._dynamo.config._make_closure_patcher(
-            fail_on_recompile_limit_hit=True
-        )
+        self._no_fallback = settings_patcher(fail_on_recompile_limit_hit=True)
 
     def follow(self, frame: FrameType | None) -> None:
         """Follow the call that runs in a frame, in which something is being compiled."""
@@ -136,16 +142,15 @@ class CallWatch:
     def _enter(self) -> Callable[[], None]:
         self._before()
         leave = self._start()
-        if eval_frame._stance.stance == "default":
+        if stance() == "default":
             return leave
         return partial(self._leave_stance, leave, self._runs.count)
 
     def _leave_stance(self, leave: Callable[[], None], before: int) -> None:
         leave()
-        stance = eval_frame._stance.stance
         if self._runs.count == before and sys.exception() in (None, self._here.outer):
             raise StudyError(
-                f"torch.compiler.set_stance({stance!r}) ran this call in the plain model, dense"
+                f"torch.compiler.set_stance({stance()!r}) ran this call in the plain model, dense"
             )
 
     def _start(self) -> Callable[[], None]:
@@ -187,7 +192,7 @@ def _compilation_starts(args: object) -> None:
     """Set the watch of the backend for which a frame is compiled, be there a graph in it or not."""
     frame = running_call()
     if frame is not None:
-        wrapper = eval_frame.innermost_backend(frame.f_locals["self"].callback)
+        wrapper = innermost_backend(frame.f_locals["self"].callback)
         watch = getattr(getattr(wrapper, "compiler_fn", wrapper), "watch", None)
         if isinstance(watch, CallWatch):
             watch.follow(frame)
@@ -230,14 +235,3 @@ def raiser(error: Fp4GraphError) -> Callable[..., Any]:
         raise error.with_traceback(None)
 
     return raise_error
-
-
-def running_call() -> FrameType | None:
-    """Return the frame of the innermost call of a compiled function, seen from within it."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__:
-            return frame
-        frame = frame.f_back
-    return None

@@ -11,6 +11,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 
 from fp4graph.passes.match import called
 from fp4graph.passes.writes import writes_in_place
+from fp4graph.private import NN_FUNCTIONS, SET_GRAD_ENABLED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,7 +39,7 @@ def is_pure(node: Node) -> bool:
     if target in _PLAIN or getattr(target, "__module__", None) in ("_operator", "math"):
         return True
     name = called(node)
-    homes = (torch, torch.nn.functional, torch._C._nn, torch.Tensor)
+    homes = (torch, torch.nn.functional, NN_FUNCTIONS, torch.Tensor)
     own = node.op == "call_method" or any(getattr(home, name, None) is target for home in homes)
     packet = getattr(torch.ops.aten, name, None) if own else None
     if not isinstance(packet, OpOverloadPacket):
@@ -55,12 +56,12 @@ def under_way(nodes: Sequence[Node]) -> Iterator[bool]:
     is run from there, or only up to there, computes something else. The last gradient mode that a
     graph sets is the caller's own.
     """
-    modes = [node.args[0] for node in nodes if node.target is torch._C._set_grad_enabled]
+    modes = [node.args[0] for node in nodes if node.target is SET_GRAD_ENABLED]
     usual = mode = modes[-1] if modes else None
     depth = 0
     for node in nodes:
         yield depth > 0 or mode != usual
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is SET_GRAD_ENABLED:
             mode = node.args[0]
         elif node.op == "call_function" and not is_pure(node):
             depth += bool(_BEGINS.search(called(node))) - bool(_ENDS.search(called(node)))

@@ -7,10 +7,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._dynamo.source import ConstantSource
 from torch.nn.functional import linear
 
 from fp4graph.passes.site import unmarked
+from fp4graph.private import ConstantSource
 
 if TYPE_CHECKING:
     from torch import Tensor

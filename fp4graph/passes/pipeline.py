@@ -19,6 +19,7 @@ from fp4graph.passes.select import SelectLinears
 from fp4graph.passes.site import sites
 from fp4graph.passes.smooth_inputs import SmoothInputs
 from fp4graph.passes.stale import Binding
+from fp4graph.private import SET_GRAD_ENABLED
 from fp4graph.report import LinearRow
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def check_no_gradients(gm: GraphModule, example_inputs: Sequence[Any]) -> None:
 
 def _enables_gradients(gm: GraphModule) -> bool:
     return any(
-        node.target is torch._C._set_grad_enabled and node.args[0] is True
+        node.target is SET_GRAD_ENABLED and node.args[0] is True
         for region in regions(gm)
         for node in region.gm.graph.nodes
     )

@@ -7,7 +7,8 @@ import operator
 import torch
 from torch.fx import Node
 
-_GET_DATA = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # what Dynamo makes of `weight.data`
+from fp4graph.private import GET_DATA  # what Dynamo makes of `weight.data`
+
 _COPIES = {
     *("detach", "contiguous", "clone", "alias", "to", "type", "type_as"),
     *("float", "half", "bfloat16", "double"),
@@ -82,7 +83,7 @@ def is_copy(node: Node) -> bool:
         return False
     if node.target is getattr:
         return node.args[1] == "data"
-    if node.target in (_GET_DATA, torch.detach, torch.clone):
+    if node.target in (GET_DATA, torch.detach, torch.clone):
         return True
     if node.op != "call_method" or node.target not in _COPIES:
         return False

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import psutil
 import torch
-from torch._dynamo.utils import counters
 from transformers import StaticCache
 
 import fp4graph
 from fp4graph import OptionError, Policy, Report, Scheme, TracedModel
 from fp4graph.models import check_length
+from fp4graph.private import counters
 from fp4graph.study.compiled import compiled
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ def build(kind: str) -> tuple[nn.Module, dict[str, Any]]:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if sum(p.numel() for p in model.parameters()) > _MOST:
         raise ValueError(f"{kind}: its config is not tiny")
-    _give_unit_gain(model)
+    give_unit_gain(model)
     books = config.num_codebooks if kind.startswith("musicgen") else 1
     generator = torch.Generator().manual_seed(0)
     inputs: dict[str, Any] = {
@@ -147,7 +147,7 @@ def _token(name: str, value: int, tokens: dict[str, int]) -> int:
 
 
 @torch.no_grad()
-def _give_unit_gain(model: nn.Module) -> None:
+def give_unit_gain(model: nn.Module) -> None:
     for path, module in model.named_modules():
         for name, p in module.named_parameters(recurse=False):
             if name == "weight" and isinstance(module, nn.Linear):
