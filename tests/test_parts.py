@@ -172,8 +172,8 @@ class Chosen(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x[mask]
         q, k, v = self.qkv(x).view(-1, 3, 2, 16).unbind(1)
-        heads = (each.transpose(0, 1) for each in (q, k, v))
-        y = nn.functional.scaled_dot_product_attention(*heads)
+        q, k, v = (each.transpose(0, 1) for each in (q, k, v))
+        y = (q @ k.transpose(1, 2)).softmax(-1) @ v
         return self.o_proj(y.transpose(0, 1).flatten(1))
 
 

@@ -1,4 +1,4 @@
-"""Compile what Triton 3.7.1 cannot, in a process of its own: an assertion may end it.
+"""Compile what Triton 3.7 cannot and 3.8 can, in a process of its own: an assertion may end it.
 
     python known_failures.py cuda:sm_90 nvfp4|mxfp4
 

@@ -95,7 +95,8 @@ def _parse(text: str) -> Instruction:
     name, *rest = text.split(None, 1)
     operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", rest[0] if rest else "")
     split = tuple(_elements(each) if each[0] == "{" else each.strip() for each in operands)
-    return Instruction(guard, tuple(name.split(".")), split)
+    parts = (part.removesuffix("::cta") for part in name.split("."))  # as triton 3.8 spells it
+    return Instruction(guard, tuple(parts), split)
 
 
 def _elements(braced: str) -> list[str]:
