@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from fp4graph.tags import LinearTag
 
 
+_REFUSED = "refused: "
+
+
 @dataclass(frozen=True)
 class LinearRow:
     """One linear of a compiled model.
@@ -85,8 +88,8 @@ class LinearRow:
         cls, tag: LinearTag, bytes_dense: int, reason: str, selected: bool
     ) -> LinearRow:
         """Build the row of a linear that is in no graph, and so runs dense if it runs at all."""
-        what = "refused" if selected else "not in any graph"
-        return cls.of(tag, bytes_dense, f"{what}: {reason}")
+        what = _REFUSED if selected else "not in any graph: "
+        return cls.of(tag, bytes_dense, f"{what}{reason}")
 
 
 @dataclass
@@ -133,6 +136,11 @@ class Report:
     def selected(self) -> list[LinearRow]:
         """The rows of linears that run in FP4."""
         return [row for row in self if row.selected]
+
+    @property
+    def refused(self) -> list[LinearRow]:
+        """The rows of linears that are selected and stay dense."""
+        return [row for row in self if row.reason.startswith(_REFUSED)]
 
     @property
     def bytes_dense(self) -> int:

@@ -130,6 +130,30 @@ def test_errors_are_one_line_and_exit_2(
     assert line.startswith(("fp4graph: ", "Error: "))
 
 
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (KeyError("x"), 1, "a fault of fp4graph's or of the model's code (KeyError: 'x')"),
+        (OSError(28, "No space left on device", "out/run.json"), 2, "No space left on device"),
+        (MemoryError("3 GB"), 1, "not enough memory: 3 GB"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "not enough memory"),
+    ],
+)
+def test_no_command_ends_in_a_traceback(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, words: str
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fp4graph.models.load", fail)
+    result = CliRunner().invoke(main, ["inspect", str(tiny_folder)], catch_exceptions=False)
+    assert result.exit_code == code
+    assert words in result.output
+    assert "Traceback" not in result.output
+    loud = CliRunner().invoke(main, ["-v", "inspect", str(tiny_folder)], catch_exceptions=False)
+    assert loud.exit_code == code
+
+
 def test_ablate(tiny_folder: Path, tmp_path: Path) -> None:
     arguments = [
         "ablate", str(tiny_folder), "--by", "role", "--direction", "both",

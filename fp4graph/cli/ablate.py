@@ -247,6 +247,12 @@ def _todo(
     if ablation.whole_because:
         stderr.print(f"every trial runs the whole model: {ablation.whole_because}")
     report = ablation.report()
+    if report.refused:
+        first = report.refused[0]
+        stderr.print(
+            f"{len(report.refused)} linears stay dense in every trial, such as {first.path}: "
+            f"{first.reason}"
+        )
     found = (trial for group in groups for trial in group.trials(report, calibrations))
     plan = list(dict.fromkeys(found))
     ablation.check(plan)
