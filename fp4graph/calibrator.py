@@ -109,7 +109,11 @@ def calibrate(
             done = _block(blocks, number, block_format, quantizer, damping)
             done.about["key"] = key
             if file is not None:
-                done.save(file)
+                try:
+                    done.save(file)
+                except CalibrationError:
+                    if _load(Path(str(out)), key) is None:
+                        raise  # else another process has ended, and removed the folder
         ended.append(file or done)
         rounded = {fqn: done.dequantize(fqn) for fqn in done.packed if propagate}
         blocks.advance(number, rounded)
@@ -137,20 +141,15 @@ def _together(ended: Sequence[Calibration | Path], out: Path | str | None, key: 
 
     Another process that does the same may have put them together already, and removed them.
     """
-    whole: Calibration | None = None
     blocks: list[Calibration] = []
     for each in ended:
-        if isinstance(each, Path):
-            done = _load(each, key)
-            if done is None and out is not None:
-                whole = whole or _load(Path(out), key)
-                if whole is not None:
-                    return whole
-            if done is None:
+        done = _load(each, key) if isinstance(each, Path) else each
+        if done is None:
+            whole = None if out is None else _load(Path(out), key)
+            if whole is None:
                 raise CalibrationError(f"{each} was removed while it was needed: start again")
-            blocks.append(done)
-        else:
-            blocks.append(each)
+            return whole
+        blocks.append(done)
     first = blocks[0]
     about: dict[str, Any] = {"output_error": {}, "unseen": []}
     packed: dict[str, PackedWeight] = {}
