@@ -18,6 +18,8 @@ from fp4graph.errors import TorchVersionError
 if TYPE_CHECKING:
     from types import FrameType
 
+    from torch.fx import Node
+
 NEEDED = {
     "torch._C._set_grad_enabled": "graphs that switch gradients on or off",
     "torch._C._autograd._get_data_attr": "weights that are read as `weight.data`",
@@ -62,6 +64,7 @@ def _resolve(path: str) -> Any:
 
 
 _FOUND = {path: _resolve(path) for path in NEEDED}
+OpOverloadPacket = _FOUND["torch._ops.OpOverloadPacket"]
 SET_GRAD_ENABLED = _FOUND["torch._C._set_grad_enabled"]
 GET_DATA = _FOUND["torch._C._autograd._get_data_attr"]
 NN_FUNCTIONS = _FOUND["torch._C._nn"]
@@ -77,6 +80,18 @@ counters = _FOUND["torch._dynamo.utils.counters"]
 
 CALL_LOCALS = ("fn", "args", "kwargs", "self", "cleanups")
 """Names that are read in the frame of a compiled function's call."""
+
+
+_ATTRIBUTES = {"numpy_T": "T", "mT": "mT"}  # ops of torch 2.14 on; before it is getattr
+
+
+def attribute_of(node: Node) -> str | None:
+    """Return the name of the attribute that a node reads, such as `T`; None if it reads none."""
+    if node.target is getattr:
+        return str(node.args[1])
+    if isinstance(node.target, OpOverloadPacket):
+        return _ATTRIBUTES.get(node.target.__name__)
+    return None
 
 
 def is_faking() -> bool:

@@ -94,18 +94,18 @@ def _gguf(path: Path, drop: str, **options: int) -> None:
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_dimension_count(16)
-    writer.add_vocab_size(259)
+    writer.add_vocab_size(260)
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*bytes_to_unicode().values(), "<s>", "</s>", "ab"])
-    writer.add_token_types([1] * 256 + [3, 3, 1])
-    writer.add_token_merges(["a b"])
+    writer.add_token_list([*bytes_to_unicode().values(), "<s>", "</s>", "ab", "ba"])
+    writer.add_token_types([1] * 256 + [3, 3, 1, 1])
+    writer.add_token_merges(["a b", "b a"])
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
     shapes = {
-        "token_embd": (259, 64), "output": (259, 64), "output_norm": (64,),
+        "token_embd": (260, 64), "output": (260, 64), "output_norm": (64,),
         "blk.0.attn_norm": (64,), "blk.0.ffn_norm": (64,), "blk.0.attn_q": (64, 64),
         "blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64), "blk.0.attn_output": (64, 64),
         "blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64), "blk.0.ffn_down": (64, 96),

@@ -41,7 +41,7 @@ def is_pure(node: Node) -> bool:
     name = called(node)
     homes = (torch, torch.nn.functional, NN_FUNCTIONS, torch.Tensor)
     own = node.op == "call_method" or any(getattr(home, name, None) is target for home in homes)
-    packet = getattr(torch.ops.aten, name, None) if own else None
+    packet = getattr(torch.ops.aten, name, None) if own else target
     if not isinstance(packet, OpOverloadPacket):
         return False
     overloads = [getattr(packet, each) for each in packet.overloads()]

@@ -7,7 +7,7 @@ import operator
 import torch
 from torch.fx import Node
 
-from fp4graph.private import GET_DATA  # what Dynamo makes of `weight.data`
+from fp4graph.private import GET_DATA, attribute_of
 
 _COPIES = {
     *("detach", "contiguous", "clone", "alias", "to", "type", "type_as"),
@@ -56,8 +56,9 @@ def is_transpose(node: Node) -> bool:
     if not node.args or not isinstance(node.args[0], Node):
         return False
     ndim = _ndim(node.args[0])
-    if node.target is getattr:
-        return node.args[1] == "mT" or (node.args[1] == "T" and ndim == 2)
+    attribute = attribute_of(node)
+    if attribute is not None:
+        return attribute == "mT" or (attribute == "T" and ndim == 2)
     if node.target in ("t", torch.t):
         return True
     given = node.args[1:]
@@ -81,8 +82,8 @@ def is_copy(node: Node) -> bool:
     """Whether the node's value is its first argument's: `.data`, `.detach()`, `.to(same dtype)`."""
     if not node.args or not isinstance(node.args[0], Node):
         return False
-    if node.target is getattr:
-        return node.args[1] == "data"
+    if attribute_of(node) == "data":
+        return True
     if node.target in (GET_DATA, torch.detach, torch.clone):
         return True
     if node.op != "call_method" or node.target not in _COPIES:

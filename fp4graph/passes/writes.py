@@ -21,7 +21,7 @@ VIEWS = {
     *("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "narrow"),
     *("select", "index_select", "unbind", "getitem", "diagonal", "as_strided", "view_as"),
     *("chunk", "split", "split_with_sizes", "tensor_split", "expand_as", "ravel"),
-    *("t", "transpose", "permute", "swapaxes", "swapdims", "movedim"),
+    *("t", "transpose", "permute", "swapaxes", "swapdims", "movedim", "numpy_T", "mT"),
 }
 """Names of what returns a part of a tensor's memory, or may."""
 
