@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from torch import Tensor
 from torch.fx import Node
 
 from fp4graph.passes.match import called
@@ -204,7 +205,7 @@ def _embeds_an_input(embedding: Node, flow: Flow) -> bool:
 
 def _is_table(node: Node) -> bool:
     value = node.meta.get("example_value")
-    return bool(value is not None and value.is_floating_point())
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _rows(embedding: Node) -> int | None:
