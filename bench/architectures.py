@@ -38,6 +38,7 @@ from support.architectures import TYPES, build, call
 from support.diffusion import DIFFUSION, build_diffusion
 
 import fp4graph
+from fp4graph.stacks import below_block
 
 PAGE = Path(__file__).parents[1] / "docs/architectures.md"
 SECONDS = 150
@@ -85,7 +86,7 @@ def examine(kind: str) -> dict[str, Any]:
     expected = call(twin, inputs)
     return {
         "linears": len(linears),
-        "other": sorted({row.path.split(".", 3)[-1] for row in linears if row.role == "other"}),
+        "other": sorted({below_block(row.path) for row in linears if row.role == "other"}),
         "experts": sum(row.role == "expert" for row in inside),
         "no_row": sorted(names[0] for names in products.seen if paths.isdisjoint(names)),
         "routers": sum(row.role == "router" for row in backend.report.selected),
