@@ -21,10 +21,11 @@ def record(
     rewrite: bool = True,
 ) -> Recorder:
     policy = Policy.of(select, Scheme.of(activations=activations, kernel="reference"))  # type: ignore[arg-type]
-    passes = (TagLinears(), *plan_passes(policy, on_refusal))  # type: ignore[arg-type]
+    model = tiny(family)  # in transformers 5.24 a wrapper takes it as the first of *args
+    passes = (TagLinears.of(model), *plan_passes(policy, on_refusal))  # type: ignore[arg-type]
     recorder = Recorder(*passes, *(rewrite_passes() if rewrite else ()))
     with torch.no_grad():
-        torch.compile(tiny(family), backend=recorder)(tokens(), use_cache=False)
+        torch.compile(model, backend=recorder)(tokens(), use_cache=False)
     return recorder
 
 
@@ -179,6 +180,7 @@ def test_a_weight_that_is_no_parameter_is_refused() -> None:
 def test_weights_made_in_inference_mode_are_refused() -> None:
     with torch.inference_mode():
         model = tiny("llama")
-        recorder = Recorder(TagLinears(), *plan_passes(Policy.of("q", Scheme.of()), "keep"))
+        passes = (TagLinears.of(model), *plan_passes(Policy.of("q", Scheme.of()), "keep"))
+        recorder = Recorder(*passes)
         torch.compile(model, backend=recorder)(tokens(), use_cache=False)
     assert "load the model outside" in marks(recorder)["model.layers.0.self_attn.q_proj"].reason
