@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from fp4graph.selector import Selector
 
 
+_LOG = logging.getLogger("fp4graph.calibrate")
+_UNSEEN = "no token came to %d experts, so their codes come of no data: %s, ..."
+
+
 def calibrate(
     model: nn.Module,
     batches: Iterable[Tensor | Mapping[str, Any]],
@@ -130,10 +134,6 @@ def calibrate(
         with contextlib.suppress(OSError):  # another run's blocks are there
             kept.parent.rmdir()
     return result
-
-
-_LOG = logging.getLogger("fp4graph.calibrate")
-_UNSEEN = "no token came to %d experts, so their codes come of no data: %s, ..."
 
 
 def _together(ended: Sequence[Calibration | Path], out: Path | str | None, key: str) -> Calibration:

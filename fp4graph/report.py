@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fp4graph.tags import LinearTag
 
 
-_REFUSED = "refused: "
+REFUSED = "refused: "
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class LinearRow:
         cls, tag: LinearTag, bytes_dense: int, reason: str, selected: bool
     ) -> LinearRow:
         """Build the row of a linear that is in no graph, and so runs dense if it runs at all."""
-        what = _REFUSED if selected else "not in any graph: "
+        what = REFUSED if selected else "not in any graph: "
         return cls.of(tag, bytes_dense, f"{what}{reason}")
 
 
@@ -140,7 +140,7 @@ class Report:
     @property
     def refused(self) -> list[LinearRow]:
         """The rows of linears that are selected and stay dense."""
-        return [row for row in self if row.reason.startswith(_REFUSED)]
+        return [row for row in self if row.reason.startswith(REFUSED)]
 
     @property
     def bytes_dense(self) -> int:

@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fp4graph.kernels import Target
+    from fp4graph.passes.names import NamedLinear
     from fp4graph.policy import Policy
     from fp4graph.tags import LinearTag
 
     Tags = tuple[LinearTag, ...]
+    Left = tuple[tuple[NamedLinear, str], ...]
 
 _MOST_TRACES = 4
 
@@ -62,6 +64,7 @@ class TracedModel:
         self._on_refusal: OnRefusal = "raise"
         self._runs = GraphRuns()
         self._ran: set[TracedGraph] = set()
+        self._left: tuple[int, Left] | None = None  # by how many graphs there were
         make_room_for_graphs()
         self._compiled = torch.compile(model, backend=self._capture, dynamic=False)
 
@@ -84,6 +87,7 @@ class TracedModel:
                         problem = "the model went back to the graph of its first call"
                         graph.run = raiser(StudyError(problem))
                 self.graphs = [graph for graph in self.graphs if graph in self._ran]
+                self._left = None
                 return out
         raise StudyError(
             f"each of {_MOST_TRACES} calls was traced anew: the model changes from call to call"
@@ -133,10 +137,12 @@ class TracedModel:
 
     def _unreached(self, policy: Policy | None) -> Iterator[LinearRow]:
         """Yield rows of linears in frames that Dynamo runs as they are, or that the call left."""
-        reached = WeakIdKeyDictionary()
-        for graph in self.graphs:
-            reached.update(dict.fromkeys(graph.weights))
-        for each, reason in unreached(self._model, reached):
+        if self._left is None or self._left[0] != len(self.graphs):
+            reached = WeakIdKeyDictionary()
+            for graph in self.graphs:
+                reached.update(dict.fromkeys(graph.weights))
+            self._left = len(self.graphs), tuple(unreached(self._model, reached))
+        for each, reason in self._left[1]:
             selected = policy is not None and policy.decide(each.tag).scheme is not None
             yield LinearRow.of_unreached(each.tag, each.weight.nbytes, reason, selected)
 

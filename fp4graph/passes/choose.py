@@ -12,6 +12,7 @@ from fp4graph.calibrate import matrix_name
 from fp4graph.errors import CalibrationError, Fp4GraphError, RefusalError
 from fp4graph.kernels import Problem, Target, choose, is_plain, kernels, refusals, target_of
 from fp4graph.passes.site import LinearSite, mark, sites
+from fp4graph.report import REFUSED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +52,7 @@ class ChooseKernels:
                 kernel = choose(problem, site.scheme.kernel)
             except (RefusalError, CalibrationError) as error:
                 refused.append((site.tag.fqn, error))
-                mark(node, replace(site, scheme=None, reason=f"refused: {error}"))
+                mark(node, replace(site, scheme=None, reason=f"{REFUSED}{error}"))
             else:
                 note = ""
                 if kernel.note and site.scheme.kernel == "auto":

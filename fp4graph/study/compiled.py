@@ -18,15 +18,12 @@ if TYPE_CHECKING:
     from fp4graph.backend import Backend
 
 
-def compiled(
-    model: nn.Module, backend: Backend, *, selects: bool, **options: Any
-) -> Callable[..., Any]:
+def compiled(model: nn.Module, backend: Backend, **options: Any) -> Callable[..., Any]:
     """Compile a model's forward with a backend; each call proves that it ran what was compiled.
 
     Args:
         model: the model.
         backend: what compiles it, made for this model alone.
-        selects: whether the backend selects any linear.
         options: further ones of `torch.compile`.
 
     Returns:
@@ -35,12 +32,13 @@ def compiled(
     """
     forward = model.forward
     run = torch.compile(forward, backend=backend, **options)
+    selects = not backend.policy.is_none
 
     @functools.wraps(forward)
     def proved(*args: Any, **kwargs: Any) -> Any:
         with backend.runs.required():
             out = run(*args, **kwargs)
-        if bool(backend.report.selected) != selects:
+        if selects and not any(row.selected for row in backend.report):
             raise StudyError("the model did not run as selected")
         return out
 

@@ -131,9 +131,7 @@ class _Runner:
             model=model,
             report=self.report,
         )
-        selects = variant.selector != "none"
-        options = {"dynamic": False, "mode": variant.mode}
-        self._call = compiled(model, backend, selects=selects, **options)
+        self._call = compiled(model, backend, dynamic=False, mode=variant.mode)
         self._cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
         with torch.no_grad():  # allocates the cache; a CUDA graph takes none that a graph allocated
             model(input_ids=prompt[:, :1], past_key_values=self._cache, use_cache=True)

@@ -134,13 +134,12 @@ def outliers(
     tokens: dict[str, int] = defaultdict(int)
     for ids in all_ids.split(1):
         tap(input_ids=ids, use_cache=False)
-        own: dict[
-            tuple[tuple[int, int], ...], Accumulator
-        ] = {}  # q, k and v have one input between them
+        # q, k and v have one input between them
+        own: dict[tuple[tuple[int, int], ...], Accumulator] = {}
         for tag, calls in tap.seen.items():
             inputs = [call.x for call in calls]
             tokens[tag.fqn] += sum(x.numel() // x.shape[-1] for x in inputs)
-            key = (*((x.data_ptr(), x.shape[-1]) for x in inputs),)
+            key = tuple((x.data_ptr(), x.shape[-1]) for x in inputs)
             if key not in own:
                 own[key] = seen.setdefault(tag.fqn, Accumulator(tag.shape[1]))
                 for x in inputs:

@@ -244,9 +244,7 @@ class Sensitivity:
             fisher=sums.fisher / tokens,
             kl_element=sums.element / tokens,
             kl_token=sums.token / tokens,
-            kl_window=kl_of(
-                torch.tensor(sums.products, dtype=torch.float64, device="cpu"), self._windows
-            ),
+            kl_window=kl_of(_tensor(sums.products), self._windows),
             kl=math.sqrt(sums.element * sums.token) / tokens,
             dnll=sums.first / tokens,
         )

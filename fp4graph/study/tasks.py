@@ -77,6 +77,9 @@ class _Answers:
     questions: int
 
 
+_NONE = _Answers(None, {}, math.fsum, 0)
+
+
 def evaluate_tasks(
     loaded: LoadedModel,
     plan: Sequence[Trial],
@@ -108,7 +111,8 @@ def evaluate_tasks(
     dense = harness.answers(DENSE)
     for trial in dict.fromkeys((DENSE, *plan)):
         found = dense if trial == DENSE else harness.answers(trial)
-        rows = [_row(trial, key, found[key], answers) for key, answers in dense.items()]
+        keys = dict.fromkeys((*dense, *found))  # a metric may hang on what was answered
+        rows = [_row(trial, key, found.get(key, _NONE), dense.get(key, _NONE)) for key in keys]
         yield from rows
         yield from harness.groups(trial, rows)
 
@@ -158,7 +162,7 @@ class _Harness:
         model = self._loaded.model
         policy = trial.policy({}) or Policy.of("none", Scheme.of())
         made = backend(policy, inner="eager", model=model)
-        forward = compiled(model, made, selects=trial != DENSE, dynamic=True)
+        forward = compiled(model, made, dynamic=True)
         try:
             self._load()
             with forward_replaced(model, forward):
@@ -256,12 +260,16 @@ def _row(trial: Trial, key: Key, found: _Answers, dense: _Answers) -> TaskRow:
     notes = []
     if found.value is None:
         notes.append(f"{metric} gives no number")
-    if len(both) < found.questions:
-        notes.append(f"{found.questions - len(both)} of {found.questions} questions have no value")
-    difference = None
+    asked = max(found.questions, dense.questions)
+    if len(both) < asked:
+        notes.append(f"{asked - len(both)} of {asked} questions have no value")
+    difference = error = None
     if found.value is not None and dense.value is not None:
         difference = found.value - dense.value
-    error = None
+        if found.by_question.keys() != dense.by_question.keys():
+            ours, theirs = ([each.by_question[n] for n in both] for each in (found, dense))
+            both_values = (found.aggregate(ours), dense.aggregate(theirs)) if both else ()
+            difference = both_values[0] - both_values[1] if both_values else None
     if trial != DENSE and difference is not None:
         error = _error(found, dense, both)
     return TaskRow(

@@ -77,7 +77,7 @@ filter_list:
       - {{function: take_first}}
 """
 )
-# leaves every third question out, and one metric is a text
+# leaves every third question out, one metric is a text, and one hangs on the answer
 OWN = (
     HEAD
     + """\
@@ -88,11 +88,14 @@ process_results: !function own.process
 metric_list:
   - {{metric: length, aggregation: mean}}
   - {{metric: word, aggregation: !function own.words}}
+  - {{metric: kept, aggregation: mean}}
 """
 )
 OWN_CODE = """\
 def process(doc, results):
-    return {"word": results[0]} | ({"length": float(len(results[0]))} if doc["answer"] else {})
+    length = {"length": float(len(results[0]))} if doc["answer"] else {}
+    kept = {"kept": 1.0} if results[0].strip() == doc["said"].strip() else {}
+    return {"word": results[0]} | length | kept
 
 def words(items):
     return "many"
@@ -206,6 +209,9 @@ def test_every_kind_of_task_is_scored_by_the_harness_s_own_rule(
     length, word = rows["all", "own", "length", "none"], rows["all", "own", "word", "none"]
     assert (length.questions, length.note) == (8, "4 of 12 questions have no value")
     assert (word.value, word.difference, word.note) == (None, None, "word gives no number")
+    dense, kept_ = (rows[each, "own", "kept", "none"] for each in ("none", "all"))
+    assert (dense.value, dense.questions) == (1, QUESTIONS)
+    assert (kept_.questions, kept_.difference) == (sum(kept), 0 if sum(kept) else None)
 
 
 @pytest.mark.slow
@@ -253,7 +259,7 @@ def test_what_cannot_be_run(model: LoadedModel, tmp_path: Path) -> None:
 def test_a_forward_that_runs_no_graph_is_an_error(model: LoadedModel) -> None:
     ids = torch.arange(8)[None]
     backend = fp4graph.backend("all", inner="eager", model=model.model)
-    forward = compiled(model.model, backend, selects=True)
+    forward = compiled(model.model, backend)
     with forward_replaced(model.model, forward), torch.no_grad():
         changed, before = model.model(ids).logits, backend.runs.count
         model.model.generate(ids, max_new_tokens=2, pad_token_id=0)
@@ -264,6 +270,10 @@ def test_a_forward_that_runs_no_graph_is_an_error(model: LoadedModel) -> None:
     assert "forward" not in model.model.__dict__
     with torch.no_grad():
         assert not torch.equal(model.model(ids).logits, changed)
-    nothing = compiled(model.model, fp4graph.backend("none", inner="eager"), selects=True)
-    with pytest.raises(StudyError, match="did not run as selected"):
-        nothing(ids)
+    emptied = fp4graph.backend("v", inner="eager")
+    forward = compiled(model.model, emptied)
+    with torch.no_grad():
+        forward(ids)
+        emptied.report.rows_by_path.clear()
+        with pytest.raises(StudyError, match="did not run as selected"):
+            forward(ids)
