@@ -38,7 +38,7 @@ from support.architectures import TYPES, build, call
 from support.diffusion import DIFFUSION, build_diffusion
 
 import fp4graph
-from fp4graph.stacks import below_block
+from fp4graph.linears.stacks import below_block
 
 PAGE = Path(__file__).parents[1] / "docs/architectures.md"
 SECONDS = 150

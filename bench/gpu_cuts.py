@@ -1,4 +1,4 @@
-"""Times ways to cut the fragment kernel's work on a GPU: what `fragments/cut.py` was chosen by.
+"""Times ways to cut the fragment kernel's work on a GPU: what `mma/cut.py` was chosen by.
 
     python bench/gpu_cuts.py [--shapes 14336x4096,...] [--rows 1,8,16] [--json FILE]
 
@@ -24,8 +24,8 @@ from gpu_kernels import SHAPES, Variant, alternate, capture, copies_of
 import fp4graph
 from fp4graph.formats import FORMATS
 from fp4graph.kernels import target_of
-from fp4graph.kernels.triton.fragments import launch, layout
-from fp4graph.kernels.triton.fragments.cut import Cut, choose
+from fp4graph.kernels.triton.mma import launch, layout
+from fp4graph.kernels.triton.mma.cut import Cut, choose
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -29,7 +29,7 @@ from torch.nn.functional import linear
 
 import fp4graph
 from fp4graph.formats import FORMATS
-from fp4graph.kernels import Kernel, Problem, kernels, refusals, target_of
+from fp4graph.kernels import KERNELS, Kernel, Problem, refusals, target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -130,7 +130,7 @@ def variants(n: int, k: int, rows: int, dtype: torch.dtype, names: list[str]) ->
     x = torch.randn(rows, k, device="cuda").to(dtype)
     yield capture("F.linear", lambda each: linear(x, each[0]), copies_of(w.to(dtype)))
     for name in FORMATS:
-        for kernel in kernels():
+        for kernel in KERNELS:
             if kernel.name in names:
                 yield fp4(kernel, name, w, x)
     if rows <= 64 and dtype == torch.bfloat16 and k % 128 == 0 and n % 8 == 0:

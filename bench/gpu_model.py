@@ -29,7 +29,7 @@ from rich.table import Table
 
 from fp4graph.kernels import Target, parse_target
 from fp4graph.kernels.triton import tiles
-from fp4graph.kernels.triton.fragments.cut import MOST_ROWS, choose
+from fp4graph.kernels.triton.mma.cut import MOST_ROWS, choose
 
 TABLE = Path(__file__).parents[1] / "tests/kernels/machine_code.json"
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)

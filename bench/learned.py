@@ -13,8 +13,8 @@ import argparse
 import torch
 
 from fp4graph import Policy, Scheme, get_format, models, quantize
-from fp4graph.blocks import Blocks
-from fp4graph.calibrate import gptq, learn, scale_search
+from fp4graph.calibration.blocks import Blocks
+from fp4graph.quantizers import gptq, learn, scale_search
 from fp4graph.study.evaluate import cut
 
 TRAIN, TEST, LENGTH = 64, 8, 256

@@ -24,7 +24,7 @@ from markdown import fill, table
 from torch import Tensor
 
 from fp4graph import MXFP4, NVFP4, LinearTap, TracedModel, models
-from fp4graph.calibrate import rotate
+from fp4graph.formats import rotate
 from fp4graph.study.evaluate import cut
 
 mpl.use("Agg")

@@ -1,8 +1,7 @@
 """FP4 linears for torch.compile, chosen by selector; see README.md."""
 
 from fp4graph.backend import backend
-from fp4graph.calibrate import Calibration
-from fp4graph.calibrator import calibrate
+from fp4graph.calibration.calibrate import calibrate
 from fp4graph.errors import (
     CalibrationError,
     CorpusError,
@@ -25,13 +24,13 @@ from fp4graph.formats import (
     dequantize,
     get_format,
 )
-from fp4graph.inputs import LinearTap
-from fp4graph.kernels import quantize
+from fp4graph.linears.selector import Selector
 from fp4graph.policy import Policy, Scheme
-from fp4graph.replay import Replay
+from fp4graph.quantizers import Calibration, quantize
 from fp4graph.report import LinearRow, Report
-from fp4graph.selector import Selector
-from fp4graph.trace import TracedModel
+from fp4graph.traced.model import TracedModel
+from fp4graph.traced.replay import Replay
+from fp4graph.traced.tap import LinearTap
 
 __version__ = "0.1.0"
 

@@ -9,12 +9,7 @@ from weakref import WeakSet
 
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fp4graph.calibrate import Calibration
-from fp4graph.errors import Fp4GraphError, OptionError, RefusalError, SelectorError
-from fp4graph.graph_runs import GraphRuns
-from fp4graph.inner import NAMES, compile_inner, read_mode
-from fp4graph.passes.choose import refusal
-from fp4graph.passes.dynamo import (
+from fp4graph.dynamo import (
     CallWatch,
     GraphCount,
     called_module,
@@ -22,7 +17,15 @@ from fp4graph.passes.dynamo import (
     pin_to_owners,
     raiser,
 )
-from fp4graph.passes.names import model_lists, named_linears, parameter_names, unreached
+from fp4graph.errors import Fp4GraphError, OptionError, RefusalError, SelectorError
+from fp4graph.graph.names import model_lists, named_linears, parameter_names, unreached
+from fp4graph.graph.site import sites, unmark
+from fp4graph.graph_runs import GraphRuns
+from fp4graph.inner import NAMES, compile_inner, read_mode
+from fp4graph.linears.stacks import Stacks, below_block, list_of
+from fp4graph.linears.tags import Role
+from fp4graph.packed.stale import bind
+from fp4graph.passes.choose import refusal
 from fp4graph.passes.pipeline import (
     OnRefusal,
     bindings,
@@ -32,14 +35,11 @@ from fp4graph.passes.pipeline import (
     rows,
     run_passes,
 )
-from fp4graph.passes.site import sites, unmark
-from fp4graph.passes.stale import bind
 from fp4graph.passes.tag import TagLinears
 from fp4graph.policy import Policy, Scheme, Select
 from fp4graph.private import required_call
+from fp4graph.quantizers import Calibration
 from fp4graph.report import LinearRow, Report
-from fp4graph.stacks import Stacks, below_block, list_of
-from fp4graph.tags import Role
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping, Sequence
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 
     from fp4graph.formats import BlockFormat
     from fp4graph.inner import CompilerFn
-    from fp4graph.passes.pack_cache import PackEntry
-    from fp4graph.tags import LinearTag
+    from fp4graph.linears.tags import LinearTag
+    from fp4graph.packed.cache import PackEntry
 
 _FRAGMENT = (
     "if torch.compile split the model (graph breaks, layers compiled alone), "

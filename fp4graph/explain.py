@@ -8,7 +8,7 @@ import torch
 
 from fp4graph.kernels import parse_target
 from fp4graph.policy import Policy, Scheme, Select
-from fp4graph.trace import TracedModel
+from fp4graph.traced.model import TracedModel
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from fp4graph.backend import Backend, backend
+from fp4graph.dynamo import raiser
 from fp4graph.errors import Fp4GraphError, OptionError
-from fp4graph.passes.dynamo import raiser
 from fp4graph.private import running_call
 
 if TYPE_CHECKING:

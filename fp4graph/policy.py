@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from fp4graph.calibrate import Quantizer
 from fp4graph.errors import OptionError, SelectorError
 from fp4graph.formats import BlockFormat, get_format
-from fp4graph.kernels import check_name, check_quantizer
-from fp4graph.selector import Selector, parse
+from fp4graph.kernels import check_name
+from fp4graph.linears.selector import Selector, parse
+from fp4graph.quantizers import Quantizer, check_quantizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fp4graph.calibrate import Calibration
-    from fp4graph.tags import LinearTag, Role
+    from fp4graph.linears.tags import LinearTag, Role
+    from fp4graph.quantizers import Calibration
 
 INT8_ERROR = 0.015
 """Relative L2 error that rounding activations to 8 bits in groups stays within."""

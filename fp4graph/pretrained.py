@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from fp4graph.errors import ModelError
-from fp4graph.kernels import is_plain
+from fp4graph.quantizers import is_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

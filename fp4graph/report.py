@@ -15,7 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from fp4graph.tags import LinearTag
+    from fp4graph.linears.tags import LinearTag
 
 
 REFUSED = "refused: "

@@ -13,7 +13,7 @@ from support.models import BLOCKS, DENSE, FAMILIES, dequantised, tiny, tokens
 
 import fp4graph
 from fp4graph import GradientError, OptionError, RefusalError, Report, SelectorError
-from fp4graph.passes.pack_cache import CACHE
+from fp4graph.packed.cache import CACHE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

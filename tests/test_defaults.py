@@ -12,9 +12,9 @@ from support.models import byte_tokenizer, tiny
 
 import fp4graph
 from fp4graph import NVFP4, Scheme
-from fp4graph.calibrate import DATA_FREE, Quantizer
 from fp4graph.fingerprint import fingerprint
 from fp4graph.models import LoadedModel
+from fp4graph.quantizers import DATA_FREE, Quantizer
 from fp4graph.study.evaluate import Windows
 from fp4graph.study.outliers import outliers
 from fp4graph.study.sensitivity import Sensitivity

@@ -125,7 +125,7 @@ def twin(model: Model, backend: Any, x: Tensor) -> Tensor:
     copied = copy.deepcopy(model)
     up = copied.layers[-1].mlp["up_proj"]
     up.weight = nn.Parameter(up.weight.clone(), requires_grad=False)  # each use is selected apart
-    for linear_ in fp4graph.passes.names.named_linears(copied):
+    for linear_ in fp4graph.graph.names.named_linears(copied):
         if selector.matches(linear_.tag):
             w = linear_.weight
             w.copy_(fp4graph.quantize(w, scheme.format).dequantize())

@@ -14,7 +14,7 @@ from torch import nn
 
 import fp4graph
 from fp4graph import RecompileError, RefusalError, SelectorError, StudyError
-from fp4graph.passes.dynamo import GRAPHS_A_FUNCTION
+from fp4graph.dynamo import GRAPHS_A_FUNCTION
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fp4graph import Calibration, OptionError
-from fp4graph.calibrate import DATA_FREE
 from fp4graph.cli.ablation_table import table_of
 from fp4graph.cli.common import (
     CommaList,
@@ -29,6 +28,7 @@ from fp4graph.cli.common import (
     weights_option,
 )
 from fp4graph.files import write_text
+from fp4graph.quantizers import DATA_FREE
 from fp4graph.study.ablate import Ablation
 from fp4graph.study.evaluate import cut
 from fp4graph.study.export import export

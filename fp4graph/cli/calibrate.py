@@ -11,7 +11,6 @@ import click
 
 import fp4graph
 from fp4graph import models
-from fp4graph.calibrate import DAMPING, NEED_DATA, Quantizer
 from fp4graph.cli.common import (
     check_interrupt,
     device_option,
@@ -21,6 +20,7 @@ from fp4graph.cli.common import (
     progress_bar,
     weights_option,
 )
+from fp4graph.quantizers import DAMPING, NEED_DATA, Quantizer
 
 if TYPE_CHECKING:
     import torch

@@ -24,11 +24,11 @@ from fp4graph.cli.common import (
     windows_bar,
 )
 from fp4graph.cli.correlation_table import show_correlations
+from fp4graph.linears.tags import Role
 from fp4graph.study.correlation import correlate
 from fp4graph.study.measured import Measured, measured
 from fp4graph.study.outliers import OutlierRow, Outliers, by_role, outliers
 from fp4graph.study.plot_scores import draw_cells
-from fp4graph.tags import Role
 
 if TYPE_CHECKING:
     import torch

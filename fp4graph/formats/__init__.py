@@ -11,15 +11,18 @@ from fp4graph.formats.block import (
     get_format,
     quantize,
 )
+from fp4graph.formats.rotation import ROTATIONS, rotate
 
 __all__ = [
     "FORMATS",
     "MXFP4",
     "MXFP4_FITTED",
     "NVFP4",
+    "ROTATIONS",
     "BlockFormat",
     "PackedWeight",
     "dequantize",
     "get_format",
     "quantize",
+    "rotate",
 ]

@@ -1,8 +1,7 @@
-"""What a kernel is, which ones there are, and how one is chosen.
+"""What a kernel is.
 
 A kernel is one `torch.library` op a format, `op(x, *prepack(packed), bias) -> y`, whose meaning is
-`F.linear(x, packed.dequantize(x.dtype), bias)` within float rounding. It is chosen once, when a
-graph is compiled, for the packed layout hangs on it; what depends on M is the op's own affair.
+`F.linear(x, packed.dequantize(x.dtype), bias)` within float rounding.
 """
 
 from __future__ import annotations
@@ -12,10 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp4graph.errors import OptionError, RefusalError
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
     from torch._ops import OpOverload
@@ -85,7 +82,7 @@ def _as_it_is(problem: Problem) -> Plan:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Somebody who computes FP4 linears.
+    """An implementation of FP4 linears.
 
     Attributes:
         name: what `kernel=` and the report say.
@@ -117,64 +114,16 @@ class Kernel:
         """Whether it runs on a target at all."""
         return not self.backends or target.backend in self.backends
 
-
-_KERNELS: dict[str, Kernel] = {}
-
-
-def register(kernel: Kernel) -> Kernel:
-    """Add a kernel; the one registered last is asked first by `kernel="auto"`."""
-    _KERNELS[kernel.name] = kernel
-    return kernel
-
-
-def kernels() -> tuple[Kernel, ...]:
-    """Return all kernels in the order in which `auto` asks them."""
-    return tuple(reversed(_KERNELS.values()))
-
-
-def check_name(name: str) -> None:
-    """Check a `kernel=` option.
-
-    Raises:
-        OptionError: no such kernel.
-    """
-    if name != "auto" and name not in _KERNELS:
-        raise OptionError(f"unknown kernel {name!r}; kernels are auto, {', '.join(_KERNELS)}")
-
-
-def choose(problem: Problem, prefer: str = "auto") -> Kernel:
-    """Choose the kernel for a problem.
-
-    Args:
-        problem: the linear.
-        prefer: a kernel's name, or `auto` for the first that serves the problem.
-
-    Raises:
-        OptionError: no such kernel.
-        RefusalError: none serves the problem; the message has each one's reason.
-    """
-    check_name(prefer)
-    asked = [kernel for kernel in kernels() if prefer in ("auto", kernel.name)]
-    for kernel in asked:
-        if _refusal(kernel, problem) is None:
-            return kernel
-    raise RefusalError("; ".join(refusals(problem, asked)))
-
-
-def refusals(problem: Problem, asked: Iterable[Kernel]) -> list[str]:
-    """Return why kernels refuse a problem, for those that do."""
-    reasons = ((kernel, _refusal(kernel, problem)) for kernel in asked)
-    return [f"kernel {kernel.name}: {reason}" for kernel, reason in reasons if reason]
-
-
-def _refusal(kernel: Kernel, problem: Problem) -> str | None:
-    if not kernel.serves(problem.target):
-        return f"it runs on {' and '.join(kernel.backends)}, and the weight is on {problem.target}"
-    if problem.format.base not in kernel.ops:
-        return f"it does not read {problem.format}"
-    if problem.dtype not in kernel.dtypes:
-        taken = ", ".join(str(each).removeprefix("torch.") for each in kernel.dtypes)
-        return f"activations are {problem.dtype}, and it takes {taken}"
-    if problem.activations == "int8" and not kernel.int8_ops:
-        return "it does not round activations to 8 bits"
-    return kernel.refuses(problem)
+    def refusal(self, problem: Problem) -> str | None:
+        """Say why it does not serve a problem; None if it does."""
+        if not self.serves(problem.target):
+            where = " and ".join(self.backends)
+            return f"it runs on {where}, and the weight is on {problem.target}"
+        if problem.format.base not in self.ops:
+            return f"it does not read {problem.format}"
+        if problem.dtype not in self.dtypes:
+            taken = ", ".join(str(each).removeprefix("torch.") for each in self.dtypes)
+            return f"activations are {problem.dtype}, and it takes {taken}"
+        if problem.activations == "int8" and not self.int8_ops:
+            return "it does not round activations to 8 bits"
+        return self.refuses(problem)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fp4graph.kernels.contract import Kernel, register
+from fp4graph.kernels.contract import Kernel
 from fp4graph.kernels.reference import READ, REFERENCE, define, packed_weight
 
 if TYPE_CHECKING:
@@ -41,14 +41,12 @@ def _body(format: BlockFormat) -> Callable[..., Tensor]:
     return body
 
 
-DEQUANTIZED = register(
-    Kernel(
-        name="dequantized",
-        ops={base: define("dequantized", format, _body(format)) for base, format in READ.items()},
-        prepack=REFERENCE.prepack,
-        backends=("cpu",),  # elsewhere it would fill the device with dense weights
-        refuses=lambda problem: "it keeps no experts" if problem.experts > 1 else None,
-        saves_memory=False,
-        note="dequantised once, which saves no memory and no time",
-    )
+DEQUANTIZED = Kernel(
+    name="dequantized",
+    ops={base: define("dequantized", format, _body(format)) for base, format in READ.items()},
+    prepack=REFERENCE.prepack,
+    backends=("cpu",),  # elsewhere it would fill the device with dense weights
+    refuses=lambda problem: "it keeps no experts" if problem.experts > 1 else None,
+    saves_memory=False,
+    note="dequantised once, which saves no memory and no time",
 )

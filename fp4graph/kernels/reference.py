@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fp4graph.calibrate import rotate
-from fp4graph.formats import FORMATS, MXFP4_FITTED, BlockFormat, PackedWeight, get_format
-from fp4graph.kernels.contract import Kernel, Problem, register
+from fp4graph.formats import FORMATS, MXFP4_FITTED, BlockFormat, PackedWeight, get_format, rotate
+from fp4graph.kernels.contract import Kernel, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,13 +104,11 @@ _LIBRARY.impl("rotate", rotate, "CompositeExplicitAutograd")
 torch.library.register_fake("fp4graph::rotate", lambda x, block: x.new_empty(x.shape), lib=_LIBRARY)
 
 ROTATE: Op = torch.ops.fp4graph.rotate.default
-"""`rotate(x, block) -> y`: what goes with a rotated weight; see `fp4graph.calibrate.rotate`."""
+"""`rotate(x, block) -> y`: what goes with a rotated weight; see `fp4graph.formats.rotate`."""
 
-REFERENCE = register(
-    Kernel(
-        name="reference",
-        ops={base: define("reference", format, _meaning(format)) for base, format in READ.items()},
-        prepack=_prepack,
-        note="dequantised at each call, which is slower than dense",
-    )
+REFERENCE = Kernel(
+    name="reference",
+    ops={base: define("reference", format, _meaning(format)) for base, format in READ.items()},
+    prepack=_prepack,
+    note="dequantised at each call, which is slower than dense",
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fp4graph.files import write_text
-from fp4graph.passes.regions import regions
+from fp4graph.graph.regions import regions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from fp4graph.calibrate import matrix_name
 from fp4graph.errors import CalibrationError, Fp4GraphError, RefusalError
-from fp4graph.kernels import Problem, Target, choose, is_plain, kernels, refusals, target_of
-from fp4graph.passes.site import LinearSite, mark, sites
+from fp4graph.graph.site import LinearSite, mark, sites
+from fp4graph.kernels import KERNELS, Problem, Target, choose, refusals, target_of
+from fp4graph.quantizers import is_plain, matrix_name
 from fp4graph.report import REFUSED
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class ChooseKernels:
                 note = ""
                 if kernel.note and site.scheme.kernel == "auto":
                     # it is second best: say what the better ones lack
-                    better = [each for each in kernels() if each.serves(problem.target)]
+                    better = [each for each in KERNELS if each.serves(problem.target)]
                     note = f" ({'; '.join((kernel.note, *refusals(problem, better)))})"
                 reason = f"{site.reason} as {site.scheme}{note}"
                 mark(node, replace(site, problem=problem, kernel=kernel, reason=reason))

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import linear
 
-from fp4graph.passes.site import unmarked
+from fp4graph.graph.site import unmarked
 from fp4graph.private import ConstantSource
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule, Node
 
-    from fp4graph.passes.match import LinearForm
+    from fp4graph.graph.match import LinearForm
 
 _MOST_PIECES = 3
 

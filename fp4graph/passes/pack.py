@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fp4graph.passes.pack_cache import CACHE, PackCache
-from fp4graph.passes.site import mark, sites
+from fp4graph.graph.site import mark, sites
+from fp4graph.packed.cache import CACHE, PackCache
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

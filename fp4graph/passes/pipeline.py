@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp4graph.errors import GradientError
+from fp4graph.graph.regions import regions
+from fp4graph.graph.site import sites
+from fp4graph.packed.stale import Binding
 from fp4graph.passes.base import GraphPass, run_passes
 from fp4graph.passes.choose import ChooseKernels, OnRefusal
 from fp4graph.passes.pack import PackWeights
-from fp4graph.passes.regions import regions
 from fp4graph.passes.rewrite import RewriteLinears
 from fp4graph.passes.rotate_inputs import RotateInputs
 from fp4graph.passes.select import SelectLinears
-from fp4graph.passes.site import sites
 from fp4graph.passes.smooth_inputs import SmoothInputs
-from fp4graph.passes.stale import Binding
 from fp4graph.private import SET_GRAD_ENABLED
 from fp4graph.report import LinearRow
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
     from torch.fx import GraphModule
 
+    from fp4graph.graph.site import LinearSite
     from fp4graph.kernels import Target
-    from fp4graph.passes.site import LinearSite
+    from fp4graph.linears.tags import LinearTag
     from fp4graph.policy import Policy
-    from fp4graph.tags import LinearTag
 
 
 def plan_passes(

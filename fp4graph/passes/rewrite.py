@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fp4graph.graph.match import match_linear
+from fp4graph.graph.regions import lift, regions
+from fp4graph.graph.site import LinearSite, mark, site_of, unmarked
+from fp4graph.graph.writes import writes_in_place
 from fp4graph.kernels import fake_quantize_op, grouped
 from fp4graph.passes.emit import cast, constant, move, put_among_dense, take
-from fp4graph.passes.match import match_linear
-from fp4graph.passes.regions import lift, regions
-from fp4graph.passes.site import LinearSite, mark, site_of, unmarked
-from fp4graph.passes.writes import writes_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule, Node
 
-    from fp4graph.passes.pack_cache import PackEntry
+    from fp4graph.packed.cache import PackEntry
 
     _Input = tuple[Node, int, torch.dtype, tuple[str, int], int]
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fp4graph.formats import BlockFormat
+from fp4graph.graph.match import match_linear
+from fp4graph.graph.regions import regions
+from fp4graph.graph.site import site_of, unmarked
+from fp4graph.graph.writes import writes_in_place
 from fp4graph.kernels import ROTATE
 from fp4graph.passes.emit import move
-from fp4graph.passes.match import match_linear
-from fp4graph.passes.regions import regions
-from fp4graph.passes.site import site_of, unmarked
-from fp4graph.passes.writes import writes_in_place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

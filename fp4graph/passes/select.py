@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fp4graph.passes.flow import flow_of
-from fp4graph.passes.parts import parts_of
-from fp4graph.passes.regions import regions
-from fp4graph.passes.site import mark, site_of, sites
-from fp4graph.tags import Role
+from fp4graph.graph.flow import flow_of
+from fp4graph.graph.fused_parts import parts_of
+from fp4graph.graph.regions import regions
+from fp4graph.graph.site import mark, site_of, sites
+from fp4graph.linears.tags import Role
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch.fx import GraphModule, Node
 
+    from fp4graph.linears.tags import LinearTag
     from fp4graph.policy import Decision, Policy
-    from fp4graph.tags import LinearTag
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import torch
 from torch.fx import Node
 
 from fp4graph.fingerprint import fingerprint
+from fp4graph.graph.match import called, match_linear
+from fp4graph.graph.regions import lift, regions
+from fp4graph.graph.site import site_of, unmarked
+from fp4graph.graph.weight_source import is_copy
+from fp4graph.graph.writes import writes_in_place, written
 from fp4graph.passes.emit import cast, constant, move
-from fp4graph.passes.match import called, match_linear
-from fp4graph.passes.regions import lift, regions
-from fp4graph.passes.site import site_of, unmarked
-from fp4graph.passes.sources import is_copy
-from fp4graph.passes.writes import writes_in_place, written
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
-    from fp4graph.passes.site import LinearSite
+    from fp4graph.graph.site import LinearSite
 
     _Input = tuple[Node, int, int, int]
 

@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from fp4graph.passes.dataflow import roles_by_dataflow
-from fp4graph.passes.flow import flow_of
-from fp4graph.passes.match import LinearForm, called, is_linear, match_linear
-from fp4graph.passes.names import model_lists, named_linears, parameter_names, path_of
-from fp4graph.passes.regions import regions, unshare
-from fp4graph.passes.siblings import mark_experts, side_by_side
-from fp4graph.passes.site import LinearSite, mark, site_of, sites
-from fp4graph.passes.sources import entry_of, source_of
-from fp4graph.passes.writes import is_view, written
-from fp4graph.roles import tag_by_name
-from fp4graph.stacks import NO_LISTS, Lists, Stacks, block_lists, block_of, list_of
-from fp4graph.tags import Role
+from fp4graph.graph.flow import flow_of
+from fp4graph.graph.match import LinearForm, called, is_linear, match_linear
+from fp4graph.graph.names import model_lists, named_linears, parameter_names, path_of
+from fp4graph.graph.regions import regions, unshare
+from fp4graph.graph.roles_by_flow import roles_by_dataflow
+from fp4graph.graph.siblings import mark_experts, side_by_side
+from fp4graph.graph.site import LinearSite, mark, site_of, sites
+from fp4graph.graph.weight_source import entry_of, source_of
+from fp4graph.graph.writes import is_view, written
+from fp4graph.linears.roles import tag_by_name
+from fp4graph.linears.stacks import NO_LISTS, Lists, Stacks, block_lists, block_of, list_of
+from fp4graph.linears.tags import Role
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch.fx import GraphModule, Node
 
-    from fp4graph.passes.names import Names
-    from fp4graph.passes.regions import Region
-    from fp4graph.tags import LinearTag
+    from fp4graph.graph.names import Names
+    from fp4graph.graph.regions import Region
+    from fp4graph.linears.tags import LinearTag
 
 _NO_PARAMETER = "its weight is no nn.Parameter"
 _WRITTEN = "the graph changes its weight in place"

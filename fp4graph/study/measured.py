@@ -13,8 +13,8 @@ from fp4graph.study.trial import Row
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fp4graph.linears.tags import LinearTag
     from fp4graph.study.store import Store
-    from fp4graph.tags import LinearTag
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from fp4graph.models import check_length
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from fp4graph.linears.tags import LinearTag
     from fp4graph.models import LoadedModel
     from fp4graph.study.evaluate import Windows
-    from fp4graph.tags import LinearTag
 
 _BINS = 1 << 15  # the upper half of a float32 without its sign
 _QUANTILE = 0.999

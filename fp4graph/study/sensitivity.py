@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from fp4graph import PackedWeight, Scheme
-    from fp4graph.inputs import Seen
+    from fp4graph.linears.tags import LinearTag
     from fp4graph.models import LoadedModel
     from fp4graph.study.evaluate import Windows
-    from fp4graph.tags import LinearTag
+    from fp4graph.traced.tap import Seen
 
 _ON_CPU: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 PREDICTORS = (

@@ -5,14 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from fp4graph import Calibration, OptionError, Policy, Report, Scheme, Selector, get_format
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from fp4graph.study.tasks import TaskRow
 
 Direction = Literal["only", "except"]
 Calibrations = Mapping[tuple[str, str], Calibration]
@@ -131,7 +129,14 @@ class Row:
     probe_same: float | None = None
 
 
-def set_of(row: Row | TaskRow) -> str:
+class _OfTrial(Protocol):
+    @property
+    def selector(self) -> str: ...
+    @property
+    def direction(self) -> Direction: ...
+
+
+def set_of(row: _OfTrial) -> str:
     """Return what is in FP4, for people."""
     return f"all but {row.selector}" if row.direction == "except" else row.selector
 

@@ -8,9 +8,8 @@ from support.closer import relative_l2
 from support.models import tiny, tokens
 
 import fp4graph
-from fp4graph.calibrate import rotate
 from fp4graph.errors import OptionError, RefusalError
-from fp4graph.formats import MXFP4, MXFP4_FITTED, get_format
+from fp4graph.formats import MXFP4, MXFP4_FITTED, get_format, rotate
 
 
 def test_scales_are_spaced_evenly_from_the_smallest_to_the_largest() -> None:

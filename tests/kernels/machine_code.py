@@ -24,8 +24,8 @@ import fp4graph
 from fp4graph.formats import FORMATS
 from fp4graph.kernels import Target, parse_target
 from fp4graph.kernels.triton import launch, layout, tiles
-from fp4graph.kernels.triton.fragments import launch as fragments
-from fp4graph.kernels.triton.fragments import layout as fragment_layout
+from fp4graph.kernels.triton.mma import launch as mma
+from fp4graph.kernels.triton.mma import layout as fragment_layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,7 +80,7 @@ def _caught(packed: fp4graph.PackedWeight, dtype: torch.dtype, target: Target) -
         if rows != 32 and dtype == torch.bfloat16:  # the others are like these
             launch.linear(x, *plain, None, packed.format, programs=programs, run=catch)
         if target.backend == "cuda":
-            fragments.linear(
+            mma.linear(
                 x, stream, plain[2], None, order, packed.format.block_size, target, run=catch
             )
         yield from catch.launches

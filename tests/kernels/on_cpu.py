@@ -10,7 +10,7 @@ import torch
 
 from fp4graph.formats import FORMATS
 from fp4graph.kernels import Target
-from fp4graph.kernels.triton import fragments, ops
+from fp4graph.kernels.triton import mma, ops
 
 STAND_IN = Target("cuda", "sm_90", 1)
 """The target that the implementations run as."""
@@ -24,7 +24,7 @@ def run_triton_ops_on_cpu() -> torch.library.Library | None:
     library = torch.library.Library("fp4graph", "IMPL")
     for base, format in FORMATS.items():
         portable = ops.body(format, run=stand_in(STAND_IN))
-        fast = fragments.ops.body(format, STAND_IN, run=stand_in(STAND_IN))
+        fast = mma.ops.body(format, STAND_IN, run=stand_in(STAND_IN))
         library.impl(f"triton_{base}", portable, "CPU")
         library.impl(f"triton_fragments_{base}", fast, "CPU")
     return library

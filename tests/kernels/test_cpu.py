@@ -15,10 +15,10 @@ from support.closer import relative_l2
 from torch.nn.functional import linear
 
 import fp4graph
-from fp4graph.calibrate import ROTATIONS, rotate
-from fp4graph.formats import FORMATS
-from fp4graph.kernels import FAKE_QUANTIZE, ROTATE, quantize
+from fp4graph.formats import FORMATS, ROTATIONS, rotate
+from fp4graph.kernels import FAKE_QUANTIZE, ROTATE
 from fp4graph.kernels.cpu import CPU, Native, load, pack_tiles, unpack_tiles
+from fp4graph.quantizers import quantize
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

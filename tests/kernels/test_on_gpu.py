@@ -12,9 +12,9 @@ from torch.nn.functional import linear
 
 import fp4graph
 from fp4graph.formats import FORMATS
-from fp4graph.kernels import Kernel, Problem, kernels, refusals, target_of
-from fp4graph.kernels.triton import fragments
-from fp4graph.kernels.triton.fragments.cut import Cut
+from fp4graph.kernels import KERNELS, Kernel, Problem, refusals, target_of
+from fp4graph.kernels.triton import mma
+from fp4graph.kernels.triton.mma.cut import Cut
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
 
-EVERY = [kernel for kernel in kernels() if kernel.name.startswith("triton")]
-FRAGMENTS = fragments.ops.FRAGMENTS
+EVERY = [kernel for kernel in KERNELS if kernel.name.startswith("triton")]
+FRAGMENTS = mma.ops.FRAGMENTS
 CUDA = torch.device("cuda")
 
 
@@ -73,7 +73,7 @@ CUTS = {
 def test_every_cut_is_exact_and_runs_alike_each_time(cut: Cut, name: str) -> None:
     """A race in the ring, or a sum whose order is not settled, would show among 200 calls."""
     packed, tensors = prepared(FRAGMENTS, name, torch.bfloat16, 2048, 4096)
-    run = fragments.ops.body(FORMATS[name], cut=cut, dtype=torch.float32)
+    run = mma.ops.body(FORMATS[name], cut=cut, dtype=torch.float32)
     x = torch.randn(8 * cut.tokens, 4096, device=CUDA).bfloat16()
     y = run(x, *tensors, None)
     assert relative_l2(y, linear(x.double(), packed.dequantize(torch.float64))) <= 1e-6
@@ -95,7 +95,7 @@ def test_subnormal_activations_count(name: str, dtype: torch.dtype) -> None:
     packed, tensors = prepared(FRAGMENTS, name, dtype, 256, 512)
     x = (torch.randn(4, 512, device=CUDA) * torch.finfo(dtype).tiny / 16).to(dtype)
     assert x.count_nonzero() > x.numel() // 2
-    y = fragments.ops.body(FORMATS[name], dtype=torch.float32)(x, *tensors, None)
+    y = mma.ops.body(FORMATS[name], dtype=torch.float32)(x, *tensors, None)
     exact = linear(x.double(), packed.dequantize(torch.float64))
     assert (y.double() - exact).norm() <= 1e-6 * exact.norm() + 1e-38  # float32 sums
 

@@ -8,8 +8,8 @@ from support.models import BLOCKS, FAMILIES, tiny, tokens
 from support.recorder import Recorder
 
 from fp4graph import LinearRow, OptionError, Policy, Scheme, SelectorError
+from fp4graph.graph.site import sites
 from fp4graph.passes.pipeline import bindings, plan_passes, rewrite_passes, rows
-from fp4graph.passes.site import sites
 from fp4graph.passes.tag import TagLinears
 
 

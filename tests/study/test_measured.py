@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fp4graph.linears.tags import LinearTag, Role
 from fp4graph.study.ablate import PROTOCOL
 from fp4graph.study.additivity import pairs, sets
 from fp4graph.study.correlation import correlate
 from fp4graph.study.measured import Measured, measured, setting_of
 from fp4graph.study.store import Store
 from fp4graph.study.trial import Row
-from fp4graph.tags import LinearTag, Role
 
 if TYPE_CHECKING:
     from pathlib import Path

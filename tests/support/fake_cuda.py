@@ -30,7 +30,8 @@ from triton.backends.compiler import GPUTarget
 
 import fp4graph
 from fp4graph.formats import BlockFormat, PackedWeight
-from fp4graph.passes import choose, pack_cache
+from fp4graph.packed import cache
+from fp4graph.passes import choose
 
 GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -101,8 +102,8 @@ def pack_nothing() -> None:
         )
 
     choose.is_plain = lambda _: True
-    pack_cache.quantize = quantize
-    pack_cache.fingerprint = lambda _: 0
+    cache.quantize = quantize
+    cache.fingerprint = lambda _: 0
 
 
 def main(guard: str, format: str, inner: str = "inductor") -> None:

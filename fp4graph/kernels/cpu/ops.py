@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fp4graph.errors import RefusalError
 from fp4graph.formats import FORMATS, BlockFormat, PackedWeight
-from fp4graph.kernels.contract import Kernel, Plan, Problem, register
+from fp4graph.kernels.contract import Kernel, Plan, Problem
 from fp4graph.kernels.cpu.library import Missing, load
 
 if TYPE_CHECKING:
@@ -104,14 +104,12 @@ def _plan(problem: Problem) -> Plan:
     return Plan("panels of 16 rows", "panels, which many rows share once decoded", padded)
 
 
-CPU = register(
-    Kernel(
-        name="cpu",
-        ops={base: _define(f"cpu_{base}") for base in FORMATS},
-        int8_ops={base: _define(f"cpu_int8_{base}") for base in FORMATS},
-        prepack=lambda packed, _: pack_tiles(packed),
-        backends=("cpu",),
-        refuses=_refuses,
-        plan=_plan,
-    )
+CPU = Kernel(
+    name="cpu",
+    ops={base: _define(f"cpu_{base}") for base in FORMATS},
+    int8_ops={base: _define(f"cpu_int8_{base}") for base in FORMATS},
+    prepack=lambda packed, _: pack_tiles(packed),
+    backends=("cpu",),
+    refuses=_refuses,
+    plan=_plan,
 )

@@ -1,7 +1,6 @@
 """Triton kernels for GPUs: portable ones, and faster ones for NVIDIA, which mean the same."""
 
-# Each registers its kernel; `auto` asks the last one first.
-from fp4graph.kernels.triton.ops import TRITON  # isort: skip
-from fp4graph.kernels.triton.fragments import FRAGMENTS  # isort: skip
+from fp4graph.kernels.triton.mma import FRAGMENTS
+from fp4graph.kernels.triton.ops import TRITON
 
 __all__ = ["FRAGMENTS", "TRITON"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp4graph.formats import FORMATS, BlockFormat
-from fp4graph.kernels.contract import Kernel, Plan, Problem, register
+from fp4graph.kernels.contract import Kernel, Plan, Problem
 from fp4graph.kernels.target import target_of
 from fp4graph.kernels.triton import layout, tiles
 
@@ -72,17 +72,15 @@ def _plan(problem: Problem) -> Plan:
     return Plan("qdata and scale as they are, a scale a row", "; ".join([*found, many]))
 
 
-TRITON = register(
-    Kernel(
-        name="triton",
-        ops={
-            base: define(f"triton_{base}", "qdata scale", body(format))
-            for base, format in FORMATS.items()
-        },
-        prepack=lambda packed, _: layout.pack(packed),
-        dtypes=DTYPES,
-        backends=("cuda", "hip"),
-        refuses=refuses,
-        plan=_plan,
-    )
+TRITON = Kernel(
+    name="triton",
+    ops={
+        base: define(f"triton_{base}", "qdata scale", body(format))
+        for base, format in FORMATS.items()
+    },
+    prepack=lambda packed, _: layout.pack(packed),
+    dtypes=DTYPES,
+    backends=("cuda", "hip"),
+    refuses=refuses,
+    plan=_plan,
 )

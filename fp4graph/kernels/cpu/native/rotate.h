@@ -1,5 +1,5 @@
 // The Walsh-Hadamard transform of blocks of a row, over the root of their size: the sums of
-// fp4graph/calibrate/rotation.py in their order, hence its bits. Needs -ffp-contract=off.
+// fp4graph/formats/rotation.py in their order, hence its bits. Needs -ffp-contract=off.
 #pragma once
 #include <cmath>
 #include <vector>

@@ -1,0 +1,1 @@
+"""Runs a model to find codes that fit its inputs."""

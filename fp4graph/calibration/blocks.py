@@ -1,0 +1,325 @@
+"""A model that is run block by block: what comes into each is seen, what goes out goes on.
+
+At any moment there are the values between two blocks, so that a model needs little more memory than
+it takes anyway. What is run at once is a block, and more where a weight is used in several, as in
+looped models: what comes into all its uses decides its codes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fp4graph.calibration.block_inputs import Seen, look
+from fp4graph.errors import CalibrationError
+from fp4graph.fingerprint import fingerprint
+from fp4graph.graph.match import match_linear
+from fp4graph.graph.regions import copy_graph, regions
+from fp4graph.graph.site import LinearSite, site_of
+from fp4graph.passes.base import run_passes
+from fp4graph.passes.select import SelectLinears
+from fp4graph.private import SET_GRAD_ENABLED
+from fp4graph.quantizers import matrix_name
+from fp4graph.traced.cuts import Cut, cuts, segment
+from fp4graph.traced.model import TracedModel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from torch.fx import GraphModule, Node
+
+    from fp4graph.policy import Policy
+
+    Args = tuple[Any, ...]
+
+
+class Blocks:
+    """A model in blocks, and for each batch the values that come into the next one.
+
+    Args:
+        model: the model.
+        batches: its inputs, see `fp4graph.calibrate`.
+        policy: which linears are selected.
+        dense: whether to keep what the dense model has between two blocks too, for `error`.
+
+    Raises:
+        CalibrationError: the model cannot be run block by block; no batches, or of several shapes;
+            a linear that cannot be calibrated.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Tensor | Mapping[str, Any]],
+        policy: Policy,
+        *,
+        dense: bool = False,
+    ) -> None:
+        traced = TracedModel(model)
+        self._args = _record(traced, batches)
+        if len(traced.graphs) != 1:
+            raise CalibrationError(
+                f"Dynamo made {len(traced.graphs)} graphs of the model, and calibration needs one: "
+                "give batches of one shape, and a model without graph breaks"
+            )
+        self._gm = copy_graph(traced.graphs[0].tagged)
+        run_passes(self._gm, self._args[0], (SelectLinears(policy, traced.tags),))
+        found = cuts(self._gm)
+        if isinstance(found, str):
+            raise CalibrationError(f"the model cannot be run block by block: {found}")
+        selected = _selected(self._gm)
+        self._starts = _starts(found, selected)
+        self._linears: list[dict[Node, LinearSite]] = [{} for _ in self._starts]
+        for index, (node, site) in selected.items():
+            number = max(i for i, cut in enumerate(self._starts) if cut.index <= index)
+            self._linears[number][node] = site
+        first = segment(self._gm, Cut(0, ()), self._starts[0])
+        self._live: list[Args] = []
+        for args in self._args:
+            self._live.append(_shared(first(*args), self._live))
+        self._dense_live = list(self._live) if dense else []
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return len(self._args)
+
+    @torch.no_grad()
+    def see(self, number: int) -> list[Seen]:
+        """Return a block's selected weights, each with the Hessian of its inputs."""
+        linears, inputs = look(self._linears[number])
+        nodes = [node for each in inputs for node in each.nodes]
+        seen = segment(self._gm, self._starts[number], self._end(number), nodes)
+        for args, live in zip(self._args, self._live, strict=True):
+            values = iter(seen(*args, *live))
+            for each in inputs:
+                each.add(*(next(values) for _ in each.nodes))
+        _give_back_memory()
+        return linears
+
+    @torch.no_grad()
+    def advance(self, number: int, rounded: Mapping[str, Tensor]) -> None:
+        """Run a block with rounded weights, up to the next; after the last nothing is kept."""
+        end = self._end(number)
+        if end is None:
+            self._live = self._dense_live = []
+            return
+        changed = self._in_place_of_weights(number, rounded)
+        run = segment(self._gm, self._starts[number], end)
+        for batch, (args, live) in enumerate(zip(self._args, self._live, strict=True)):
+            self._live[batch] = _shared(run(*_replaced(args, changed), *live), self._live[:batch])
+        for batch, (args, live) in enumerate(zip(self._args, self._dense_live, strict=False)):
+            self._dense_live[batch] = _shared(run(*args, *live), self._live)
+        _give_back_memory()
+
+    def error(self, number: int) -> Callable[[Mapping[str, Tensor], int], Tensor]:
+        """Return what a block's output errs by, as a function of its weights.
+
+        It takes weights, [N, K] each, by path, and the number of a batch, and returns the squared
+        error of what the block gives for what comes into it, over the square, by what the dense
+        model has there. Gradients pass.
+        """
+        end = self._end(number)
+        outputs = None if end is not None else self._after_last()
+        run = segment(self._gm, self._starts[number], end, outputs)
+        for node in list(run.graph.nodes):
+            if node.target is SET_GRAD_ENABLED:  # of code that was traced without
+                run.graph.erase_node(node)
+        run.recompile()
+        with torch.no_grad():
+            both = zip(self._args, self._dense_live, strict=True)
+            targets = [_floats(run(*args, *live)) for args, live in both]
+
+        def error(weights: Mapping[str, Tensor], batch: int) -> Tensor:
+            args = _replaced(self._args[batch], self._in_place_of_weights(number, weights))
+            found = _floats(run(*args, *self._live[batch]))
+            pairs = zip(found, targets[batch], strict=True)
+            power = sum(float(target.square().sum()) for target in targets[batch])
+            return torch.stack([(y - target).square().sum() for y, target in pairs]).sum() / power
+
+        return error
+
+    def _in_place_of_weights(self, number: int, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Return what stands in a block's weights' places among the graph's inputs."""
+        changed = {}
+        for site in self._linears[number].values():
+            assert site.weight is not None
+            if len(site.tag.shape) == 3:
+                names = [matrix_name(site.tag.fqn, expert) for expert in range(site.tag.shape[0])]
+                if not any(name in weights for name in names):
+                    continue
+                dense = self._args[0][site.weight]
+                stack = torch.stack(
+                    [
+                        weights[name].to(dense.dtype)
+                        if name in weights
+                        else self.weight(site, expert)
+                        for expert, name in enumerate(names)
+                    ]
+                )
+                changed[site.weight] = stack.mT if site.transposed else stack
+            elif site.tag.fqn in weights:
+                w_NK = weights[site.tag.fqn].to(self._args[0][site.weight].dtype)
+                if site.rows is not None:
+                    rows = torch.tensor(site.rows, device=w_NK.device)
+                    w_NK = self.weight(site).index_copy(0, rows, w_NK[rows])
+                changed[site.weight] = w_NK.T if site.transposed else w_NK
+        return changed
+
+    def _after_last(self) -> list[Node] | None:
+        """Return what the linears after the last block take, for heads are not worth their time.
+
+        Of a selected head what it gives.
+        """
+        nodes = list(self._gm.graph.nodes)[self._starts[-1].index :]
+        linears = [(node, site) for node in nodes if (site := site_of(node))]
+        inside = [i for i, (_, site) in enumerate(linears) if site.tag.block is not None]
+        ends = []
+        for node, site in linears[max(inside, default=-1) + 1 :]:
+            form = match_linear(node)
+            if form is not None:
+                ends.append(node if site.scheme else form.x)
+        return list(dict.fromkeys(ends)) or None
+
+    def weight(self, site: LinearSite, expert: int | None = None) -> Tensor:
+        """Return a linear's dense weight, or an expert's, [N, K]."""
+        assert site.weight is not None
+        weight: Tensor = self._args[0][site.weight].detach()
+        weight = weight if expert is None else weight[expert]
+        return weight.T if site.transposed else weight
+
+    def fingerprints(self) -> dict[str, int]:
+        """Return a hash of each selected linear's weight, of experts of each one's."""
+        found = {}
+        for site in (site for block in self._linears for site in block.values()):
+            stacked = len(site.tag.shape) == 3
+            for expert in range(site.tag.shape[0]) if stacked else (None,):
+                w_NK = self.weight(site, expert).contiguous()
+                found[matrix_name(site.tag.fqn, expert)] = fingerprint(w_NK)
+        return found
+
+    def digest(self) -> str:
+        """Return a hash of the graph with all its numbers, of the weights and of the batches."""
+        every = [each for args in self._args for each in args]
+        graphs = [region.gm for region in regions(self._gm)]
+        for graph in graphs:
+            taken = (node.target for node in graph.graph.nodes if node.op == "get_attr")
+            every += [getattr(graph, str(name), None) for name in taken]
+        found = {id(each): each for each in every if isinstance(each, Tensor) and each.numel()}
+        tensors = [fingerprint(each) for each in found.values()]
+        numbers = [each for each in every if isinstance(each, int | float)]
+        return repr((tensors, numbers, [graph.code for graph in graphs]))
+
+    def _end(self, number: int) -> Cut | None:
+        return self._starts[number + 1] if number + 1 < len(self._starts) else None
+
+
+def _selected(gm: GraphModule) -> dict[int, tuple[Node, LinearSite]]:
+    """Return the selected linears by their place in a graph.
+
+    Raises:
+        CalibrationError: one cannot be calibrated, or shares its weight with one that stays dense.
+    """
+    found, dense = {}, {}
+    for index, node in enumerate(gm.graph.nodes):
+        site = site_of(node)
+        if site is not None and site.scheme is not None:
+            _check(site, node)
+            found[index] = node, site
+        elif site is not None and site.weight is not None:
+            dense[site.weight] = site
+    for _, site in found.values():
+        other = dense.get(-1 if site.weight is None else site.weight)
+        if other is not None:
+            raise CalibrationError(
+                f"{site.tag.fqn} has the weight of {other.tag.fqn}, which is not selected: "
+                "select both or none"
+            )
+    return found
+
+
+def _starts(found: Sequence[Cut], selected: Mapping[int, tuple[Node, LinearSite]]) -> list[Cut]:
+    """Return where to begin anew: no weight's uses lie on both sides, none before the first."""
+    uses: dict[int | None, list[int]] = {}
+    for index, (_, site) in selected.items():
+        uses.setdefault(site.weight, []).append(index)
+    spans = [(min(each), max(each)) for each in uses.values()]
+    starts = [cut for cut in found if not any(first < cut.index <= last for first, last in spans)]
+    before = bool(spans) and (not starts or min(min(each) for each in spans) < starts[0].index)
+    return [Cut(0, ()), *starts] if before or not starts else starts
+
+
+class _Recorded(Exception):
+    """Ends a call of the model early: what its graph is given is known."""
+
+
+@torch.no_grad()
+def _record(traced: TracedModel, batches: Iterable[Tensor | Mapping[str, Any]]) -> list[Args]:
+    """Return the inputs of the model's graph for each batch; but for the first it is not run."""
+    found: list[Args] = []
+
+    def record(*args: Any) -> Any:
+        found.append(args)
+        raise _Recorded
+
+    for batch in batches:
+        inputs = {"input_ids": batch, "use_cache": False} if isinstance(batch, Tensor) else batch
+        if not traced.graphs:
+            traced.settle(**inputs)
+        if len(traced.graphs) != 1:
+            break
+        traced.graphs[0].run = record
+        try:
+            traced(**inputs)
+        except _Recorded:
+            continue
+        break  # another graph ran, which the caller notices
+    if not traced.graphs:
+        raise CalibrationError("there are no batches to calibrate with")
+    return found
+
+
+def _check(site: LinearSite, node: Node) -> None:
+    """Check that a linear can be calibrated.
+
+    Raises:
+        CalibrationError: it cannot.
+    """
+    reason, form = site.unsupported, match_linear(node)
+    if form is not None and isinstance(form.index, fx.Node):
+        reason = "which expert it is comes out while the model runs"
+    if reason is not None:
+        raise CalibrationError(f"{site.tag.fqn}: {reason}")
+
+
+def _replaced(args: Args, changed: Mapping[int, Tensor]) -> Args:
+    return tuple(changed.get(index, each) for index, each in enumerate(args))
+
+
+def _shared(values: Args, before: Sequence[Args]) -> Args:
+    """Return values, those that the first batch has too, such as positions and masks, as its."""
+    firsts = before[0] if before else values
+    return tuple(
+        first if isinstance(first, Tensor) and torch.equal(first, each) else each
+        for first, each in zip(firsts, values, strict=True)
+    )
+
+
+def _give_back_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it, in pieces that grow block by block."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
+
+
+def _floats(values: Any) -> list[Tensor]:
+    tensors = (each for each in values if isinstance(each, Tensor) and each.is_floating_point())
+    return [each.to(torch.float32) for each in tensors]

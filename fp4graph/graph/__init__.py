@@ -1,0 +1,1 @@
+"""Reads a traced graph and changes nothing."""

@@ -1,5 +1,0 @@
-"""NVIDIA's tensor cores fed from weights that lie in memory as their registers want them."""
-
-from fp4graph.kernels.triton.fragments.ops import FRAGMENTS
-
-__all__ = ["FRAGMENTS"]

@@ -1,0 +1,1 @@
+"""Packed weights in memory, kept in step with the model's."""
