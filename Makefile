@@ -7,10 +7,11 @@ NEWEST := .venv-newest
 NEWEST_TORCH := 2.14.1
 NEWEST_TRANSFORMERS := 5.16.1
 NOT_PINNED := torch|triton|torchao|transformers|tokenizers|huggingface.hub|hf.xet|accelerate|peft|setuptools
+CPP = $(wildcard fp4graph/kernels/cpu/native/* bench/native/* tests/kernels/native/*.cpp)
 STUDY := docs/studies/smollm2-135m
 ABLATE = $(BIN)/fp4graph ablate smollm2-135m --corpus $(WIKITEXT)/wiki.test.raw --out $(STUDY)
 
-.PHONY: help install demo test quick newest sanitize machine-code architectures study check clean
+.PHONY: help install demo test style quick newest sanitize machine-code architectures study check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -34,10 +35,13 @@ demo: install  ## the main job on a real model: what FP4 costs by role, and what
 test: install  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-quick: install  ## style, types and the quick tests, in four to six minutes
+style: install  ## style of Python, C++ and English; types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
+
+quick: style  ## style, types and the quick tests, in four to six minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow"
 
 $(NEWEST)/installed: pyproject.toml setup.py constraints.txt
@@ -76,10 +80,7 @@ study: install  ## docs/studies/smollm2-135m.md: some hours, resumable; WIKITEXT
 	$(BIN)/python bench/redraws.py --corpus $(WIKITEXT)/wiki.test.raw > $(STUDY)/redraws.jsonl
 	$(BIN)/python bench/study.py
 
-check: install  ## what CI runs: style, types, floors, then the tests
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+check: style  ## what CI runs: style, types, floors, then the tests
 	$(BIN)/lint-imports
 	$(MAKE) test
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import ggml
 import torch
+from plain_read import plain_read
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -117,9 +118,9 @@ def ggml_mxfp4(library: object, w: Tensor, rows: int) -> Variant:
 
 
 def read(w: Tensor, rows: int) -> Variant:
-    """A plain read of NVFP4's bytes: the roof of whatever reads weights once."""
+    """A plain read of NVFP4's bytes."""
     pool = packed_copies(w, "nvfp4", rows)
-    op = torch.ops.fp4graph.cpu_read
+    op = plain_read(pool[0][0])
     nbytes = pool[0][0].nbytes
     return each_copy("plain read", lambda x, i: op(pool[i][0]), len(pool), torch.float32, nbytes)
 

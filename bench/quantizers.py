@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from markdown import fill, table
 
+from fp4graph import Activations
 from fp4graph.study.store import Store
-from fp4graph.study.trial import Row, mode_of
+from fp4graph.study.trial import Row
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,7 +48,7 @@ def trials() -> Trials:
     """Read the trials by format, activations and quantizer, one a calibration."""
     found: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for _, result in Store(STUDIES / "quantizers/trials.sqlite").all():
-        row = Row(**result)
+        row = Row.of(result)
         if row.format is not None:
             found[row.format, row.activations, row.quantizer].append(row)
     return found
@@ -70,7 +71,7 @@ def damage(found: Trials, activations: str) -> str:
         if any(cells):
             lines.append((f"`{quantizer}`", *cells))
     heads = [f"{each.upper()} {what}" for each in formats for what in ("dNLL", "KL", "gone")]
-    return table([f"{mode_of(activations)}", *heads], lines)
+    return table([f"{Activations(activations).mode}", *heads], lines)
 
 
 def seeds(found: Trials) -> str:
@@ -79,7 +80,7 @@ def seeds(found: Trials) -> str:
     for (format, activations, quantizer), rows in found.items():
         if len(rows) > 2:
             dnll, kl = [row.dnll for row in rows], [row.kl for row in rows]
-            setting = f"{format.upper()} {mode_of(activations)} `{quantizer}`"
+            setting = f"{format.upper()} {Activations(activations).mode} `{quantizer}`"
             each = (f"{statistics.mean(x):.4f} +- {statistics.stdev(x):.4f}" for x in (dnll, kl))
             lines.append((setting, ", ".join(f"{value:.4f}" for value in dnll), *each))
     return table(["", "dNLL of each", "dNLL: mean, spread", "KL: mean, spread"], lines)

@@ -18,9 +18,9 @@ from scipy.stats import spearmanr
 from study_results import DATA, DOCS, ROLES, SETTINGS, Results, name
 from study_sets import additivity, agreement, left_out, redraws
 
+from fp4graph import Activations
 from fp4graph.study.plot import draw
 from fp4graph.study.plot_scores import draw_cells
-from fp4graph.study.trial import mode_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,7 +77,7 @@ def order(results: Results) -> str:
     for (size, format), gains in PAPER.items():
         ranks = [_rank(results, (format, mode), what, gains) for mode, what in columns]
         rows.append((f"{size} {format.upper()}", *ranks))
-    heads = [f"{mode_of(mode)} {WHAT[what]}" for mode, what in columns]
+    heads = [f"{Activations(mode).mode} {WHAT[what]}" for mode, what in columns]
     return table(["the paper's", *heads], rows)
 
 

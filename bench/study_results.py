@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from fp4graph import TracedModel, models
+from fp4graph import Activations, TracedModel, models
 from fp4graph.study.measured import Measured, measured
 from fp4graph.study.store import Store
-from fp4graph.study.trial import mode_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 DATA = DOCS / "studies/smollm2-135m"
@@ -43,4 +42,4 @@ def key(found: Measured) -> tuple[str, str]:
 
 
 def name(setting: tuple[str, str]) -> str:
-    return f"{setting[0].upper()} {mode_of(setting[1])}"
+    return f"{setting[0].upper()} {Activations(setting[1]).mode}"

@@ -77,7 +77,10 @@ def main() -> None:
         paths = [row.path for row in linears if row.block in some]
         plan = [
             DENSE,
-            *(Trial(f"path:{path}", options.format, direction=options.direction) for path in paths),
+            *(
+                Trial.of(f"path:{path}", options.format, direction=options.direction)
+                for path in paths
+            ),
         ]
         rows = study.run(plan, Silent())
         next(rows)

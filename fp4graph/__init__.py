@@ -25,9 +25,10 @@ from fp4graph.formats import (
     get_format,
 )
 from fp4graph.linears.selector import Selector
-from fp4graph.policy import Policy, Scheme
+from fp4graph.policy import Policy
 from fp4graph.quantizers import Calibration, quantize
 from fp4graph.report import LinearRow, Report
+from fp4graph.scheme import Activations, Scheme
 from fp4graph.traced.model import TracedModel
 from fp4graph.traced.replay import Replay
 from fp4graph.traced.tap import LinearTap
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "MXFP4",
     "NVFP4",
+    "Activations",
     "BlockFormat",
     "Calibration",
     "CalibrationError",

@@ -36,10 +36,11 @@ from fp4graph.passes.pipeline import (
     run_passes,
 )
 from fp4graph.passes.tag import TagLinears
-from fp4graph.policy import Policy, Scheme, Select
+from fp4graph.policy import Policy, Select
 from fp4graph.private import required_call
 from fp4graph.quantizers import Calibration
 from fp4graph.report import LinearRow, Report
+from fp4graph.scheme import Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping, Sequence
@@ -278,9 +279,9 @@ def backend(
         format: `nvfp4`, `mxfp4`, or `mxfp4:RULE` with a scale rule (floor, ceil, rceil, even).
         quantizer: how codes are found: `rtn`, round to nearest; `scale-search`, the best
             scale for each group; docs/numerics.md has all. With a calibration it is that one's own.
-        activations: None for W4A16; `same` to quantise and dequantise each linear's input in the
-            weight's format, at each call (W4A4); `int8` to let the kernel round it to 8 bits in
-            groups, an approximation (W4A8).
+        activations: None or `none` for W4A16; `same` to quantise and dequantise each linear's
+            input in the weight's format, at each call (W4A4); `int8` to let the kernel round it to
+            8 bits in groups, an approximation (W4A8).
         kernel: `auto`, or a kernel's name.
         inner: `inductor`, `eager`, or a backend function that compiles the rewritten graph.
         on_refusal: what to do with a selected linear that cannot run in FP4: `raise`, or `keep`
@@ -318,7 +319,7 @@ def _codes(given: object, quantizer: str) -> Calibration | None:
     if not isinstance(found, Calibration):
         problem = "expected a Calibration or the file that holds one"
         raise OptionError(f"calibration={given!r}: {problem}")
-    if quantizer not in ("rtn", found.quantizer):
-        problem = f"the calibration was made with {found.quantizer!r}"
+    if quantizer not in ("rtn", str(found.quantizer)):
+        problem = f"the calibration was made with {str(found.quantizer)!r}"
         raise OptionError(f"quantizer {quantizer!r} is asked for, and {problem}")
     return found

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp4graph.kernels import parse_target
-from fp4graph.policy import Policy, Scheme, Select
+from fp4graph.policy import Policy, Select
+from fp4graph.scheme import Scheme
 from fp4graph.traced.model import TracedModel
 
 if TYPE_CHECKING:

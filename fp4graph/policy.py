@@ -4,112 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fp4graph.errors import OptionError, SelectorError
-from fp4graph.formats import BlockFormat, get_format
-from fp4graph.kernels import check_name
 from fp4graph.linears.selector import Selector, parse
-from fp4graph.quantizers import Quantizer, check_quantizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fp4graph.formats import BlockFormat
     from fp4graph.linears.tags import LinearTag, Role
-    from fp4graph.quantizers import Calibration
-
-INT8_ERROR = 0.015
-"""Relative L2 error that rounding activations to 8 bits in groups stays within."""
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a selected linear runs.
-
-    Attributes:
-        format: of the weight.
-        quantizer: how the codes are found; see `fp4graph.quantize`.
-        activations: format that inputs are quantised and dequantised in at each call (W4A4);
-            `int8` for kernels that round them to 8 bits themselves; None to leave them (W4A16).
-        kernel: name of the kernel, or `auto`.
-        calibration: where the codes are, if they were found with data.
-    """
-
-    format: BlockFormat
-    quantizer: str = "rtn"
-    activations: BlockFormat | Literal["int8"] | None = None
-    kernel: str = "auto"
-    calibration: Calibration | None = None
-
-    @property
-    def rotation(self) -> int:
-        """Block of the rotation of weight and input; 0 for none."""
-        return Quantizer.parse(self.quantizer, self.format).rotation
-
-    @property
-    def smooths(self) -> bool:
-        """Whether inputs that come from a norm are divided, channel by channel."""
-        return Quantizer.parse(self.quantizer, self.format).strength > 0
-
-    @classmethod
-    def of(
-        cls,
-        format: str | BlockFormat = "nvfp4",
-        quantizer: str = "rtn",
-        activations: str | None = None,
-        kernel: str = "auto",
-        calibration: Calibration | None = None,
-    ) -> Scheme:
-        """Build a scheme from options as users give them.
-
-        Args:
-            format: a format or its name.
-            quantizer: see `fp4graph.quantize`.
-            activations: None, `same` for the weight's format, or `int8`.
-            kernel: a kernel's name, or `auto`.
-            calibration: what `quantizer` found with data; it counts for that quantiser alone, and
-                for `rtn`, which then stands for it.
-
-        Raises:
-            OptionError: a value that does not exist.
-            CalibrationError: a calibration for another format.
-        """
-        weight_format = get_format(format)
-        if calibration is not None and quantizer in ("rtn", calibration.quantizer):
-            calibration.check(str(weight_format))
-            quantizer = calibration.quantizer
-        else:
-            calibration = None
-            check_quantizer(quantizer, weight_format)
-        if activations not in (None, "same", "int8"):
-            raise OptionError(f"activations={activations!r}: expected None or 'same' or 'int8'")
-        check_name(kernel)
-        rounded: dict[str | None, BlockFormat | Literal["int8"] | None]
-        rounded = {None: None, "same": weight_format, "int8": "int8"}
-        return cls(weight_format, quantizer, rounded[activations], kernel, calibration)
-
-    def merged(self, value: str | BlockFormat | Mapping[str, object]) -> Scheme:
-        """Return the scheme that a mapping's value means, with this one for what it leaves open."""
-        options: dict[str, object] = {
-            "format": self.format,
-            "quantizer": self.quantizer,
-            "activations": "same"
-            if isinstance(self.activations, BlockFormat)
-            else self.activations,
-            "kernel": self.kernel,
-        }
-        given = value if isinstance(value, Mapping) else {"format": value}
-        unknown = sorted(set(given) - set(options))
-        if unknown:
-            known = ", ".join(options)
-            raise OptionError(f"unknown option {unknown[0]!r} in select; options are {known}")
-        return Scheme.of(**{**options, **given}, calibration=self.calibration)  # type: ignore[arg-type]
-
-    def __str__(self) -> str:
-        if self.activations == "int8":
-            return f"{self.format} W4A8, activations within {INT8_ERROR:.1%}"
-        how = "" if self.quantizer == "rtn" else f", {self.quantizer}"
-        return f"{self.format} {'W4A4' if self.activations else 'W4A16'}{how}"
+    from fp4graph.scheme import Scheme
 
 
 @dataclass(frozen=True)

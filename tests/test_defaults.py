@@ -11,7 +11,7 @@ from support.calibration import BATCHES, logits
 from support.models import byte_tokenizer, tiny
 
 import fp4graph
-from fp4graph import NVFP4, Scheme
+from fp4graph import NVFP4, Activations, Scheme
 from fp4graph.fingerprint import fingerprint
 from fp4graph.models import LoadedModel
 from fp4graph.quantizers import DATA_FREE, Quantizer
@@ -93,7 +93,7 @@ def test_scores(dtype: torch.dtype, device: str) -> None:
 
     def run() -> tuple[object, ...]:
         torch._dynamo.reset()
-        schemes = [Scheme(NVFP4), Scheme(NVFP4, activations=NVFP4)]
+        schemes = [Scheme(NVFP4), Scheme(NVFP4, activations=Activations.SAME)]
         scores = Sensitivity(loaded, windows, schemes)
         products = [fingerprint(p) for each in scores.products.values() for p in each.values()]
         return scores.rows, products, list(outliers(loaded, windows, lambda: None).values())

@@ -275,9 +275,9 @@ def _record(traced: TracedModel, batches: Iterable[Tensor | Mapping[str, Any]]) 
             traced.settle(**inputs)
         if len(traced.graphs) != 1:
             break
-        traced.graphs[0].run = record
         try:
-            traced(**inputs)
+            with traced.graphs[0].running(record):
+                traced(**inputs)
         except _Recorded:
             continue
         break  # another graph ran, which the caller notices

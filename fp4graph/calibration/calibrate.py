@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fp4graph.calibration.blocks import Blocks
 from fp4graph.errors import CalibrationError, OptionError, WeightError
 from fp4graph.formats import get_format
-from fp4graph.policy import Policy, Scheme
+from fp4graph.policy import Policy
 from fp4graph.quantizers import (
     DAMPING,
     GRIDS,
@@ -27,6 +27,7 @@ from fp4graph.quantizers import (
     output_error,
     smoothing,
 )
+from fp4graph.scheme import Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -95,13 +96,13 @@ def calibrate(
     block_format = get_format(format)
     how = Quantizer.parse(quantizer, block_format)
     if not how.needs_data:
-        raise OptionError(f"quantizer {quantizer!r} needs no data: expected {', '.join(NEED_DATA)}")
+        raise OptionError(f"quantizer {str(how)!r} needs no data: expected {', '.join(NEED_DATA)}")
     policy = Policy.of(select, Scheme.of(block_format))
     blocks = Blocks(model, batches, policy, dense=how.solver == "learned")
     facts = {**(about or {}), "select": str(select), "propagate": propagate, "damping": damping}
     versions = {name: version(name) for name in ("fp4graph", "torch", "transformers")}
     key = hashlib.sha256(
-        f"{block_format} {quantizer} {facts} {versions} {blocks.digest()}".encode()
+        f"{block_format} {how} {facts} {versions} {blocks.digest()}".encode()
     ).hexdigest()
     kept = None if out is None else Path(f"{out}.blocks") / key[:16]  # whoever else writes to out
     ended: list[Calibration | Path] = []  # what has a file is left there meanwhile
@@ -110,7 +111,7 @@ def calibrate(
         file = None if kept is None else kept / f"{number}.safetensors"
         done = _load(file, key)
         if done is None:
-            done = _block(blocks, number, block_format, quantizer, damping)
+            done = _block(blocks, number, block_format, how, damping)
             done.about["key"] = key
             if file is not None:
                 try:
@@ -179,10 +180,9 @@ class _Linear:
 
 
 def _block(
-    blocks: Blocks, number: int, format: BlockFormat, quantizer: str, damping: float
+    blocks: Blocks, number: int, format: BlockFormat, how: Quantizer, damping: float
 ) -> Calibration:
     """Return codes for a block's linears, and output errors: to nearest, and with these codes."""
-    how = Quantizer.parse(quantizer, format)
     linears = dict(_linears(blocks, number, format, how))
     found: dict[str, PackedWeight] = {}
     for fqn, linear in linears.items():
@@ -211,7 +211,7 @@ def _block(
                 smooth[name] = linear.transform.smooth
             if not linear.seen:
                 about["unseen"].append(name)
-    return Calibration(str(format), quantizer, packed, smooth, {}, about)
+    return Calibration(format, how, packed, smooth, {}, about)
 
 
 def _linears(

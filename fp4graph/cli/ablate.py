@@ -32,7 +32,7 @@ from fp4graph.quantizers import DATA_FREE
 from fp4graph.study.ablate import Ablation
 from fp4graph.study.evaluate import cut
 from fp4graph.study.export import export
-from fp4graph.study.plan import DIRECTIONS, JUST_ONE, Group, by_information, read_plan
+from fp4graph.study.plan import DIRECTIONS, JUST_ONE, Combinations, Group, by_information, read_plan
 from fp4graph.study.plot import draw
 from fp4graph.study.probe import read_probe
 from fp4graph.study.store import Store
@@ -65,7 +65,7 @@ class _Bar:
 
     def trial(self, trial: Trial, row: Row, *, cached: bool) -> None:
         kept = " (kept)" if cached else ""
-        self._bar.update(self._task, description=f"{trial.selector} {trial.format or ''}{kept}")
+        self._bar.update(self._task, description=f"{trial.selector} {row.format or ''}{kept}")
         if self._as_json:
             print_json(row)
 
@@ -175,8 +175,8 @@ def ablate_command(
     length = windows.ids.shape[1]
     questions = None if probe is None else read_probe(probe, loaded.tokenizer, length)
     with stderr.status(f"tracing {model}"):
-        ablation = Ablation(loaded, windows, store, out, calibrations, questions)
-    todo = _todo(ablation, groups, calibrations, by_budget=budget is not None)
+        ablation = Ablation(loaded, windows, store, out, questions)
+    todo = _todo(ablation, groups, by_budget=budget is not None)
     provenance = {**ablation.provenance(), "corpus": corpus, "seq_len": seq_len}
     write_text(out / "run.json", json.dumps(provenance, indent=2) + "\n")
     rows: list[Row] = []
@@ -200,7 +200,7 @@ def ablate_command(
 
 def _calibrations(files: tuple[Path, ...]) -> Calibrations:
     found = map(Calibration.load, files)
-    return {(each.format, each.quantizer): each for each in found}
+    return {(str(each.format), str(each.quantizer)): each for each in found}
 
 
 def _groups(
@@ -209,8 +209,8 @@ def _groups(
     plan: str | None,
     combinations: dict[str, Any],
     calibrations: Calibrations,
-) -> tuple[Group, ...]:
-    """Return what the options ask for, checked; a plan's own stands where nothing is given."""
+) -> list[Combinations]:
+    """Return what the options ask for; a plan's own stands where nothing is given."""
     given = {name: value for name, value in combinations.items() if not _is_default(name)}
     if calibrations and not (plan or "").endswith(".toml"):  # they are what is to be measured
         formats, quantizers = zip(*calibrations, strict=True)
@@ -221,9 +221,7 @@ def _groups(
         groups = read_plan(plan, given)
     else:
         groups = (Group(selects, (by,) if by else (), **{**combinations, **given}),)
-    for group in groups:
-        group.check(calibrations)
-    return groups
+    return [group.read(calibrations) for group in groups]
 
 
 def _once(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -240,9 +238,7 @@ def _text_beside(corpus: str, calibrations: Calibrations) -> str:
     return corpus
 
 
-def _todo(
-    ablation: Ablation, groups: Sequence[Group], calibrations: Calibrations, *, by_budget: bool
-) -> list[Trial]:
+def _todo(ablation: Ablation, groups: Sequence[Combinations], *, by_budget: bool) -> list[Trial]:
     """Return the trials, checked against the model."""
     if ablation.whole_because:
         stderr.print(f"every trial runs the whole model: {ablation.whole_because}")
@@ -253,7 +249,7 @@ def _todo(
             f"{len(report.refused)} linears stay dense in every trial, such as {first.path}: "
             f"{first.reason}"
         )
-    found = (trial for group in groups for trial in group.trials(report, calibrations))
+    found = (trial for group in groups for trial in group.trials(report))
     plan = list(dict.fromkeys(found))
     ablation.check(plan)
     return by_information(plan, ablation.sizes(plan)) if by_budget else plan

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from fp4graph.study.trial import mode_of, set_of
+from fp4graph.study.trial import set_of
 
 if TYPE_CHECKING:
     from fp4graph.study.trial import Row
@@ -31,7 +31,7 @@ def table_of(rows: list[Row], title: str) -> Table:
         table.add_row(
             set_of(row),
             row.format or "",
-            "dense" if row.format is None else mode_of(row.activations),
+            "dense" if row.format is None else row.activations.mode,
             "" if row.format is None else row.quantizer,
             "> 1e308" if row.ppl is None else f"{row.ppl:.3f}",
             f"{row.dnll:+.4f}",

@@ -25,7 +25,6 @@ from fp4graph.cli.common import (
 from fp4graph.study.additivity import PairRow, SetRow, pairs, sets
 from fp4graph.study.measured import measured, setting_of
 from fp4graph.study.plot_scores import draw_points
-from fp4graph.study.trial import mode_of
 
 _SHOWN = 40
 _MANY = 30
@@ -58,7 +57,7 @@ def additivity_command(
         if as_json:
             for row in map(asdict, itertools.chain[SetRow | PairRow](whole, two)):
                 print_json({**setting_of(found), **row})
-        mode = mode_of(found.activations)
+        mode = found.activations.mode
         title = f"{found.format} {mode} {found.quantizer}, text {found.text}"
         if whole:
             points[title] = [(row.kl_sum, row.kl, _size(row)) for row in whole]

@@ -8,7 +8,6 @@ from rich import box
 from rich.table import Table
 
 from fp4graph.cli.common import output, print_json
-from fp4graph.study.trial import mode_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +35,7 @@ def _table(rows: Sequence[Correlation], title: str) -> Table:
             row.predictor,
             row.target,
             row.format,
-            mode_of(row.activations),
+            row.activations.mode,
             row.quantizer,
             row.without or "",
             str(row.linears),

@@ -61,7 +61,7 @@ def inspect_command(
     run once, dense, to trace it; nothing is packed.
     """
     fp4graph.Selector(select)  # before minutes of loading
-    fp4graph.Scheme.of(format_name, quantizer, kernel=kernel)
+    fp4graph.Scheme.of(format_name, quantizer, activations, kernel)
     on_gpu = device is not None and parse_target(device).backend != "cpu"
     dtype = dtype or ("bfloat16" if on_gpu else "float32")
     loaded = load_model(model, dtype)
@@ -72,7 +72,7 @@ def inspect_command(
             select=select,
             format=format_name,
             quantizer=quantizer,
-            activations=None if activations == "none" else activations,
+            activations=activations,
             kernel=kernel,
             device=device,
             use_cache=False,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich import box
 from rich.table import Table
 
-from fp4graph import OptionError, Scheme, Selector
+from fp4graph import OptionError, Selector
 from fp4graph.cli.common import (
     CommaList,
     check_interrupt,
@@ -23,6 +22,7 @@ from fp4graph.cli.common import (
     weights_option,
 )
 from fp4graph.study.latency import LatencyRow, Variant, measure
+from fp4graph.study.trial import schemes, trials
 
 if TYPE_CHECKING:
     import torch
@@ -90,14 +90,11 @@ def latency_command(
 
     Greedy, batch 1, static cache, fixed number of tokens. Compile time is reported apart.
     """
-    mode = None if activations == "none" else activations
     if compile_mode != "default" and inner != "inductor":
         raise OptionError(f"--mode {compile_mode} is for --inner inductor")
-    variants = [Variant("none", None, inner, mode=compile_mode)]
-    for text, name, quantizer in itertools.product(selects, formats, quantizers):
-        selector, format = str(Selector(text)), Scheme.of(name, quantizer).format.name
-        if selector != "none":
-            variants.append(Variant(selector, format, inner, mode, quantizer, compile_mode))
+    ways = schemes(formats, [activations], quantizers)
+    plan = trials(list(map(Selector, selects)), ways, ["only"])
+    variants = [Variant(trial, inner, compile_mode) for trial in plan]
     loaded = load_model(model, dtype, device)
     with progress_bar() as bar:
         rows = measure(

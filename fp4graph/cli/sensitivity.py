@@ -11,7 +11,6 @@ import click
 from rich import box
 from rich.table import Table
 
-from fp4graph import Scheme
 from fp4graph.cli.common import (
     CommaList,
     device_option,
@@ -30,7 +29,7 @@ from fp4graph.study.correlation import correlate
 from fp4graph.study.measured import Measured, measured
 from fp4graph.study.plot_scores import draw_cells, draw_points
 from fp4graph.study.sensitivity import PREDICTORS, Sensitivity, SensitivityRow
-from fp4graph.study.trial import mode_of
+from fp4graph.study.trial import schemes
 
 if TYPE_CHECKING:
     import torch
@@ -90,15 +89,11 @@ def sensitivity_command(
 
     One run over the text and a few backward passes take the place of a run for every linear.
     """
-    schemes = [
-        Scheme.of(format, quantizer, None if mode == "none" else mode)
-        for format in formats
-        for mode in activations
-    ]
+    ways = schemes(formats, activations, [quantizer])
     store = None if against is None else open_results(against)
     loaded, windows = load_windows(model, corpus, tokens, seq_len, dtype, device)
     with windows_bar(len(windows.ids)) as progress:
-        found = Sensitivity(loaded, windows, schemes, samples, progress)
+        found = Sensitivity(loaded, windows, ways, samples, progress)
     if as_json:
         for row in found.rows:
             print_json(row)
@@ -144,7 +139,7 @@ def _draw(rows: list[SensitivityRow], settings: list[Measured], path: Path) -> N
 
 
 def _title(what: SensitivityRow | Measured) -> str:
-    return f"{what.format} {mode_of(what.activations)} {what.quantizer}"
+    return f"{what.format} {what.activations.mode} {what.quantizer}"
 
 
 def _scores(found: Sensitivity, settings: list[Measured]) -> list[Correlation]:
@@ -174,7 +169,7 @@ def _table(rows: list[SensitivityRow], title: str) -> Table:
         table.add_row(
             f"{row.role},blocks={row.block}",
             row.format,
-            mode_of(row.activations),
+            row.activations.mode,
             f"{row.sqnr:.1f}",
             f"{row.fisher:.3g}",
             f"{row.kl_element:.3g}",

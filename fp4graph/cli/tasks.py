@@ -9,6 +9,7 @@ import click
 from rich import box
 from rich.table import Table
 
+from fp4graph import Selector
 from fp4graph.cli.common import (
     CommaList,
     check_interrupt,
@@ -24,7 +25,7 @@ from fp4graph.cli.common import (
 )
 from fp4graph.study.plan import DIRECTIONS
 from fp4graph.study.tasks import evaluate_tasks
-from fp4graph.study.trial import mode_of, set_of, trials
+from fp4graph.study.trial import schemes, set_of, trials
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,8 @@ def tasks_command(
 
     Differences are taken question by question. Needs fp4graph[eval], and the tasks' data.
     """
-    plan = trials(selects, formats, activations, DIRECTIONS[direction], quantizer)
+    ways = schemes(formats, activations, quantizer)
+    plan = trials(list(map(Selector, selects)), ways, DIRECTIONS[direction])
     check_trained(model)
     loaded = load_model(model, dtype, device)
     table = Table(title=f"{model}, {', '.join(tasks)}", box=box.SIMPLE_HEAD)
@@ -86,7 +88,7 @@ def tasks_command(
             table.add_row(
                 set_of(row),
                 row.format or "",
-                "dense" if dense else mode_of(row.activations),
+                "dense" if dense else row.activations.mode,
                 "" if dense else row.quantizer,
                 row.task,
                 row.metric,

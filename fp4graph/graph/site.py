@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fp4graph.kernels import Kernel, Problem
     from fp4graph.linears.tags import LinearTag
     from fp4graph.packed.cache import PackEntry
-    from fp4graph.policy import Scheme
+    from fp4graph.scheme import Scheme
 
 _KEY = "fp4graph"
 

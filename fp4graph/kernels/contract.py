@@ -34,7 +34,7 @@ class Problem:
         format: of the weight.
         dtype: of activations, bias and result.
         target: what all of it lies on.
-        activations: `int8` if they may be rounded to 8 bits in groups, None if not.
+        int8: whether activations are to be rounded to 8 bits in groups.
         weight_dtype: of the dense weight, where autocast makes it another; else None.
         experts: how many such weights there are, packed alike, of which rows choose one.
     """
@@ -44,7 +44,7 @@ class Problem:
     format: BlockFormat
     dtype: torch.dtype
     target: Target
-    activations: str | None = None
+    int8: bool = False
     weight_dtype: torch.dtype | None = None
     experts: int = 1
 
@@ -124,6 +124,6 @@ class Kernel:
         if problem.dtype not in self.dtypes:
             taken = ", ".join(str(each).removeprefix("torch.") for each in self.dtypes)
             return f"activations are {problem.dtype}, and it takes {taken}"
-        if problem.activations == "int8" and not self.int8_ops:
+        if problem.int8 and not self.int8_ops:
             return "it does not round activations to 8 bits"
         return self.refuses(problem)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
     from fp4graph.kernels import Kernel, Problem
-    from fp4graph.policy import Scheme
+    from fp4graph.scheme import Scheme
 
 
 @dataclass(eq=False)

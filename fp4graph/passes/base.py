@@ -85,13 +85,17 @@ def run_passes(
     it is.
 
     Records are logged to `fp4graph.passes` at level INFO. With the environment variable
-    `FP4GRAPH_DUMP` set to a folder, the graph is written there before and after each pass.
+    `FP4GRAPH_DUMP` set to a folder, the graph is written there before and after each pass. Passes
+    that `FP4GRAPH_SKIP` names are left out, with a warning.
     """
     dump = os.environ.get("FP4GRAPH_DUMP")
     number = next(_GRAPH_NUMBER)
     records = []
     after = op_counts(gm)
     for index, run in enumerate(passes):
+        if run.name in skipped():
+            _LOG.warning("graph %d: FP4GRAPH_SKIP leaves out the pass %s", number, run.name)
+            continue
         stem = f"graph{number}.{index}.{run.name}"
         _dump(gm, dump, f"{stem}.before")
         before = after
@@ -110,6 +114,12 @@ def run_passes(
     for region in list(regions(gm)) if recompile else ():
         region.gm.recompile()
     return records
+
+
+def skipped() -> tuple[str, ...]:
+    """Return the names of passes that `FP4GRAPH_SKIP` leaves out, to find which one is to blame."""
+    names = os.environ.get("FP4GRAPH_SKIP", "").split(",")
+    return tuple(name.strip() for name in names if name.strip())
 
 
 def _dump(gm: GraphModule, folder: str | None, stem: str) -> None:

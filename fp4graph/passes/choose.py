@@ -13,6 +13,7 @@ from fp4graph.graph.site import LinearSite, mark, sites
 from fp4graph.kernels import KERNELS, Problem, Target, choose, refusals, target_of
 from fp4graph.quantizers import is_plain, matrix_name
 from fp4graph.report import REFUSED
+from fp4graph.scheme import Activations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,10 +29,17 @@ class ChooseKernels:
     """Choose kernels by format, shape, dtype and device.
 
     Given:
-        a node marked scheme=nvfp4 W4A16
-    Result:
-        the same node, marked kernel=reference; or, refused and `on_refusal="keep"`, left dense
-        with the reason
+        q = linear(x, q_weight, None)      # scheme nvfp4 W4A16; reason `attn`
+        k = linear(x, k_weight, None)      # reason not selected
+    Result, with kernel="reference":
+        q = linear(x, q_weight, None)      # kernel reference; reason `attn` as nvfp4 W4A16
+        k = linear(x, k_weight, None)      # reason not selected
+
+    Given, a linear that cannot run in FP4:
+        q = linear(x, q_weight, None)      # scheme nvfp4 W4A16
+        # unsupported its weight is no nn.Parameter
+    Result, with on_refusal="keep":
+        q = linear(x, q_weight, None)      # reason refused: its weight is no nn.Parameter
 
     Raises:
         RefusalError: a selected linear is refused and `on_refusal` is "raise"; names the linears.
@@ -106,7 +114,7 @@ def _problem(site: LinearSite, example_inputs: Sequence[Any], target: Target | N
         site.scheme.format,
         site.dtype,
         target or target_of(weight.device),
-        activations="int8" if site.scheme.activations == "int8" else None,
+        int8=site.scheme.activations is Activations.INT8,
         weight_dtype=weight.dtype if weight.dtype != site.dtype else None,
         experts=math.prod(site.tag.shape[:-2]),
     )

@@ -98,8 +98,8 @@ def put_among_dense(
         pieces = []
         for start, end in pairwise(ends):
             if (start, end) in runs:
-                at = rows.index(start)
-                pieces.append(_narrow(y, -1, at, end - start))
+                whole = len(runs) == 1
+                pieces.append(y if whole else _narrow(y, -1, rows.index(start), end - start))
             else:
                 pieces.append(_dense_rows(x, form, start, end - start))
         made = y.graph.call_function(torch.cat, (pieces, -1))

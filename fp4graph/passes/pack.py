@@ -19,9 +19,9 @@ class PackWeights:
     """Fetch or make the packed weight of each linear.
 
     Given:
-        a node marked kernel=reference, whose weight is the user's own nn.Parameter
-    Result:
-        the same node, marked with its entry in the cache
+        q = linear(x, q_weight, None)      # scheme nvfp4 W4A16; kernel reference
+    Result, for a weight [32, 64]:
+        q = linear(x, q_weight, None)      # packed [32, 32] [32, 4] []
 
     Raises:
         WeightError: a weight holds NaN or Inf; names the linear.

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp4graph.errors import GradientError
+from fp4graph.errors import GradientError, OptionError
 from fp4graph.graph.regions import regions
 from fp4graph.graph.site import sites
 from fp4graph.packed.stale import Binding
-from fp4graph.passes.base import GraphPass, run_passes
+from fp4graph.passes.base import GraphPass, run_passes, skipped
 from fp4graph.passes.choose import ChooseKernels, OnRefusal
 from fp4graph.passes.pack import PackWeights
 from fp4graph.passes.rewrite import RewriteLinears
 from fp4graph.passes.rotate_inputs import RotateInputs
 from fp4graph.passes.select import SelectLinears
 from fp4graph.passes.smooth_inputs import SmoothInputs
+from fp4graph.passes.tag import TagLinears
 from fp4graph.private import SET_GRAD_ENABLED
 from fp4graph.report import LinearRow
 
@@ -33,27 +34,39 @@ if TYPE_CHECKING:
     from fp4graph.policy import Policy
 
 
+PASSES: tuple[type[GraphPass], ...] = (
+    TagLinears,
+    SelectLinears,
+    ChooseKernels,  # before pack: the kernel fixes the packed layout
+    PackWeights,  # before smooth_inputs, which reads what to divide by
+    RotateInputs,  # before rewrite: after it `match_linear` no longer finds the node
+    SmoothInputs,  # the same
+    RewriteLinears,
+)
+"""All passes in their order."""
+
+
 def plan_passes(
     policy: Policy,
     on_refusal: OnRefusal,
     universe: tuple[LinearTag, ...] | None = None,
     target: Target | None = None,
 ) -> tuple[GraphPass, ...]:
-    """Return the passes that decide and change nothing; they come after `TagLinears`."""
-    return (
-        SelectLinears(policy, universe),
-        ChooseKernels(on_refusal, target),  # before pack, for the packed layout is the kernel's
-    )
+    """Return the passes that decide and change nothing; they come after `TagLinears`.
+
+    Raises:
+        OptionError: `FP4GRAPH_SKIP` names what is no pass.
+    """
+    known = [each.name for each in PASSES]
+    for name in skipped():
+        if name not in known:
+            raise OptionError(f"FP4GRAPH_SKIP: no pass {name!r}; passes are {', '.join(known)}")
+    return SelectLinears(policy, universe), ChooseKernels(on_refusal, target)
 
 
 def rewrite_passes() -> tuple[GraphPass, ...]:
     """Return the passes that act on what was decided."""
-    return (
-        PackWeights(),  # before rewrite, which reads its buffers
-        RotateInputs(),  # before rewrite, which makes of a linear what no pass knows as one
-        SmoothInputs(),  # after pack, which has what to divide by
-        RewriteLinears(),
-    )
+    return PackWeights(), RotateInputs(), SmoothInputs(), RewriteLinears()
 
 
 def rows(gm: GraphModule) -> list[LinearRow]:
@@ -66,8 +79,10 @@ def _row(site: LinearSite) -> LinearRow:
     if site.kernel is None or site.problem is None:
         return dense
     plan = site.kernel.plan(site.problem)
+    without = f"; FP4GRAPH_SKIP leaves out {', '.join(skipped())}" if skipped() else ""
     return replace(
         dense,
+        reason=dense.reason + without,
         selected=True,
         kernel=site.kernel.name,
         layout=plan.layout,

@@ -11,6 +11,7 @@ from fp4graph.graph.site import LinearSite, mark, site_of, unmarked
 from fp4graph.graph.writes import writes_in_place
 from fp4graph.kernels import fake_quantize_op, grouped
 from fp4graph.passes.emit import cast, constant, move, put_among_dense, take
+from fp4graph.scheme import Activations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,13 +30,39 @@ class RewriteLinears:
     """Replace packed linears by their kernel's op.
 
     Given:
-        y = torch._C._nn.linear(x, weight, bias)          # with its packed weight
+        q = linear(x, q_weight, bias)      # scheme nvfp4 W4A16; kernel reference
+        k = linear(x, k_weight, None)      # reason not selected
     Result:
-        y = fp4graph.cpu_nvfp4(x, tiles, row_scale, bias)          # or another kernel's op
-        # with activations="same" x is fp4graph.fake_quantize(x, "nvfp4", rotation), one node a
-        # distinct x;
-        # under autocast x and bias are first cast to the dtype that the linear would have used;
-        # experts that share x by rows are fp4graph.grouped_cpu_nvfp4(x, [tiles, row_scale], offs)
+        q = fp4graph.reference_nvfp4(x, qdata, scale, per_tensor_scale, bias)
+        k = linear(x, k_weight, None)
+
+    Given, inputs that are rounded too, each once:
+        q = linear(x, q_weight, None)      # scheme mxfp4 W4A4; kernel reference
+        k = linear(x, k_weight, None)      # scheme mxfp4 W4A4; kernel reference
+    Result:
+        r = fp4graph.fake_quantize(x, "mxfp4", 0)
+        q = fp4graph.reference_mxfp4(r, qdata, scale, None)
+        k = fp4graph.reference_mxfp4(r, k_qdata, k_scale, None)
+
+    Given, autocast, whose result is bfloat16:
+        q = linear(x, q_weight, bias)      # scheme mxfp4 W4A16; kernel reference; dtype bfloat16
+    Result:
+        h = x.to(torch.bfloat16)
+        b = bias.to(torch.bfloat16)
+        q = fp4graph.reference_mxfp4(h, qdata, scale, b)
+
+    Given, rows of a fused weight:
+        q = linear(x, q_weight, None)      # scheme mxfp4 W4A16; kernel reference; rows 8 to 31
+    Result:
+        p = fp4graph.reference_mxfp4(x, qdata, scale, None)
+        w = q_weight.narrow(0, 0, 8)
+        d = linear(x, w, None)
+        q = torch.cat([d, p], -1)
+
+    Given, experts that share the rows of x:
+        y = torch._grouped_mm(x, experts, offs)       # scheme mxfp4 W4A16; kernel reference
+    Result:
+        y = fp4graph.grouped_reference_mxfp4(x, [qdata, scale], offs)
 
     The weight's graph input stays, unused: Dynamo passes arguments by position.
     """
@@ -79,14 +106,14 @@ def _replace(
     with graph.inserting_before(node):
         x = move(cast(form.x, site.dtype), form.x_dim, -1)
         ops = site.kernel.ops
-        if site.scheme.activations == "int8":
+        if site.scheme.activations is Activations.INT8:
             ops = site.kernel.int8_ops
-        elif site.scheme.activations is not None:
+        elif site.scheme.activations is Activations.SAME:
             # an input that is written to in between is not the same input
-            how = (site.scheme.activations.name, site.scheme.rotation)
+            how = (site.scheme.format.name, site.scheme.rotation)
             key = (form.x, form.x_dim, site.dtype, how, writes)
             if key not in quantized:
-                rounds = fake_quantize_op(site.scheme.activations)
+                rounds = fake_quantize_op(site.scheme.format)
                 quantized[key] = graph.call_function(rounds, (x, *how))
                 quantized[key].meta = dict(x.meta)
             x = quantized[key]

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fp4graph.formats import BlockFormat
 from fp4graph.graph.match import match_linear
 from fp4graph.graph.regions import regions
 from fp4graph.graph.site import site_of, unmarked
 from fp4graph.graph.writes import writes_in_place
 from fp4graph.kernels import ROTATE
 from fp4graph.passes.emit import move
+from fp4graph.scheme import Activations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,13 +24,30 @@ class RotateInputs:
     """Rotate the input of each packed linear whose scheme has a rotation.
 
     Given:
-        q = linear(x, wq, None);  k = linear(x, wk, None)      # packed with quantizer="rtn@32"
+        q = linear(x, q_weight, None)      # scheme mxfp4 W4A16, rtn@32
+        k = linear(x, k_weight, None)      # scheme mxfp4 W4A16, rtn@32
+        v = linear(x, v_weight, None)      # reason not selected
     Result:
         h = fp4graph.rotate(x, 32)
-        q = linear(h, wq, None);  k = linear(h, wk, None)      # to be rewritten
+        q = linear(h, q_weight, None)
+        k = linear(h, k_weight, None)
+        v = linear(x, v_weight, None)
 
-    One node a distinct input; an input that is written to in between is not the same input. Where
-    inputs are rounded to FP4 (W4A4) nothing is added: the op that rounds them rotates them too.
+    Given, an input that is written to in between:
+        q = linear(x, q_weight, None)      # scheme mxfp4 W4A16, rtn@32
+        y = x.add_(1)
+        k = linear(x, k_weight, None)      # scheme mxfp4 W4A16, rtn@32
+    Result:
+        h = fp4graph.rotate(x, 32)
+        q = linear(h, q_weight, None)
+        y = x.add_(1)
+        i = fp4graph.rotate(x, 32)
+        k = linear(i, k_weight, None)
+
+    Given, inputs that are rounded to FP4 too, by an op that rotates them itself:
+        q = linear(x, q_weight, None)      # scheme mxfp4 W4A4, rtn@32
+    Result:
+        q = linear(x, q_weight, None)      # scheme mxfp4 W4A4, rtn@32
     """
 
     name: ClassVar[str] = "rotate_inputs"
@@ -45,7 +62,7 @@ class RotateInputs:
                 site = site_of(node)
                 if site is None or site.scheme is None or not site.scheme.rotation:
                     continue
-                if isinstance(site.scheme.activations, BlockFormat):
+                if site.scheme.activations is Activations.SAME:
                     continue
                 form = match_linear(node)
                 assert form is not None

@@ -25,10 +25,22 @@ class SelectLinears:
     """Ask the policy about every tagged linear.
 
     Given:
-        a node marked LinearTag(..., Role.Q, block=7, ...), and the policy `attn,blocks>4`
-    Result:
-        the same node, marked scheme=nvfp4 W4A16, reason="`attn,blocks>4`"; of a fused weight of
-        which only a part is picked, with the rows of that part
+        q = linear(x, q_weight, None)      # role q; block 7
+        d = linear(q, d_weight, None)      # role down; block 7
+        o = linear(d, o_weight, None)      # role o; block 3
+    Result, for `attn,blocks>4`:
+        q = linear(x, q_weight, None)      # scheme nvfp4 W4A16; reason `attn,blocks>4`
+        d = linear(q, d_weight, None)      # reason not selected
+        o = linear(d, o_weight, None)      # reason not selected
+
+    Given, a fused weight of which a part is picked:
+        qkv = linear(x, qkv_weight, None)  # role qkv; block 7
+        parts = qkv.split(4, -1)
+        a = torch.nn.functional.scaled_dot_product_attention(parts[0], parts[1], parts[2])
+    Result, for `v`:
+        qkv = linear(x, qkv_weight, None)  # scheme nvfp4 W4A16; rows 8 to 11
+        parts = qkv.split(4, -1)
+        a = torch.nn.functional.scaled_dot_product_attention(parts[0], parts[1], parts[2])
 
     Raises:
         SelectorError: a term matches nothing, or a part of a fused weight whose rows are not known.

@@ -31,13 +31,25 @@ if TYPE_CHECKING:
 class SmoothInputs:
     """Divide the input of each packed linear that was calibrated with SmoothQuant (2211.10438).
 
-    Given:
+    Given, weights whose columns were multiplied by s:
         h = norm_weight * normed
-        q = linear(h, wq, None);  k = linear(h, wk, None)      # packed, columns times s
+        q = linear(h, q_weight, None)      # scheme nvfp4 W4A16; kernel reference
+        k = linear(h, k_weight, None)      # scheme nvfp4 W4A16; kernel reference
     Result:
-        h = (norm_weight * inverse_s) * normed
-        q = linear(h, wq, None);  k = linear(h, wk, None)      # to be rewritten
-        # where h has other uses, or comes from no norm, the linears get h * inverse_s
+        w = norm_weight * inverse_s
+        h = w * normed
+        q = linear(h, q_weight, None)
+        k = linear(h, k_weight, None)
+
+    Given, where others take what the norm gives:
+        h = norm_weight * normed
+        q = linear(h, q_weight, None)      # scheme nvfp4 W4A16; kernel reference
+        r = torch.relu(h)
+    Result:
+        h = norm_weight * normed
+        s = h * inverse_s
+        q = linear(s, q_weight, None)
+        r = torch.relu(h)
 
     The norm's weight stays the model's own, so that changes to it are seen.
     """

@@ -46,15 +46,27 @@ class TagLinears:
     """Tag every linear with its path, role, block and shape.
 
     Given:
-        q = torch._C._nn.linear(x, l_self_..._layers_modules_0_..._q_proj_parameters_weight_, None)
+        q = linear(x, q_proj, None)
+        g = linear(q, gate_proj, None)
     Result:
-        the same node, marked LinearTag("model.layers.0.self_attn.q_proj", Role.Q, block=0, ...)
+        q = linear(x, q_proj, None)        # path model.layers.0.self_attn.q_proj; role q; block 0
+        g = linear(q, gate_proj, None)     # path model.layers.0.mlp.gate_proj; role gate; block 0
 
-    Bodies of higher-order ops are tagged too, each call's apart. A weight that another product
-    reads (einsum, a fused attention op, stacked experts) is marked there as unsupported, so that it
-    leaves a row in the report.
+    Given, a weight that is stored transposed, and a product of two activations:
+        q = torch.addmm(bias, x, q_proj)
+        s = torch.matmul(q, q.t())
+    Result:
+        q = torch.addmm(bias, x, q_proj)   # path model.layers.0.self_attn.q_proj; role q; block 0
+        s = torch.matmul(q, q.t())
 
-    A list of blocks is what `stacks.py` says; that its members run one after another is seen here.
+    Given, a weight that a product reads which is not rewritten:
+        q = torch.inner(x, q_proj)
+    Result:
+        q = torch.inner(x, q_proj)
+        # unsupported its weight is read by inner, which is not rewritten
+
+    Bodies of higher-order ops are tagged too, each call's apart. `stacks.py` says what a list of
+    blocks is; that its members run one after another is seen here.
 
     Attributes:
         names: module paths by parameter, from `parameter_names(model)`; where given, paths are

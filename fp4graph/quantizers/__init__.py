@@ -6,7 +6,7 @@ from fp4graph.quantizers.gptq import DAMPING, gptq
 from fp4graph.quantizers.hessian import Hessian, output_error
 from fp4graph.quantizers.learned import learn
 from fp4graph.quantizers.quantize import check_quantizer, is_plain, quantize
-from fp4graph.quantizers.quantizer import DATA_FREE, GRIDS, NEED_DATA, Quantizer
+from fp4graph.quantizers.quantizer import DATA_FREE, GRIDS, NEED_DATA, RTN, Quantizer
 from fp4graph.quantizers.scale_search import scale_search
 from fp4graph.quantizers.smoothing import smoothing
 from fp4graph.quantizers.transform import Transform
@@ -16,6 +16,7 @@ __all__ = [
     "DATA_FREE",
     "GRIDS",
     "NEED_DATA",
+    "RTN",
     "Calibration",
     "Hessian",
     "Quantizer",

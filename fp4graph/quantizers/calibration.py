@@ -22,6 +22,8 @@ from fp4graph.quantizers.transform import Transform
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fp4graph.formats import BlockFormat
+
 _KIND = "fp4graph calibration"
 
 
@@ -35,7 +37,7 @@ class Calibration:
     """Packed weights by module path, of experts one each (`matrix_name`), and what they hang on.
 
     Attributes:
-        format: name of their format.
+        format: of the weights.
         quantizer: how the codes were found.
         packed: the weights.
         smooth: what the columns of some of them were multiplied by, float32 [K] each.
@@ -43,8 +45,8 @@ class Calibration:
         about: further facts for the reader: model, text, samples, versions.
     """
 
-    format: str
-    quantizer: str
+    format: BlockFormat
+    quantizer: Quantizer
     packed: dict[str, PackedWeight]
     smooth: dict[str, Tensor]
     fingerprints: dict[str, int]
@@ -52,14 +54,13 @@ class Calibration:
 
     def transform(self, fqn: str) -> Transform:
         """Return what a weight was multiplied by before it was rounded."""
-        how = Quantizer.parse(self.quantizer, get_format(self.format))
-        return Transform(how.rotation, self.smooth.get(fqn))
+        return Transform(self.quantizer.rotation, self.smooth.get(fqn))
 
     def dequantize(self, fqn: str) -> Tensor:
         """Return the weight that a linear's codes stand for, for inputs as they are; [N, K]."""
         return self.transform(fqn).undo(self.packed[fqn].dequantize())
 
-    def check(self, format: str) -> None:
+    def check(self, format: BlockFormat) -> None:
         """Check that the codes are of a format.
 
         Raises:
@@ -98,7 +99,11 @@ class Calibration:
 
     def digest(self) -> str:
         """Return a hash of the codes and of the weights that they stand for."""
-        parts = [self.format, self.quantizer, *sorted(map(str, self.fingerprints.items()))]
+        parts = [
+            str(self.format),
+            str(self.quantizer),
+            *sorted(map(str, self.fingerprints.items())),
+        ]
         for fqn, each in sorted(self.packed.items()):
             codes = (fingerprint(each.qdata), fingerprint(each.scale.view(torch.uint8)))
             parts.append(f"{fqn} {codes}")
@@ -120,8 +125,8 @@ class Calibration:
                 tensors[f"{fqn}.per_tensor_scale"] = each.per_tensor_scale.clone()
         tensors |= {f"{fqn}.smooth": each.clone() for fqn, each in self.smooth.items()}
         facts = {
-            "format": self.format,
-            "quantizer": self.quantizer,
+            "format": str(self.format),
+            "quantizer": str(self.quantizer),
             "shapes": {fqn: each.shape for fqn, each in self.packed.items()},
             "fingerprints": self.fingerprints,
             "about": self.about,
@@ -161,8 +166,8 @@ class Calibration:
         }
         smooth = {fqn: tensors[f"{fqn}.smooth"] for fqn in packed if f"{fqn}.smooth" in tensors}
         return cls(
-            facts["format"],
-            facts["quantizer"],
+            format,
+            Quantizer.parse(facts["quantizer"], format),
             packed,
             smooth,
             facts["fingerprints"],

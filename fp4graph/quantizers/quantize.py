@@ -21,7 +21,7 @@ _NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize(
-    weight: Tensor, format: str | BlockFormat = "nvfp4", quantizer: str = "rtn"
+    weight: Tensor, format: str | BlockFormat = "nvfp4", quantizer: str | Quantizer = "rtn"
 ) -> PackedWeight:
     """Round a weight to FP4.
 
@@ -61,7 +61,7 @@ def is_plain(weight: Tensor) -> bool:
     return type(weight).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
-def check_quantizer(name: str, format: BlockFormat) -> Quantizer:
+def check_quantizer(name: str | Quantizer, format: BlockFormat) -> Quantizer:
     """Read a `quantizer=` option that is to do without data.
 
     Raises:
@@ -70,7 +70,7 @@ def check_quantizer(name: str, format: BlockFormat) -> Quantizer:
     found = Quantizer.parse(name, format)
     if found.needs_data:
         raise OptionError(
-            f"quantizer {name!r} needs data: give the file that `fp4graph calibrate` or "
+            f"quantizer {str(name)!r} needs data: give the file that `fp4graph calibrate` or "
             "fp4graph.calibrate() made, calibration=FILE"
         )
     return found

@@ -8,7 +8,7 @@ Quantizer(solver='gptq', grid='scale-search', rotation=32, strength=0.0)
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fp4graph.errors import OptionError
@@ -65,16 +65,18 @@ class Quantizer:
         grid: what chooses the scales, one of `GRIDS`.
         rotation: block of the Hadamard rotation of weight and input; 0 for none.
         strength: SmoothQuant's alpha for inputs that come from a norm; 0 for none.
+        name: what it was called: `mr-gptq` and `gptq@32` are equal for MXFP4.
     """
 
     solver: str
     grid: str
     rotation: int
-    strength: float = 0.0
+    strength: float
+    name: str = field(compare=False, repr=False)
 
     @classmethod
-    def parse(cls, name: str, format: BlockFormat) -> Quantizer:
-        """Read a name.
+    def parse(cls, text: str | Quantizer, format: BlockFormat) -> Quantizer:
+        """Read a name for a format, which may be another than that of a quantizer that is given.
 
         `mr-gptq` is what 2509.23202 prescribes: for NVFP4 the best scales under a rotation of 16,
         for MXFP4 its own scales under one of 32.
@@ -82,6 +84,7 @@ class Quantizer:
         Raises:
             OptionError: no such quantiser, or one that the format has no use for.
         """
+        name = str(text)
         found = _NAME.fullmatch(name)
         base, rotation = (found["base"], int(found["rotation"] or 0)) if found else (name, 0)
         strength = float(found["strength"] or STRENGTH) if found and found["smooth"] else 0.0
@@ -100,7 +103,8 @@ class Quantizer:
                 raise OptionError(f"quantizer {name!r}: mr-gptq rotates, which {_SMOOTH} cannot")
             if rotation == 0:
                 rotation = format.block_size
-            return cls("gptq", "scale-search" if format.base == "nvfp4" else "rtn", rotation)
+            grid = "scale-search" if format.base == "nvfp4" else "rtn"
+            return cls("gptq", grid, rotation, 0.0, name)
         solver, _, grid = base.partition(":")
         if solver not in _SOLVERS:
             solver, grid = "rtn", base
@@ -109,9 +113,16 @@ class Quantizer:
         if grid in _FOR_NVFP4 and format.base != "nvfp4":
             problem = f"is for nvfp4: {format} has powers of two alone"
             raise OptionError(f"quantizer {name!r} {problem}")
-        return cls(solver, grid or "rtn", rotation, strength)
+        return cls(solver, grid or "rtn", rotation, strength, name)
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def needs_data(self) -> bool:
         """Whether its codes come from a calibration."""
         return self.solver in _SOLVERS or self.grid == _WEIGHTED or self.strength > 0
+
+
+RTN = Quantizer("rtn", "rtn", 0, 0.0, "rtn")
+"""Round to nearest, which every format has."""

@@ -6,7 +6,7 @@ import math
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,20 +14,21 @@ import numpy as np
 import torch
 
 from fp4graph import (
+    Activations,
     Policy,
     Replay,
     Report,
     Scheme,
-    Selector,
     SelectorError,
     StudyError,
     TracedModel,
 )
 from fp4graph.fingerprint import fingerprint
 from fp4graph.models import check_length
+from fp4graph.passes.base import skipped
 from fp4graph.study.evaluate import DenseReference, Scores, Windows
 from fp4graph.study.statistics import halves, interval, mean_and_error
-from fp4graph.study.trial import DENSE, Calibrations, Row, Trial
+from fp4graph.study.trial import DENSE, Row, Trial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -64,11 +65,10 @@ class Ablation:
         windows: the text.
         store: where results are kept and found again.
         scratch: folder for the dense model's log probabilities while trials run.
-        calibrations: codes found with data.
         probe: questions, rows as long as the windows.
 
     Raises:
-        StudyError: the model's weights are random.
+        StudyError: the model's weights are random, or `FP4GRAPH_SKIP` leaves out passes.
         ModelError: a window is longer than the model's positions.
     """
 
@@ -78,17 +78,17 @@ class Ablation:
         windows: Windows,
         store: Store,
         scratch: Path,
-        calibrations: Calibrations | None = None,
         probe: Probe | None = None,
     ) -> None:
         if loaded.is_random:
             raise StudyError(f"{loaded.name} has random weights: its accuracy means nothing")
+        if skipped():
+            raise StudyError("FP4GRAPH_SKIP leaves out passes, so nothing is measured: unset it")
         check_length(loaded.model, windows.ids.shape[1])
         self._loaded = loaded
         self._windows = windows
         self._store = store
         self._scratch = scratch
-        self._calibrations = calibrations or {}
         self._probe = probe
         self._rows = windows.ids if probe is None else torch.cat((windows.ids, probe.ids))
         self._traced = TracedModel(loaded.model)
@@ -120,12 +120,12 @@ class Ablation:
         """
         tags = self._traced.tags
         for trial in plan:
-            policy = trial.policy(self._calibrations)
-            if policy is None:
+            if trial == DENSE:
                 continue
+            policy = trial.policy
             policy.check(tags)
             if not any(policy.decide(tag).scheme for tag in tags):
-                raise SelectorError(trial.selector, "leaves no linear in FP4 to measure")
+                raise SelectorError(str(trial.selector), "leaves no linear in FP4 to measure")
 
     def sizes(self, plan: Sequence[Trial]) -> dict[Trial, int]:
         """Return how many linears each trial's selector picks; of the dense model, most."""
@@ -133,7 +133,7 @@ class Ablation:
         found = {DENSE: len(tags) + 1}
         for trial in plan:
             if trial != DENSE:
-                found[trial] = sum(bool(Selector(trial.selector).picks(tag)) for tag in tags)
+                found[trial] = sum(bool(trial.selector.picks(tag)) for tag in tags)
         return found
 
     def run(
@@ -171,9 +171,8 @@ class Ablation:
                 except StudyError as error:
                     raise StudyError(f"{trial}: {error}") from None
                 self._store.put(self._key(trial), result)
-            row = Row(**result)
-            progress.trial(trial, row, cached=known[trial] is not None)
-            yield row
+            progress.trial(trial, result, cached=known[trial] is not None)
+            yield result
 
     @property
     def whole_because(self) -> str | None:
@@ -214,11 +213,13 @@ class Ablation:
         }
 
     def _key(self, trial: Trial) -> dict[str, Any]:
-        calibration = self._calibrations.get((trial.format or "", trial.quantizer))
+        facts, scheme = trial.facts, trial.scheme
+        calibration = None if scheme is None else scheme.calibration
         codes = {} if calibration is None else {"calibration": calibration.digest()}
         # where activations are rounded, last digits decide which way, and that adds up
-        rounded = {} if trial.activations == "none" else {"arithmetic": self._arithmetic}
-        return {**self._identity, **asdict(trial), **codes, **rounded}
+        rounds = facts["activations"] is not Activations.NONE
+        rounded = {"arithmetic": self._arithmetic} if rounds else {}
+        return {**self._identity, **facts, **codes, **rounded}
 
     def _inputs(self, index: int) -> dict[str, Any]:
         ids = self._rows[index : index + 1].to(self._loaded.device)
@@ -229,23 +230,22 @@ class Ablation:
         logits: Tensor = self._traced(**self._inputs(index)).logits
         return logits
 
-    def _measure(self, trial: Trial, dense: _Dense, progress: Progress) -> dict[str, Any]:
+    def _measure(self, trial: Trial, dense: _Dense, progress: Progress) -> Row:
         reference = dense.reference
-        policy = trial.policy(self._calibrations)
-        if policy is None:
+        if trial == DENSE:
             row = _row(trial, reference.scores, reference.scores, Report())
             noise, noise_se = halves(reference.scores.nll)
             row = replace(row, noise=noise, noise_se=noise_se)
-            return asdict(self._probed(row, dense.choices, dense.choices))
+            return self._probed(row, dense.choices, dense.choices)
         in_part = self._replay.refusal is None
-        base = trial.base(self._calibrations)
+        policy, base = trial.policy, trial.base
         with torch.no_grad():
             report = self._replay.select(policy, base) if in_part else self._traced.select(policy)
         if not report.selected:
             raise StudyError("no linear was rewritten")
         run = self._replay.run if in_part else self._logits
         row = _row(trial, reference.score(run, progress.advance), reference.scores, report)
-        return asdict(self._probed(row, self._answer(run, progress), dense.choices))
+        return self._probed(row, self._answer(run, progress), dense.choices)
 
     def _probed(self, row: Row, choices: Integers | None, dense: Integers | None) -> Row:
         if self._probe is None or choices is None or dense is None:
@@ -273,7 +273,7 @@ def _row(trial: Trial, scores: Scores, dense: Scores, report: Report) -> Row:
     parameters = sum(row.parameters for row in rows)
     saved = max(bytes_dense - bytes_packed, 0)
     return Row(
-        **asdict(trial),
+        **trial.facts,
         ppl=scores.perplexity,
         dnll=dnll,
         dnll_se=dnll_se,

@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import rankdata
 
+from fp4graph.study.statistics import bootstrap
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fp4graph import Activations
     from fp4graph.study.measured import Measured
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 TARGETS = ("kl", "dnll")
-_RESAMPLES = 2000
-_PERCENT = (2.5, 97.5)
 _FEWEST = 5
 
 
@@ -46,7 +47,7 @@ class Correlation:
     target: str
     text: str
     format: str
-    activations: str
+    activations: Activations
     quantizer: str
     without: str | None
     linears: int
@@ -92,10 +93,8 @@ def correlate(
 
 
 def _with_interval(x: Floats, y: Floats, *, ranked: bool) -> tuple[float, float, float]:
-    draws = np.random.default_rng(0).integers(0, len(x), (_RESAMPLES, len(x)))
     whole = float(_correlation(x[None], y[None], ranked=ranked)[0])
-    low, high = np.percentile(_correlation(x[draws], y[draws], ranked=ranked), _PERCENT)
-    return whole, float(low), float(high)
+    return whole, *bootstrap(len(x), lambda drawn: _correlation(x[drawn], y[drawn], ranked=ranked))
 
 
 def _correlation(x_RN: Floats, y_RN: Floats, *, ranked: bool) -> Floats:

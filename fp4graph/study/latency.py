@@ -18,17 +18,20 @@ import torch
 from transformers import StaticCache
 
 import fp4graph
-from fp4graph import OptionError, Policy, Report, Scheme, TracedModel
+from fp4graph import OptionError, Report, TracedModel
 from fp4graph.models import check_length
 from fp4graph.private import counters
 from fp4graph.study.compiled import compiled
+from fp4graph.study.statistics import bootstrap
+from fp4graph.study.trial import DENSE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor, nn
 
-_RESAMPLES = 2000
+    from fp4graph.study.trial import Trial
+
 _WARM_UPS = 2
 
 
@@ -37,19 +40,13 @@ class Variant:
     """One way to run the model.
 
     Attributes:
-        selector: canonical text; `none` is the inner compiler alone.
-        format: of the FP4 weights; None for the dense model.
+        trial: what is in FP4, and how; the dense model is the inner compiler alone.
         inner: `inductor` or `eager`.
-        activations: None, `same` or `int8`.
-        quantizer: how codes are found; a rotation costs time at each call.
         mode: of torch.compile, for Inductor; `reduce-overhead` for CUDA graphs.
     """
 
-    selector: str
-    format: str | None
+    trial: Trial
     inner: str
-    activations: str | None = None
-    quantizer: str = "rtn"
     mode: str = "default"
 
 
@@ -67,7 +64,8 @@ class LatencyRow:
     """What was measured of a variant; the fields are the keys of the JSON lines.
 
     Attributes:
-        selector: see `Variant`, and so are `format` and `inner`.
+        selector: of its trial, and so are `format` and `quantizer`.
+        inner: see `Variant`, and so is `mode`.
         ttft_s: time to first token, median over rounds, seconds.
         prefill_tokens_per_s: prompt tokens over `ttft_s`.
         decode_tokens_per_s: tokens after the first over their time, median over rounds.
@@ -80,7 +78,6 @@ class LatencyRow:
         recompiles: graphs compiled after the warm-up; 0 unless something is wrong.
         graph_breaks: breaks that Dynamo counted while it compiled this variant.
         ratio: of `prefill` and `decode` against the dense variant, None for itself.
-        quantizer: see `Variant`, and so is `mode`.
         device: of the model, `cpu` or `cuda`.
     """
 
@@ -123,13 +120,7 @@ class _Runner:
         self._prompt = prompt
         self._new_tokens = new_tokens
         backend = fp4graph.backend(
-            variant.selector,
-            format=variant.format or "nvfp4",
-            quantizer=variant.quantizer,
-            activations=variant.activations,
-            inner=variant.inner,
-            model=model,
-            report=self.report,
+            variant.trial.policy, inner=variant.inner, model=model, report=self.report
         )
         self._call = compiled(model, backend, dynamic=False, mode=variant.mode)
         self._cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
@@ -219,12 +210,12 @@ def measure(
     runners = []
     for variant in variants:
         runners.append(_Runner(model, variant, prompt, new_tokens))
-        progress.advance(f"compiled {variant.selector}")
+        progress.advance(f"compiled {variant.trial.selector}")
     for index in range(rounds):
         shift = index % len(runners)
         for runner in runners[shift:] + runners[:shift]:
             runner.generate()
-            progress.advance(f"round {index + 1}: {runner.variant.selector}")
+            progress.advance(f"round {index + 1}: {runner.variant.trial.selector}")
     return [_row(runner, runners[0], prompt_tokens) for runner in runners]
 
 
@@ -233,13 +224,12 @@ def _check_selectors(model: nn.Module, variants: Sequence[Variant], prompt: Tens
     with torch.no_grad():
         traced(input_ids=prompt[:, :1], use_cache=False)
     for variant in variants:
-        if variant.format is not None:
-            scheme = Scheme.of(variant.format, variant.quantizer, variant.activations)
-            traced.plan(Policy.of(variant.selector, scheme))
+        if variant.trial != DENSE:
+            traced.plan(variant.trial.policy)
 
 
 def _row(runner: _Runner, dense: _Runner, prompt_tokens: int) -> LatencyRow:
-    variant = runner.variant
+    variant, trial = runner.variant, runner.variant.trial
     ttft = float(np.median(runner.first_s))
     decode = np.array(runner.decode_s)
     rate = float(np.median(decode.shape[1] / decode.sum(axis=1)))
@@ -250,8 +240,8 @@ def _row(runner: _Runner, dense: _Runner, prompt_tokens: int) -> LatencyRow:
         "decode": paired_ratio(np.ravel(dense.decode_s), np.ravel(decode)),
     }
     return LatencyRow(
-        selector=variant.selector,
-        format=variant.format,
+        selector=str(trial.selector),
+        format=trial.facts["format"],
         inner=variant.inner,
         ttft_s=ttft,
         prefill_tokens_per_s=prompt_tokens / ttft,
@@ -264,7 +254,7 @@ def _row(runner: _Runner, dense: _Runner, prompt_tokens: int) -> LatencyRow:
         recompiles=runner.recompiles,
         graph_breaks=runner.graph_breaks,
         ratio=None if runner is dense else ratio,
-        quantizer=variant.quantizer,
+        quantizer=trial.facts["quantizer"],
         mode=variant.mode,
         device=runner.device,
     )
@@ -276,9 +266,8 @@ def paired_ratio(dense: Any, candidate: Any) -> Ratio:
     The interval is the 2.5 % to 97.5 % range of the median over bootstrap resamples of the pairs.
     """
     ratios = np.asarray(dense) / np.asarray(candidate)
-    picks = np.random.default_rng(0).integers(len(ratios), size=(_RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
-    return Ratio(float(np.median(ratios)), float(low), float(high))
+    interval = bootstrap(len(ratios), lambda drawn: np.median(ratios[drawn], axis=1))
+    return Ratio(float(np.median(ratios)), *interval)
 
 
 def _reset_peak_rss() -> None:

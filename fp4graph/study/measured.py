@@ -13,6 +13,7 @@ from fp4graph.study.trial import Row
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fp4graph import Activations
     from fp4graph.linears.tags import LinearTag
     from fp4graph.study.store import Store
 
@@ -31,7 +32,7 @@ class Measured:
 
     text: str
     format: str
-    activations: str
+    activations: Activations
     quantizer: str
     trials: dict[frozenset[str], Row]
 
@@ -54,7 +55,7 @@ def measured(store: Store, revision: str, tags: Sequence[LinearTag]) -> list[Mea
     for identity, result in store.all():
         if identity.get("protocol") != PROTOCOL or identity["model"] != revision:
             continue
-        row = Row(**result)
+        row = Row.of(result)
         if row.format is None:
             continue
         setting = {key: identity[key] for key in sorted(identity.keys() - _OF_A_TRIAL)}

@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from fp4graph import OptionError, Selector
 from fp4graph.files import read_text
-from fp4graph.study.trial import Calibrations, Direction, Trial, check_by, selectors_by, trials
+from fp4graph.study.trial import (
+    Calibrations,
+    Direction,
+    Trial,
+    check_by,
+    schemes,
+    selectors_by,
+    trials,
+)
 
 if TYPE_CHECKING:
-    from fp4graph import Report
+    from fp4graph import Report, Scheme
 
 JUST_ONE = "give selectors (--select, as often as you like), --by or --plan, just one"
 DIRECTIONS: dict[str, tuple[Direction, ...]] = {
@@ -25,7 +33,7 @@ DIRECTIONS: dict[str, tuple[Direction, ...]] = {
 
 @dataclass(frozen=True)
 class Group:
-    """Trials that are all combinations of these.
+    """Combinations as texts: what options or a file ask for.
 
     Attributes:
         select: selectors.
@@ -43,8 +51,8 @@ class Group:
     quantizer: tuple[str, ...] = ("rtn",)
     direction: str = "only"
 
-    def check(self, calibrations: Calibrations | None = None) -> None:
-        """Check all that can be checked without a model.
+    def read(self, calibrations: Calibrations | None = None) -> Combinations:
+        """Read the texts, as far as that can be done without a model.
 
         Raises:
             OptionError: neither or both of `select` and `by`, or a value that does not exist.
@@ -54,23 +62,33 @@ class Group:
             raise OptionError(JUST_ONE)
         if self.direction not in DIRECTIONS:
             raise OptionError(f"direction {self.direction!r}: expected {', '.join(DIRECTIONS)}")
-        for text in self.select:
-            Selector(text)
         for what in self.by:
             check_by(what)
-        trials(["all"], self.format, self.activations, ("only",), self.quantizer, calibrations)
+        return Combinations(
+            tuple(map(Selector, self.select)),
+            self.by,
+            tuple(schemes(self.format, self.activations, self.quantizer, calibrations)),
+            DIRECTIONS[self.direction],
+        )
 
-    def trials(self, report: Report, calibrations: Calibrations | None = None) -> list[Trial]:
+
+@dataclass(frozen=True)
+class Combinations:
+    """Trials that are all combinations of these; `by` as in `Group`."""
+
+    select: tuple[Selector, ...]
+    by: tuple[str, ...]
+    schemes: tuple[Scheme, ...]
+    directions: tuple[Direction, ...]
+
+    def trials(self, report: Report) -> list[Trial]:
         """Return the dense model, then all combinations.
 
         Args:
             report: of the model, every block linear in it selected.
-            calibrations: codes found with data.
         """
-        select = (*self.select, *(each for what in self.by for each in selectors_by(report, what)))
-        directions = DIRECTIONS[self.direction]
-        combinations = (self.format, self.activations, directions, self.quantizer)
-        return trials(select, *combinations, calibrations)
+        found = [Selector(each) for what in self.by for each in selectors_by(report, what)]
+        return trials([*self.select, *found], self.schemes, self.directions)
 
 
 PLANS: dict[str, Group] = {

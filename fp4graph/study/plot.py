@@ -9,7 +9,6 @@ import matplotlib as mpl
 import numpy as np
 
 from fp4graph.files import written_whole
-from fp4graph.study.trial import mode_of
 
 mpl.use("Agg")  # before pyplot; there may be no screen
 import matplotlib.pyplot as plt
@@ -35,7 +34,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     panels: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         if row.format is not None:
-            kind = (row.format, row.activations, row.quantizer, row.direction)
+            kind = (row.format, row.activations.mode, row.quantizer, row.direction)
             panels.setdefault(kind, []).append(row)
     if any(_is_grid(group) for group in panels.values()):
         panels = {key: group for key, group in panels.items() if _is_grid(group)}
@@ -49,8 +48,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         layout="constrained",
     )
     for axis, (key, group) in zip(axes[:, 0], panels.items(), strict=True):
-        format, activations, quantizer, direction = key
-        mode = mode_of(activations)
+        format, mode, quantizer, direction = key
         mode += "" if quantizer == "rtn" else f" {quantizer}"
         (_heat_map if _is_grid(group) else _bars)(axis, group)
         where = "this selection only" if direction == "only" else "all but this selection"

@@ -19,7 +19,7 @@ import torch
 from scipy.special import digamma, polygamma
 from torch import Tensor
 
-from fp4graph import LinearTap, OptionError, StudyError, TracedModel, quantize
+from fp4graph import Activations, LinearTap, OptionError, StudyError, TracedModel, quantize
 from fp4graph.models import check_length
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class SensitivityRow:
     role: str
     block: int | None
     format: str
-    activations: str
+    activations: Activations
     quantizer: str
     parameters: int
     weight_error: float
@@ -135,7 +135,9 @@ class Sensitivity:
             raise StudyError(f"{loaded.name} has random weights: its accuracy means nothing")
         for scheme in schemes:
             if scheme.rotation or scheme.calibration is not None:
-                raise OptionError(f"quantizer {scheme.quantizer!r}: only those without data or @")
+                raise OptionError(
+                    f"quantizer {str(scheme.quantizer)!r}: only those without data or @"
+                )
         check_length(loaded.model, windows.ids.shape[1])
         self._windows = windows
         self._samples = samples
@@ -161,7 +163,7 @@ class Sensitivity:
         self.products: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
         for (scheme, tag), sums in self._sums.items():
             products = _tensor(sums.products)
-            self.products[scheme.format.name, _mode(scheme)][tag.fqn] = products
+            self.products[scheme.format.name, scheme.activations][tag.fqn] = products
 
     def _window(self, ids: Tensor, schemes: Sequence[Scheme], generator: torch.Generator) -> None:
         first = self._windows.first
@@ -207,7 +209,7 @@ class Sensitivity:
             self._weight_errors[key] = _relative(rounded_NK - w_NK, w_NK)
         x_MK = torch.cat([seen.x.reshape(-1, seen.x.shape[-1]) for seen in calls]).float()
         y_MN = x_MK @ w_NK.T
-        if scheme.activations is None:
+        if scheme.activations is Activations.NONE:
             change_MN = x_MK @ (rounded_NK - w_NK).T
         else:
             change_MN = scheme.format.fake_quantize(x_MK) @ rounded_NK.T - y_MN
@@ -235,8 +237,8 @@ class Sensitivity:
             role=str(tag.role),
             block=tag.block,
             format=scheme.format.name,
-            activations=_mode(scheme),
-            quantizer=scheme.quantizer,
+            activations=scheme.activations,
+            quantizer=str(scheme.quantizer),
             parameters=tag.parameters,
             weight_error=self._weight_errors[scheme, tag],
             output_error=error,
@@ -303,10 +305,6 @@ def _tensor(values: Sequence[float]) -> Tensor:
 def _rows(calls: Sequence[Tensor]) -> Tensor:
     """Return values [..., N] of all calls as one matrix."""
     return torch.cat([each.reshape(-1, each.shape[-1]) for each in calls])
-
-
-def _mode(scheme: Scheme) -> str:
-    return "none" if scheme.activations is None else "same"
 
 
 def _relative(change: Tensor, whole: Tensor) -> float:

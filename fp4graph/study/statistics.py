@@ -11,10 +11,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Integers = np.ndarray[Any, np.dtype[np.int64]]
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 _RESAMPLES = 2000
 _PERCENT = (2.5, 97.5)
+
+
+def draws(count: int, resamples: int = _RESAMPLES) -> Integers:
+    """Return which of `count` units each resample draws, with repeats: int64 [resamples, count]."""
+    return np.random.default_rng(0).integers(0, count, (resamples, count))
+
+
+def bootstrap(count: int, statistic: Callable[[Integers], Floats]) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of a statistic.
+
+    Args:
+        count: how many independent units there are.
+        statistic: from `draws` to a value for each of them.
+    """
+    low, high = np.percentile(statistic(draws(count)), _PERCENT)
+    return float(low), float(high)
 
 
 def mean_and_error(values_WT: Floats) -> tuple[float, float | None]:
@@ -30,9 +49,7 @@ def interval(values_WT: Floats) -> tuple[float | None, float | None]:
     means_W = values_WT.mean(1)
     if len(means_W) < 2:
         return None, None
-    draws = np.random.default_rng(0).integers(0, len(means_W), (_RESAMPLES, len(means_W)))
-    low, high = np.percentile(means_W[draws].mean(1), _PERCENT)
-    return float(low), float(high)
+    return bootstrap(len(means_W), lambda drawn_RW: means_W[drawn_RW].mean(1))
 
 
 def halves(values_WT: Floats) -> tuple[float | None, float | None]:

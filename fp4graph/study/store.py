@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fp4graph.errors import StudyError
+from fp4graph.study.trial import Row
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,17 +43,17 @@ class Store:
         except (OSError, sqlite3.Error) as error:
             raise StudyError(f"cannot open the results in {path}: {error}") from None
 
-    def get(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """Return a trial's result, or None if it has not been run."""
+    def get(self, identity: dict[str, Any]) -> Row | None:
+        """Return a trial's row, or None if it has not been run."""
         query = "SELECT result FROM trials WHERE key = ?"
         found = self._execute(query, (_key(identity),)).fetchone()
-        return None if found is None else dict(json.loads(found[0]))
+        return None if found is None else Row.of(json.loads(found[0]))
 
-    def put(self, identity: dict[str, Any], result: dict[str, Any]) -> None:
-        """Keep a trial's result; the first one to arrive stays."""
+    def put(self, identity: dict[str, Any], row: Row) -> None:
+        """Keep a trial's row; the first one to arrive stays."""
         self._execute(
             "INSERT OR IGNORE INTO trials VALUES (?, ?, ?)",
-            (_key(identity), _canonical(identity), json.dumps(result)),
+            (_key(identity), _canonical(identity), json.dumps(asdict(row))),
         )
 
     def all(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:

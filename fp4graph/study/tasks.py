@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fp4graph import Fp4GraphError, OptionError, Policy, Scheme, StudyError, backend
+from fp4graph import Fp4GraphError, OptionError, StudyError, backend
 from fp4graph.study.compiled import compiled, forward_replaced
+from fp4graph.study.statistics import draws
 from fp4graph.study.trial import DENSE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from fp4graph import Activations
     from fp4graph.models import LoadedModel
     from fp4graph.study.trial import Direction, Trial
 
@@ -47,7 +49,7 @@ class TaskRow:
 
     selector: str
     format: str | None
-    activations: str
+    activations: Activations
     quantizer: str
     direction: Direction
     task: str
@@ -160,8 +162,7 @@ class _Harness:
 
         torch._dynamo.reset()
         model = self._loaded.model
-        policy = trial.policy({}) or Policy.of("none", Scheme.of())
-        made = backend(policy, inner="eager", model=model)
+        made = backend(trial.policy, inner="eager", model=model)
         forward = compiled(model, made, dynamic=True)
         try:
             self._load()
@@ -202,7 +203,7 @@ class _Harness:
                 error = differences.get(f"{metric}_stderr,{filter}")
                 mine = (row for row in rows if (row.metric, row.filter) == (metric, filter))
                 yield TaskRow(
-                    **_facts(trial),
+                    **trial.facts,
                     task=group.name,
                     metric=metric,
                     filter=filter,
@@ -244,16 +245,6 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.number) and math.isfinite(float(value))
 
 
-def _facts(trial: Trial) -> dict[str, Any]:
-    return {
-        "selector": trial.selector,
-        "format": trial.format,
-        "activations": trial.activations,
-        "quantizer": trial.quantizer,
-        "direction": trial.direction,
-    }
-
-
 def _row(trial: Trial, key: Key, found: _Answers, dense: _Answers) -> TaskRow:
     task, metric, filter = key
     both = [number for number in dense.by_question if number in found.by_question]
@@ -273,7 +264,7 @@ def _row(trial: Trial, key: Key, found: _Answers, dense: _Answers) -> TaskRow:
     if trial != DENSE and difference is not None:
         error = _error(found, dense, both)
     return TaskRow(
-        **_facts(trial),
+        **trial.facts,
         task=task,
         metric=metric,
         filter=filter,
@@ -296,11 +287,9 @@ def _error(found: _Answers, dense: _Answers, both: Sequence[int]) -> float | Non
     if found.aggregate is mean and all(map(_is_number, (*ours, *theirs))):
         change = np.array(ours, float) - np.array(theirs, float)
         return float(change.std(ddof=1) / math.sqrt(len(change)))
-    generator = np.random.default_rng(0)
     changes = []
     try:
-        for _ in range(_RESAMPLES):
-            picks = generator.integers(len(both), size=len(both))
+        for picks in draws(len(both), _RESAMPLES):
             one, other = ([each[pick] for pick in picks] for each in (ours, theirs))
             changes.append(float(found.aggregate(one)) - float(found.aggregate(other)))
     except Exception:  # a rule that some draws have no answer for, such as those of one class alone

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from fp4graph import Calibration, OptionError, Policy, Report, Scheme, Selector, get_format
+from fp4graph import Activations, Calibration, OptionError, Policy, Report, Scheme, Selector
+from fp4graph.formats import get_format
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Direction = Literal["only", "except"]
 Calibrations = Mapping[tuple[str, str], Calibration]
-"""Codes found with data, by format and quantizer."""
+"""Codes found with data, by the names of format and quantizer."""
+_ALL = Selector("all")
 
 
 @dataclass(frozen=True)
@@ -22,49 +24,58 @@ class Trial:
     """One model to score.
 
     Attributes:
-        selector: canonical text; `none` is the dense model.
-        format: of the FP4 weights; None for the dense model.
-        activations: `none` or `same`.
+        selector: which linears; `none` in the dense model.
+        scheme: how they run; None for the dense model.
         direction: `only` puts the selection in FP4, `except` all block linears but the selection.
-        quantizer: how the codes are found; see `fp4graph.quantize`.
     """
 
-    selector: str
-    format: str | None
-    activations: str = "none"
+    selector: Selector
+    scheme: Scheme | None
     direction: Direction = "only"
-    quantizer: str = "rtn"
+
+    @classmethod
+    def of(
+        cls,
+        selector: str,
+        format: str,
+        activations: str = "none",
+        direction: Direction = "only",
+        quantizer: str = "rtn",
+    ) -> Trial:
+        """Read a trial from texts."""
+        return cls(Selector(selector), Scheme.of(format, quantizer, activations), direction)
 
     def __str__(self) -> str:
-        if self.format is None:
+        if self.scheme is None:
             return "the dense model"
-        how = "" if self.quantizer == "rtn" else f", {self.quantizer}"
-        return f"{self.direction} {self.selector} in {self.format} {mode_of(self.activations)}{how}"
+        return f"{self.direction} {self.selector} in {self.scheme}"
 
-    def policy(self, calibrations: Calibrations) -> Policy | None:
-        """Return what to rewrite, None for nothing."""
-        if self.format is None:
-            return None
-        activations = None if self.activations == "none" else self.activations
-        calibration = calibrations.get((self.format, self.quantizer))
-        scheme = Scheme.of(self.format, self.quantizer, activations, calibration=calibration)
-        if self.direction == "only":
-            return Policy.of(self.selector, scheme)
-        return Policy.of({"all": {}, self.selector: None}, scheme)
+    @property
+    def policy(self) -> Policy:
+        """What runs how."""
+        if self.scheme is None or self.direction == "only":
+            return Policy(((self.selector, self.scheme),))
+        return Policy(((_ALL, self.scheme), (self.selector, None)))
 
-    def base(self, calibrations: Calibrations) -> Policy | None:
-        """Return what trials of this direction have in common, None for the dense model."""
-        if self.direction == "only":
-            return None
-        return replace(self, selector="all", direction="only").policy(calibrations)
+    @property
+    def base(self) -> Policy | None:
+        """What trials of this direction have in common, None for the dense model."""
+        return None if self.direction == "only" else Policy(((_ALL, self.scheme),))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The trial as rows and keys have it."""
+        scheme = self.scheme
+        return {
+            "selector": str(self.selector),
+            "format": scheme and scheme.format.name,
+            "activations": scheme.activations if scheme else Activations.NONE,
+            "quantizer": str(scheme.quantizer) if scheme else "rtn",
+            "direction": self.direction,
+        }
 
 
-DENSE = Trial("none", None)
-
-
-def mode_of(activations: str) -> str:
-    """Return how a mode is called: `W4A16` for `none`, `W4A4` for `same`."""
-    return "W4A16" if activations == "none" else "W4A4"
+DENSE = Trial(Selector("none"), None)
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,7 @@ class Row:
 
     selector: str
     format: str | None
-    activations: str
+    activations: Activations
     quantizer: str
     direction: Direction
     ppl: float | None
@@ -128,6 +139,11 @@ class Row:
     probe: float | None = None
     probe_same: float | None = None
 
+    @classmethod
+    def of(cls, result: Mapping[str, Any]) -> Row:
+        """Read a row from what JSON holds of it."""
+        return cls(**{**result, "activations": Activations(result["activations"])})
+
 
 class _OfTrial(Protocol):
     @property
@@ -141,42 +157,43 @@ def set_of(row: _OfTrial) -> str:
     return f"all but {row.selector}" if row.direction == "except" else row.selector
 
 
-def trials(
-    selectors: Sequence[str],
+def schemes(
     formats: Sequence[str],
     activations: Sequence[str],
-    directions: Sequence[Direction],
     quantizers: Sequence[str] = ("rtn",),
     calibrations: Calibrations | None = None,
-) -> list[Trial]:
-    """Return the dense model, then every combination; `except` brings `all` to compare with.
+) -> list[Scheme]:
+    """Return every combination.
 
     Args:
-        selectors: what is in FP4.
         formats: of the weights.
-        activations: `none`, `same`.
-        directions: `only`, `except`.
+        activations: `none`, `same`, `int8`.
         quantizers: how codes are found.
-        calibrations: codes found with data, by format and quantizer.
+        calibrations: codes found with data.
 
     Raises:
-        SelectorError: a selector cannot be parsed.
         OptionError: a format, activation mode or quantizer that does not exist, or a quantizer
             that a format has no use for.
     """
-    canonical = list(dict.fromkeys(str(Selector(text)) for text in selectors))
-    plan = [DENSE]
+    found = []
     for format, mode, how in itertools.product(formats, activations, quantizers):
         calibration = (calibrations or {}).get((str(get_format(format)), how))
-        activated = None if mode == "none" else mode
-        scheme = Scheme.of(format, how, activated, calibration=calibration)
-        for direction in directions:
-            names = ["all", *canonical] if direction == "except" else canonical
-            plan += [
-                Trial(name, scheme.format.name, mode, "only" if name == "all" else direction, how)
-                for name in names
-                if name != "none"
-            ]
+        found.append(Scheme.of(format, how, mode, calibration=calibration))
+    return found
+
+
+def trials(
+    selectors: Sequence[Selector], ways: Sequence[Scheme], directions: Sequence[Direction]
+) -> list[Trial]:
+    """Return the dense model, then every combination; `except` brings `all` to compare with."""
+    plan = [DENSE]
+    for scheme, direction in itertools.product(ways, directions):
+        names = [_ALL, *selectors] if direction == "except" else selectors
+        plan += [
+            Trial(each, scheme, "only" if each == _ALL else direction)
+            for each in names
+            if each != DENSE.selector
+        ]
     return list(dict.fromkeys(plan))
 
 

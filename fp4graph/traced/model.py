@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -186,6 +187,16 @@ class TracedGraph:
         for _, site in sites(self.tagged):
             if site.weight is not None:
                 yield self._example_inputs[site.weight]
+
+    @contextmanager
+    def running(self, run: Callable[..., Any]) -> Iterator[None]:
+        """Let something else compute the graph within: it takes and gives what the graph does."""
+        before = self.run
+        self.run = run
+        try:
+            yield
+        finally:
+            self.run = before
 
     def plan(self, policy: Policy, universe: Tags, target: Target | None) -> list[LinearRow]:
         """Say what `rewrite` would do; refusals become rows."""

@@ -89,11 +89,8 @@ class Replay:
             outputs.extend(own)
             return own
 
-        graph.run = run
-        try:
+        with graph.running(run):
             picked = self._pick(self._traced(**inputs))
-        finally:
-            graph.run = graph.tagged.forward
         self._output = next((i for i, each in enumerate(outputs) if each is picked), -1)
         if self._output < 0:
             self.refusal = "its graph does not return the logits as they are"

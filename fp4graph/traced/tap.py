@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,12 @@ from fp4graph.graph.site import site_of, sites
 from fp4graph.traced.cuts import tapped
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.fx import GraphModule, Node
 
     from fp4graph.linears.tags import LinearTag
-    from fp4graph.traced.model import TracedModel
+    from fp4graph.traced.model import TracedGraph, TracedModel
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,11 @@ class LinearTap:
         self._traced = traced
         self.seen: dict[LinearTag, list[Seen]] = {}
         self._outputs: dict[LinearTag, list[tuple[Tensor, int]]] = {}
+        self._runs: list[tuple[TracedGraph, Callable[..., Any]]] = []
         for graph in traced.graphs:
             places = _places(graph.tagged)
             nodes = list(dict.fromkeys(n for _, place in places for n in (place.x, place.y)))
-            graph.run = self._keeping(tapped(graph.tagged, nodes), places, nodes)
+            self._runs.append((graph, self._keeping(tapped(graph.tagged, nodes), places, nodes)))
 
     def __call__(self, **inputs: Any) -> Any:
         """Run the model; with gradients enabled its output has them by every linear's output.
@@ -79,7 +83,10 @@ class LinearTap:
         self.seen.clear()
         self._outputs.clear()
         graphs = len(self._traced.graphs)
-        out = self._traced(**inputs)
+        with ExitStack() as stack:
+            for graph, run in self._runs:
+                stack.enter_context(graph.running(run))
+            out = self._traced(**inputs)
         if len(self._traced.graphs) > graphs:
             raise StudyError(
                 "the model was traced anew: inputs of another shape, or gradients on that were off"

@@ -15,8 +15,9 @@ from fp4graph.formats import ROTATIONS, rotate
 from fp4graph.kernels import ROTATE
 from fp4graph.passes.pipeline import plan_passes, rewrite_passes
 from fp4graph.passes.tag import TagLinears
-from fp4graph.policy import Policy, Scheme
+from fp4graph.policy import Policy
 from fp4graph.quantizers import Quantizer
+from fp4graph.scheme import Scheme
 
 
 @pytest.mark.parametrize("block", ROTATIONS)
@@ -93,10 +94,10 @@ def test_what_does_not_fit() -> None:
 
 def test_names() -> None:
     parse = Quantizer.parse
-    assert parse("mr-gptq", fp4graph.NVFP4) == Quantizer("gptq", "scale-search", 16)
-    assert parse("mr-gptq", fp4graph.MXFP4) == Quantizer("gptq", "rtn", 32)
-    assert parse("mr-gptq@128", fp4graph.MXFP4) == Quantizer("gptq", "rtn", 128)
-    assert parse("rtn", fp4graph.MXFP4) == Quantizer("rtn", "rtn", 0)
+    assert parse("mr-gptq", fp4graph.NVFP4) == Quantizer("gptq", "scale-search", 16, 0.0, "")
+    assert parse("mr-gptq", fp4graph.MXFP4) == Quantizer("gptq", "rtn", 32, 0.0, "")
+    assert parse("mr-gptq@128", fp4graph.MXFP4) == Quantizer("gptq", "rtn", 128, 0.0, "")
+    assert parse("rtn", fp4graph.MXFP4) == Quantizer("rtn", "rtn", 0, 0.0, "")
     for bad in ("rtn@", "@16", "gptq:magic", "RTN", ""):
         with pytest.raises(OptionError, match="unknown quantizer"):
             parse(bad, fp4graph.NVFP4)

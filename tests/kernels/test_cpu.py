@@ -105,7 +105,7 @@ def test_int8_activations_stay_within_what_the_report_says(
     assert y.shape == (m, 50)
     if m:
         error = relative_l2(y, exact(x, packed))
-        assert error < fp4graph.policy.INT8_ERROR
+        assert error < fp4graph.scheme.INT8_ERROR
         assert error > 1e-4 or (isa == "amx" and m == 33)  # which tiles multiply exactly
 
 

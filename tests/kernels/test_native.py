@@ -10,10 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from fp4graph.kernels.cpu.build import FLAGS, SOURCES, compile_program, find_compiler
+from fp4graph.kernels.cpu.build import (
+    FLAGS,
+    SOURCES,
+    TORCH_ABI,
+    WARNINGS,
+    compile_program,
+    find_compiler,
+    torch_flags,
+)
 
 CHECK = Path(__file__).parent / "native" / "check.cpp"
-SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *WARNINGS)
 
 
 def run(*command: str) -> str:
@@ -30,13 +38,21 @@ def test_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> Non
     assert "portable" in said
 
 
+def test_the_ops_compile_without_warnings() -> None:
+    include, _ = torch_flags()
+    flags = (*FLAGS, *WARNINGS, *TORCH_ABI, *include, "-fsyntax-only")
+    run(find_compiler(), *flags, str(SOURCES / "ops.cpp"))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     not shutil.which("aarch64-linux-gnu-g++") or not shutil.which("qemu-aarch64"),
     reason="needs Debian's g++-aarch64-linux-gnu and qemu-user",
 )
 def test_neon_under_an_emulator(tmp_path: Path) -> None:
-    compile_program(CHECK, tmp_path / "check", "aarch64-linux-gnu-g++", "aarch64", "-static")
+    compile_program(
+        CHECK, tmp_path / "check", "aarch64-linux-gnu-g++", "aarch64", "-static", *WARNINGS
+    )
     said = run("qemu-aarch64", str(tmp_path / "check"))
     assert said.endswith(" passed, 0 failed\n")
     assert "neon" in said

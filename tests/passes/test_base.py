@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
+from support.closer import relative_l2
 from torch import fx
 
+import fp4graph
+from fp4graph import OptionError
 from fp4graph.passes.base import run_passes
+from fp4graph.passes.pipeline import plan_passes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,3 +71,35 @@ def test_dumps_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert "relu" in before.read_text()
     assert "abs" in after.read_text()
+
+
+def test_a_pass_can_be_left_out_by_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FP4GRAPH_SKIP", "relu_to_abs, other")
+    gm = graph()
+    assert run_passes(gm, (), (ReluToAbs(),)) == []
+    assert gm(torch.tensor(-3.0)).item() == 1.0
+    assert "leaves out the pass relu_to_abs" in caplog.text
+
+
+def test_what_is_left_out_stands_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    monkeypatch.setenv("FP4GRAPH_SKIP", "rotate_inputs")
+    options = {"quantizer": "rtn@32", "format": "mxfp4", "inner": "eager"}
+    backends = [fp4graph.backend("path:*", **options) for _ in range(2)]
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        bent = torch.compile(model, backend=backends[0])(x)
+        monkeypatch.delenv("FP4GRAPH_SKIP")
+        straight = torch.compile(model, backend=backends[1])(x)
+        dense = model(x)
+    (row,) = backends[0].report
+    assert row.reason.endswith("FP4GRAPH_SKIP leaves out rotate_inputs")
+    assert relative_l2(bent, dense) > 0.5 > relative_l2(straight, dense)
+
+
+def test_what_is_no_pass_cannot_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FP4GRAPH_SKIP", "rewrites")
+    with pytest.raises(OptionError, match="no pass 'rewrites'; passes are tag, select"):
+        plan_passes(fp4graph.Policy.of("all", fp4graph.Scheme.of()), "raise")

@@ -132,7 +132,7 @@ def test_the_error_names_the_linears_and_the_way_out() -> None:
         ({"all": {"fromat": "nvfp4"}}, "unknown option 'fromat'"),
         ({"all": {"quantizer": "magic"}}, "quantizers are rtn"),
         ({"all": {"calibration": "file"}}, "options are format, quantizer, activations, kernel"),
-        ({"all": {"activations": "int3"}}, "expected None or 'same'"),
+        ({"all": {"activations": "int3"}}, "expected None, 'none', 'same', 'int8'"),
         ({"all": {"kernel": "warp"}}, "kernels are"),
         ({}, "expected a selector or a mapping"),
         (7, "expected a selector or a mapping"),

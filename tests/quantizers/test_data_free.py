@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.models import tiny, tokens
+from support.trials import plan as plan_of
 
 import fp4graph
 from fp4graph import OptionError, WeightError
@@ -12,7 +13,6 @@ from fp4graph.formats import FORMATS, PackedWeight, get_format
 from fp4graph.formats.minifloat import E4M3
 from fp4graph.quantizers import DATA_FREE, candidates
 from fp4graph.quantizers.candidates import best_scales
-from fp4graph.study.trial import trials
 
 WEIGHTS = {
     "normal": lambda n, k: torch.randn(n, k),
@@ -146,8 +146,8 @@ def test_unknown_quantizer() -> None:
 
 
 def test_trials_have_quantizers() -> None:
-    plan = trials(["q"], ["nvfp4"], ["none"], ["only"], ["rtn", "scale-search"])
-    assert [trial.quantizer for trial in plan[1:]] == ["rtn", "scale-search"]
+    plan = plan_of("q", quantizers=["rtn", "scale-search"])
+    assert [trial.facts["quantizer"] for trial in plan[1:]] == ["rtn", "scale-search"]
     assert str(plan[2]) == "only q in nvfp4 W4A16, scale-search"
     with pytest.raises(OptionError, match="is for nvfp4"):
-        trials(["q"], ["nvfp4", "mxfp4"], ["none"], ["only"], ["four-over-six"])
+        plan_of("q", formats=["nvfp4", "mxfp4"], quantizers=["four-over-six"])

@@ -16,8 +16,9 @@ import fp4graph
 from fp4graph.errors import CalibrationError, OptionError, RefusalError
 from fp4graph.passes.pipeline import plan_passes, rewrite_passes
 from fp4graph.passes.tag import TagLinears
-from fp4graph.policy import Policy, Scheme
+from fp4graph.policy import Policy
 from fp4graph.quantizers import Quantizer, Transform, smoothing
+from fp4graph.scheme import Scheme
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,7 +137,7 @@ def test_makes_rounded_activations_better() -> None:
 
 def test_what_does_not_fit() -> None:
     parse = Quantizer.parse
-    assert parse("rtn+smooth", fp4graph.NVFP4) == Quantizer("rtn", "rtn", 0, 0.6)
+    assert parse("rtn+smooth", fp4graph.NVFP4) == Quantizer("rtn", "rtn", 0, 0.6, "")
     assert parse("gptq:scale-search+smooth.25", fp4graph.MXFP4).strength == 0.25
     for bad in ("rtn+smooth2", "rtn@16+smooth", "rtn+smoother", "+smooth"):
         with pytest.raises(OptionError, match=r"unknown quantizer .* \+smooth0.5 for SmoothQuant"):

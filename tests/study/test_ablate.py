@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from support.models import tiny, tokens
+from support.trials import plan as plan_of
+from support.trials import row
 
 import fp4graph
 from fp4graph import OptionError, SelectorError, StudyError
@@ -17,7 +19,7 @@ from fp4graph.study.ablate import Ablation
 from fp4graph.study.evaluate import Windows
 from fp4graph.study.plot import draw
 from fp4graph.study.store import Store
-from fp4graph.study.trial import DENSE, Row, Trial, selectors_by, trials
+from fp4graph.study.trial import DENSE, Row, Trial, selectors_by
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,20 +52,23 @@ def run(path: Path, plan: list[Trial], model: torch.nn.Module | None = None) -> 
 
 
 def test_plan_is_dense_first_then_every_combination_once() -> None:
-    plan = trials(["k,q", "q,k", "v"], ["nvfp4", "mxfp4:floor"], ["none", "same"], ("only",))
+    plan = plan_of(
+        "k,q", "q,k", "v", formats=["nvfp4", "mxfp4:floor"], activations=["none", "same"]
+    )
     assert plan[0] == DENSE
-    assert [(t.selector, t.format, t.activations) for t in plan[1:]] == [
+    facts = [trial.facts for trial in plan[1:]]
+    assert [(each["selector"], each["format"], each["activations"]) for each in facts] == [
         (s, f, a) for f in ("nvfp4", "mxfp4") for a in ("none", "same") for s in ("q,k", "v")
     ]
 
 
 def test_except_brings_all_to_compare_with() -> None:
-    plan = trials(["q"], ["nvfp4"], ["none"], ("only", "except"))
+    plan = plan_of("q", directions=["only", "except"])
     assert plan == [
         DENSE,
-        Trial("q", "nvfp4", "none", "only"),
-        Trial("all", "nvfp4", "none", "only"),
-        Trial("q", "nvfp4", "none", "except"),
+        Trial.of("q", "nvfp4", "none", "only"),
+        Trial.of("all", "nvfp4", "none", "only"),
+        Trial.of("q", "nvfp4", "none", "except"),
     ]
 
 
@@ -81,7 +86,7 @@ def test_rows_measure_what_direct_computation_measures(tmp_path: Path) -> None:
     model = tiny("llama").requires_grad_(False)
     dense, row, rest = run(
         tmp_path,
-        [DENSE, Trial("down", "mxfp4"), Trial("down", "mxfp4", "none", "except")],
+        [DENSE, Trial.of("down", "mxfp4"), Trial.of("down", "mxfp4", "none", "except")],
         model,
     )
     ids = tokens(16, batch=4)
@@ -114,37 +119,39 @@ def test_rows_measure_what_direct_computation_measures(tmp_path: Path) -> None:
 
 
 def test_w4a4_differs_from_w4a16(tmp_path: Path) -> None:
-    _, weights, both = run(tmp_path, [DENSE, Trial("q", "nvfp4"), Trial("q", "nvfp4", "same")])
+    _, weights, both = run(
+        tmp_path, [DENSE, Trial.of("q", "nvfp4"), Trial.of("q", "nvfp4", "same")]
+    )
     assert both.kl > weights.kl > 0
 
 
 def test_what_is_in_the_store_is_not_run_again(tmp_path: Path) -> None:
-    plan = trials(["q", "v"], ["nvfp4"], ["none"], ("only",))
+    plan = plan_of("q", "v")
     first = run(tmp_path, plan)
     progress = Silent()
     again = list(ablation(tmp_path).run(plan, progress))
     assert again == first
     assert (progress.total, progress.done, progress.cached) == (0, 0, [True] * 3)
     more = Silent()
-    list(ablation(tmp_path).run([*plan, Trial("k", "nvfp4")], more))
+    list(ablation(tmp_path).run([*plan, Trial.of("k", "nvfp4")], more))
     assert more.cached == [True, True, True, False]
     assert more.total == more.done == 2 * 4, "the dense model once more, and the new trial"
 
 
 def test_another_model_text_or_format_is_another_trial(tmp_path: Path) -> None:
-    (dense, q) = run(tmp_path, [DENSE, Trial("q", "nvfp4")])
+    (dense, q) = run(tmp_path, [DENSE, Trial.of("q", "nvfp4")])
     (other, _) = run(
-        tmp_path, [DENSE, Trial("q", "nvfp4")], tiny("llama", seed=3).requires_grad_(False)
+        tmp_path, [DENSE, Trial.of("q", "nvfp4")], tiny("llama", seed=3).requires_grad_(False)
     )
     assert other.ppl != dense.ppl
-    (_, mx) = run(tmp_path, [DENSE, Trial("q", "mxfp4")])
+    (_, mx) = run(tmp_path, [DENSE, Trial.of("q", "mxfp4")])
     assert mx.dnll != q.dnll
 
 
 def test_with_activations_in_fp4_a_trial_is_of_one_arithmetic(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = trials(["q"], ["nvfp4"], ["none", "same"], ("only",))
+    plan = plan_of("q", activations=["none", "same"])
     run(tmp_path, plan)
     real = Ablation._logits
 
@@ -162,9 +169,9 @@ def test_with_activations_in_fp4_a_trial_is_of_one_arithmetic(
 def test_check_finds_misfits_before_the_first_trial(tmp_path: Path) -> None:
     study = ablation(tmp_path)
     with pytest.raises(SelectorError, match="`qkv` matches nothing"):
-        study.check([DENSE, Trial("q", "nvfp4"), Trial("qkv", "nvfp4")])
+        study.check([DENSE, Trial.of("q", "nvfp4"), Trial.of("qkv", "nvfp4")])
     with pytest.raises(SelectorError, match="leaves no linear"):
-        study.check([Trial("all", "nvfp4", "none", "except")])
+        study.check([Trial.of("all", "nvfp4", "none", "except")])
 
 
 def test_random_weights_are_refused(tmp_path: Path) -> None:
@@ -204,9 +211,9 @@ def test_rewriting_a_trace_is_what_compiling_afresh_gives() -> None:
 def test_store_survives_a_stranger_and_a_second_writer(tmp_path: Path) -> None:
     path = tmp_path / "t.sqlite"
     one, two = Store(path), Store(path)
-    one.put({"a": 1}, {"x": 1.5})
-    two.put({"a": 1}, {"x": 9.0})
-    assert one.get({"a": 1}) == two.get({"a": 1}) == {"x": 1.5}
+    one.put({"a": 1}, row("q", 1.5))
+    two.put({"a": 1}, row("q", 9.0))
+    assert one.get({"a": 1}) == two.get({"a": 1}) == row("q", 1.5)
     assert one.get({"a": 2}) is None
     (tmp_path / "no.sqlite").write_text("this is no database, but a text of some length" * 40)
     with pytest.raises(StudyError, match="cannot open the results"):
@@ -214,18 +221,18 @@ def test_store_survives_a_stranger_and_a_second_writer(tmp_path: Path) -> None:
 
 
 def test_draws_bars_and_heat_maps(tmp_path: Path) -> None:
-    rows = run(tmp_path, trials(["q", "down"], ["nvfp4", "mxfp4"], ["none"], ("only", "except")))
-    draw(rows, "bars", tmp_path / "bars.png")
-    grid = run(
-        tmp_path, trials(["q,blocks=0", "q,blocks=1", "v,blocks=0"], ["nvfp4"], ["none"], ("only",))
+    rows = run(
+        tmp_path, plan_of("q", "down", formats=["nvfp4", "mxfp4"], directions=["only", "except"])
     )
+    draw(rows, "bars", tmp_path / "bars.png")
+    grid = run(tmp_path, plan_of("q,blocks=0", "q,blocks=1", "v,blocks=0"))
     draw(grid, "grid", tmp_path / "grid.png")
     for name in ("bars.png", "grid.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_rows_have_these_keys(tmp_path: Path) -> None:
-    rows = run(tmp_path, [DENSE, Trial("q", "nvfp4")])
+    rows = run(tmp_path, [DENSE, Trial.of("q", "nvfp4")])
     keys = (
         "selector format activations quantizer direction ppl dnll dnll_se kl kl_se top1 "
         "linears parameters bytes_dense bytes_packed dnll_per_mb dnll_low dnll_high kl_p50 kl_p90 "
@@ -243,7 +250,7 @@ def test_rows_have_these_keys(tmp_path: Path) -> None:
 
 
 def test_after_the_budget_no_trial_begins_and_the_next_run_goes_on(tmp_path: Path) -> None:
-    plan = trials(["q", "v", "down"], ["nvfp4"], ["none"], ("only",))
+    plan = plan_of("q", "v", "down")
     first = list(ablation(tmp_path).run(plan, Silent(), seconds=0))
     assert len(first) <= 1
     rest = list(ablation(tmp_path).run(plan, Silent()))

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOKENS, SEQ_LEN = 1024, 128
-TRIALS = [Trial("down", "nvfp4"), Trial("q", "nvfp4"), Trial("v", "mxfp4"), Trial("down", "mxfp4")]
+TRIALS = [
+    Trial.of("down", "nvfp4"),
+    Trial.of("q", "nvfp4"),
+    Trial.of("v", "mxfp4"),
+    Trial.of("down", "mxfp4"),
+]
 
 
 class Silent:
@@ -66,7 +71,7 @@ def test_damage_agrees_with_torchao_and_down_is_worst(
         kept = {name: p.detach().clone() for name, p in weights.items()}
         with torch.no_grad():
             for p in weights.values():
-                p.copy_(torchao(p, str(trial.format)))
+                p.copy_(torchao(p, trial.facts["format"]))
             difference = nll(smollm2.model, windows.ids) - base
             for name, p in weights.items():
                 p.copy_(kept[name])

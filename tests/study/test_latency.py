@@ -15,6 +15,7 @@ from support.models import tiny, tokens
 from fp4graph import OptionError, SelectorError
 from fp4graph.study import latency
 from fp4graph.study.latency import Variant, measure, paired_ratio
+from fp4graph.study.trial import DENSE, Trial
 
 
 class Silent:
@@ -29,9 +30,9 @@ class Silent:
 
 
 VARIANTS = [
-    Variant("none", None, "eager"),
-    Variant("all", "nvfp4", "eager"),
-    Variant("q,v", "mxfp4", "eager", "same"),
+    Variant(DENSE, "eager"),
+    Variant(Trial.of("all", "nvfp4"), "eager"),
+    Variant(Trial.of("q,v", "mxfp4", "same"), "eager"),
 ]
 
 
@@ -77,7 +78,7 @@ def test_misfits_are_errors() -> None:
     model = tiny("llama").requires_grad_(False)
     options = {"prompt_tokens": 4, "new_tokens": 3, "rounds": 1, "progress": Silent()}
     with pytest.raises(SelectorError, match="matches nothing"):
-        measure(model, [*VARIANTS, Variant("qkv", "nvfp4", "eager")], **options)
+        measure(model, [*VARIANTS, Variant(Trial.of("qkv", "nvfp4"), "eager")], **options)
     assert options["progress"].total == 0  # nothing was compiled
     with pytest.raises(OptionError, match="at least 1 prompt token"):
         measure(model, VARIANTS[:1], **{**options, "new_tokens": 1})

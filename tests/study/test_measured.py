@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
+import sqlite3
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from scipy import stats
+from support.trials import row
 
 from fp4graph.linears.tags import LinearTag, Role
 from fp4graph.study.ablate import PROTOCOL
@@ -15,10 +17,11 @@ from fp4graph.study.additivity import pairs, sets
 from fp4graph.study.correlation import correlate
 from fp4graph.study.measured import Measured, measured, setting_of
 from fp4graph.study.store import Store
-from fp4graph.study.trial import Row
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from fp4graph.study.trial import Row
 
 ROLES = (Role.Q, Role.V, Role.DOWN)
 TAGS = [
@@ -29,19 +32,12 @@ TAGS = [
 ALL = frozenset(tag.fqn for tag in TAGS)
 
 
-def row(selector: str, kl: float, direction: str = "only", **changes: object) -> Row:
-    known = dict.fromkeys(Row.__dataclass_fields__, 0)
-    known |= {"selector": selector, "kl": kl, "dnll": 2 * kl, "dnll_se": 0.1}
-    known |= {"direction": direction, "format": "nvfp4", "activations": "none", "quantizer": "rtn"}
-    return Row(**{**known, **changes})
-
-
 def kept(folder: Path, *rows: Row, **identity: object) -> Store:
     store = Store(folder / "trials.sqlite")
     for each in rows:
         trial = {name: getattr(each, name) for name in ("selector", "format", "direction")}
         found = {"protocol": PROTOCOL, "model": "m", "text": "t", **trial, **identity}
-        store.put(found, asdict(each))
+        store.put(found, each)
     return store
 
 
@@ -69,7 +65,9 @@ def test_nothing_is_mixed(tmp_path: Path) -> None:
     kept(tmp_path, row("q", 2.0), text="other")
     kept(tmp_path, row("q", 3.0), torch="another")
     kept(tmp_path, row("q", 4.0), model="another")
-    store.put({"protocol": PROTOCOL - 1, "model": "m", "text": "t"}, {"dnll": 5.0})
+    older = json.dumps({"protocol": PROTOCOL - 1, "model": "m", "text": "t"})
+    with sqlite3.connect(tmp_path / "trials.sqlite") as db:
+        db.execute("INSERT INTO trials VALUES ('k', ?, ?)", (older, '{"dnll": 5.0}'))
     found = [next(iter(each.trials.values())).kl for each in measured(store, "m", TAGS)]
     assert found == [1.0, 2.0, 3.0]
 

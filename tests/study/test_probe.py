@@ -79,7 +79,7 @@ def test_trials_have_the_probe_beside_the_text(tmp_path: Path) -> None:
     loaded = LoadedModel("tiny", model, object())
     store = Store(tmp_path / "t.sqlite")
     ablation = Ablation(loaded, windows, store, tmp_path, probe=probe)
-    dense, mlp = ablation.run([DENSE, Trial("mlp", "mxfp4", "same")], count)
+    dense, mlp = ablation.run([DENSE, Trial.of("mlp", "mxfp4", "same")], count)
     assert len(ticks) == count.total == 2 * (4 + 6)
     assert dense.probe_same == 1
     run = lambda row: model(probe.ids[row : row + 1]).logits  # noqa: E731

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from support.trials import plan as plan_of
 
 import fp4graph
 from fp4graph import OptionError, StudyError
@@ -18,7 +19,7 @@ from fp4graph.cli import main
 from fp4graph.models import LoadedModel, load
 from fp4graph.study.compiled import compiled, forward_replaced
 from fp4graph.study.tasks import evaluate_tasks
-from fp4graph.study.trial import Trial, trials
+from fp4graph.study.trial import Trial
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -167,7 +168,7 @@ def likelihood(model: Any, tokenizer: Any, context: str, answer: str) -> float:
 def test_every_kind_of_task_is_scored_by_the_harness_s_own_rule(
     model: LoadedModel, folder: Path
 ) -> None:
-    plan = [Trial("all", "mxfp4")]
+    plan = [Trial.of("all", "mxfp4")]
     names = ["both", "rolling", "generate", "own"]
     rows: dict[tuple[str, ...], TaskRow] = {
         (row.selector, row.task, row.metric, row.filter): row
@@ -217,7 +218,9 @@ def test_every_kind_of_task_is_scored_by_the_harness_s_own_rule(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_trials_are_compared_question_by_question(model: LoadedModel, folder: Path) -> None:
-    plan = trials(["all", "v"], ["mxfp4"], ["none", "same"], ["only", "except"])
+    plan = plan_of(
+        "all", "v", formats=["mxfp4"], activations=["none", "same"], directions=["only", "except"]
+    )
     rows = list(evaluate_tasks(model, plan, ["choice"], include=folder))
     accuracies = {
         (row.selector, row.direction, row.activations): row for row in rows if row.metric == "acc"
@@ -246,7 +249,7 @@ def test_the_command(tiny_folder: Path, folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_what_cannot_be_run(model: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="knows no task 'no_such_task'"):
-        next(evaluate_tasks(model, [Trial("all", "nvfp4")], ["no_such_task"]))
+        next(evaluate_tasks(model, [Trial.of("all", "nvfp4")], ["no_such_task"]))
     random = LoadedModel("tiny", model.model, None)
     with pytest.raises(StudyError, match="random weights"):
         next(evaluate_tasks(random, [], ["numbers"]))

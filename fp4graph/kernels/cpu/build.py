@@ -31,7 +31,13 @@ FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
-_TORCH = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)  # the stable ABI of torch 2.10
+# GCC's own headers of intrinsics make warnings of the kinds that are left out.
+WARNINGS = (
+    *("-Wall", "-Wextra", "-Werror"),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi", "-Wno-restrict"),
+)
+"""For tests: a warning of a user's compiler is no error."""
+TORCH_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000",)  # the stable ABI of torch 2.10
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
 _X86 = {
@@ -54,7 +60,7 @@ class BuildError(RuntimeError):
 
 def library_name() -> str:
     """Return the library's file name, by a hash of sources and flags: no other is ever loaded."""
-    digest = hashlib.sha256(repr((FLAGS, _TORCH, _ISA_FLAGS)).encode())
+    digest = hashlib.sha256(repr((FLAGS, TORCH_ABI, _ISA_FLAGS)).encode())
     for file in sorted(SOURCES.iterdir()):
         digest.update(file.name.encode() + file.read_bytes())
     return f"_native_{digest.hexdigest()[:16]}.so"
@@ -82,7 +88,7 @@ def compile_library(target: Path) -> None:
         BuildError: no compiler, no torch, or a failure; the message has its first lines.
     """
     include, link = torch_flags()
-    units = {SOURCES / "ops.cpp": (*_TORCH, *include)}
+    units = {SOURCES / "ops.cpp": (*TORCH_ABI, *include)}
     _compile(target, units, find_compiler(), platform.machine(), ("-shared", *link))
 
 

@@ -24,8 +24,6 @@ for _schema in (
     " -> (Tensor, Tensor)",
     "cpu_unpack_tiles(Tensor tiles, int N, int format) -> (Tensor, Tensor)",
     "cpu_quantize(Tensor w, int format, int rule) -> (Tensor, Tensor, Tensor, Tensor)",
-    "cpu_read(Tensor bytes) -> Tensor",
-    "cpu_fma(Tensor like, int iterations) -> Tensor",
 ):
     _LIBRARY.define(_schema)
 
@@ -93,7 +91,7 @@ def _define(name: str) -> Op:
 
 
 def _refuses(problem: Problem) -> str | None:
-    if problem.activations is None and problem.autocast_refusal:
+    if not problem.int8 and problem.autocast_refusal:
         return problem.autocast_refusal
     found = load()
     return found.reason if isinstance(found, Missing) else None

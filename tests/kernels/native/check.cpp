@@ -1,6 +1,6 @@
-// The kernels without torch: random linears on every instruction set that runs here, in buffers with
-// guard bytes, against a float64 sum; rounding on each against the portable one, bit for bit. Built
-// with sanitizers, and for other processors under an emulator (Makefile).
+// The kernels without torch: random linears on every instruction set that runs here, in buffers
+// with guard bytes, against a float64 sum; rounding on each against the portable one, bit for bit.
+// Built with sanitizers, and for other processors under an emulator (Makefile).
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -34,8 +34,9 @@ void expect(bool right, const std::string& what) {
 // Memory of exactly so many bytes, off alignment, with bytes on both sides that nobody may touch.
 class Buffer {
  public:
-  explicit Buffer(int64_t bytes, int fill = 0x5A) : bytes_(bytes), memory_(bytes + 2 * kGuard, kMark) {
-    memset(data(), fill, bytes);
+  explicit Buffer(int64_t bytes, int fill = 0x5A)
+      : bytes_(bytes), memory_(bytes + 2 * kGuard, fill) {
+    for (int i = 0; i < kGuard; i++) memory_[i] = memory_[kGuard + bytes + i] = kMark;
   }
   uint8_t* data() { return memory_.data() + kGuard; }
   bool whole() const {
@@ -79,8 +80,8 @@ float get(const uint8_t* from, int64_t i, int dtype) {
 // activation in each row, whose weights are 0.
 enum class Sizes { kOrdinary, kSubnormal, kUneven };
 
-void check_linear(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M, int64_t N, int64_t K,
-                  Sizes sizes = Sizes::kOrdinary) {
+void check_linear(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M, int64_t N,
+                  int64_t K, Sizes sizes = Sizes::kOrdinary) {
   const bool subnormal = sizes == Sizes::kSubnormal;
   const int64_t group = format == FP4_NVFP4 ? 16 : 32, groups = (K + group - 1) / group;
   const int64_t tile = format == FP4_NVFP4 ? kTileBytes<Nvfp4> : kTileBytes<Mxfp4>;
@@ -108,8 +109,8 @@ void check_linear(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M,
   Buffer back(N * groups * group / 2), back_scale(N * groups);
   const auto unpack = format == FP4_NVFP4 ? from_tiles<Nvfp4> : from_tiles<Mxfp4>;
   unpack(tiles.data(), back.data(), back_scale.data(), N, groups);
-  const Fp4Linear call{x.data(), tiles.data(), aligned.data(), bias.data(), y.data(), M, N, K,
-                       format, dtype, mode};
+  const Fp4Linear call{x.data(), tiles.data(), aligned.data(), bias.data(), y.data(), M, N,
+                       K,        format,       dtype,          mode};
   const bool ran = isa.linear(call);
   double error = 0, size = 0;
   const double rounding = dtype == FP4_FLOAT32 ? 0 : dtype == FP4_BFLOAT16 ? 0x1p-8 : 0x1p-11;
@@ -131,13 +132,15 @@ void check_linear(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M,
       close &= std::fabs(off) <= 1e-6 * all + rounding * std::fabs(sum) + least;
     }
   }
-  if (mode == FP4_INT8) close = std::sqrt(error) <= 1.5e-2 * std::sqrt(size) + rounding * std::sqrt(size);
+  if (mode == FP4_INT8)
+    close = std::sqrt(error) <= 1.5e-2 * std::sqrt(size) + rounding * std::sqrt(size);
   const bool whole = qdata.whole() && scale.whole() && tiles.whole() && x.whole() && y.whole() &&
                      bias.whole() && back.whole() && back_scale.whole();
   const bool same = memcmp(back.data(), qdata.data(), N * groups * group / 2) == 0 &&
                     memcmp(back_scale.data(), scale.data(), N * groups) == 0;
   char what[160];
-  snprintf(what, sizeof what, "%s format %d dtype %d mode %d M %ld N %ld K %ld: ran %d close %d whole %d same %d",
+  snprintf(what, sizeof what,
+           "%s format %d dtype %d mode %d M %ld N %ld K %ld: ran %d close %d whole %d same %d",
            isa.name, format, dtype, mode, (long)M, (long)N, (long)K, ran, close, whole, same);
   expect(ran && close && whole && same, what);
 }
@@ -148,7 +151,8 @@ void check_rounding(const Fp4Isa& isa, int format, int rule, int dtype, int64_t 
   Buffer x(M * K * dtype_bytes(dtype)), y[2] = {x, x}, turned[2] = {x, x};
   Buffer qdata[2] = {Buffer(M * groups * group / 2, 1), Buffer(M * groups * group / 2, 2)};
   Buffer scale[2] = {Buffer(M * groups, 1), Buffer(M * groups, 2)};
-  for (int64_t i = 0; i < M * K; i++) put(x.data(), i, dtype, normal() * std::exp2f(random_bits() % 9));
+  for (int64_t i = 0; i < M * K; i++)
+    put(x.data(), i, dtype, normal() * std::exp2f(random_bits() % 9));
   const Fp4Matrix in{x.data(), M, K, format, rule, dtype, rotation};
   float tensor[2];
   const Fp4Isa* both[2] = {&isa, &fp4_portable};
@@ -202,7 +206,7 @@ int main() {
         }
         check_linear(*isa, format, dtype, FP4_EXACT, 3, 16, 0);
         check_linear(*isa, format, dtype, FP4_EXACT, 1, 20, 2100, Sizes::kUneven);
-        check_linear(*isa, format, dtype, FP4_EXACT, 1, 237, 90);  // 8 + 4 + 2 + 1 panels
+        check_linear(*isa, format, dtype, FP4_EXACT, 1, 237, 90);    // 8 + 4 + 2 + 1 panels
         check_linear(*isa, format, dtype, FP4_EXACT, 2060, 20, 40);  // more than one call's rows
         for (int rule = 0; rule < (format == FP4_MXFP4 ? 4 : 1); rule++) {
           const int64_t M = 1 + random_bits() % 40;

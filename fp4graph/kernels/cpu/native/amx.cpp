@@ -26,7 +26,8 @@ struct AmxPairs : Avx512Pairs {
       F half[2] = {load(in + k), columns - k < 2 * kPairs ? zero() : load(in + k + kPairs)};
       FP4_UNROLL for (int slice = 0; slice < kSlices; slice++) {
         _mm512_storeu_si512(out, to_pairs(half[0], half[1]));
-        FP4_UNROLL for (int i = 0; i < 2; i++) half[i] = rest(half[i]);
+        FP4_UNROLL for (int i = 0; i < 2; i++)
+          half[i] = rest(half[i]);
         out += kTile;
       }
     }
@@ -173,6 +174,5 @@ class Multiplier<AmxPairs<kSlices>> {
 
 }  // namespace
 
-const Fp4Isa fp4_amx = {"amx", linear<Amx>, quantize<Amx>, fake_quantize<Amx>,
-                        rotate<Amx>, fma_roof<Amx>, read_roof<Amx>};
+const Fp4Isa fp4_amx = {"amx", linear<Amx>, quantize<Amx>, fake_quantize<Amx>, rotate<Amx>};
 #endif

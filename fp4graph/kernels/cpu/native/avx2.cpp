@@ -2,15 +2,13 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "fp4.h"
-#define FP4_VECTOR_REGISTER "x"
 #include "codec.h"
-#include "driver.h"
-#include "roofs.h"
+#include "fp4.h"
+#include "linear.h"
 
 namespace {
 
-struct Avx2 {
+struct Avx2 : IsaDefaults {
   using F = __m256;
   using I = __m256i;
   static constexpr int kRows = 8;
@@ -21,15 +19,9 @@ struct Avx2 {
   static constexpr int kVectors = 2;
   static constexpr int kHalfSteps = 2;
   static constexpr int kFewRows = 4;
-  static constexpr int kFewPairRows = 0;
-  static constexpr bool kTiles = false;
-  static constexpr bool kSplits = false;
-  static constexpr bool kFlushes = false;
   static constexpr int kTilePanels = 1;
   static constexpr int kBlockRows = 6;
   static constexpr int64_t kDepth = 256;
-  static constexpr int kStreams = 1;
-  static constexpr int kFarAhead = 0;
   static constexpr int32_t kOffset = 12;  // maddubs wants one side unsigned
 
   static FP4_INLINE I twice(const void* bytes16) {
@@ -66,6 +58,13 @@ struct Avx2 {
   static FP4_INLINE I nibbles(I raw, int half, I mask) {
     return _mm256_and_si256(half ? _mm256_srli_epi16(raw, 4) : raw, mask);
   }
+  // Half an oct of two rows of each 128 bits, a nibble a column (column 0 lowest):
+  //   index      3 2 1 0 of row 0, then rows 1, 2, 3
+  //   low, high  3 2 1 0 ...: the two bytes of each column's bfloat16
+  //   a, b       3 2 1 0 ...: 16 bits a column; a has rows 0 and 1, b rows 2 and 3
+  //   d[0]       . 2 . 0 ...: shifted up, a float32 in each 32-bit lane is column 0 or 2
+  //   d[1]       3 . 1 . ...: masked, it is column 1 or 3
+  // so a lane of a row meets columns (0, 2), then (1, 3): activations lie in that order.
   static FP4_INLINE void decode(const Tables& t, I raw, int half, F (&d)[2][2]) {
     const I index = nibbles(raw, half, t.nibble);
     const I high = _mm256_shuffle_epi8(t.high, index), low = _mm256_shuffle_epi8(t.low, index);
@@ -117,8 +116,7 @@ struct Avx2 {
                                    _mm256_maddubs_epi16(codes[p + 1], quad(x + 4 * p + 4)));
       const I b = _mm256_add_epi16(_mm256_maddubs_epi16(codes[p + 2], quad(x + 4 * p + 8)),
                                    _mm256_maddubs_epi16(codes[p + 3], quad(x + 4 * p + 12)));
-      sum = _mm256_add_epi32(sum,
-                             _mm256_madd_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi16(1)));
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi16(1)));
     }
     return sum;
   }
@@ -126,7 +124,8 @@ struct Avx2 {
   static FP4_INLINE void from_float16(const uint8_t* in, int64_t n, float* out) {
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
-      store(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 2 * i))));
+      store(out + i,
+            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + 2 * i))));
     }
     for (; i < n; i++) {
       uint16_t half;
@@ -149,6 +148,5 @@ struct Avx2 {
 
 }  // namespace
 
-const Fp4Isa fp4_avx2 = {"avx2", linear<Avx2>, quantize<Avx2>, fake_quantize<Avx2>, rotate<Avx2>,
-                         fma_roof<Avx2>, read_roof<Avx2>};
+const Fp4Isa fp4_avx2 = {"avx2", linear<Avx2>, quantize<Avx2>, fake_quantize<Avx2>, rotate<Avx2>};
 #endif

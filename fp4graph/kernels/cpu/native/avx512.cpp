@@ -3,5 +3,5 @@
 #include "avx512.h"
 
 const Fp4Isa fp4_avx512 = {"avx512", linear<Avx512Intel>, quantize<Avx512>, fake_quantize<Avx512>,
-                           rotate<Avx512>, fma_roof<Avx512>, read_roof<Avx512Intel>};
+                           rotate<Avx512>};
 #endif

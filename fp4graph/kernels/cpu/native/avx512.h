@@ -8,12 +8,11 @@
 #define FP4_VECTOR_REGISTER "v"
 #endif
 #include "codec.h"
-#include "driver.h"
-#include "roofs.h"
+#include "linear.h"
 
 namespace {
 
-struct Avx512 {
+struct Avx512 : IsaDefaults {
   using F = __m512;
   using I = __m512i;
   static constexpr int kRows = 16;
@@ -22,22 +21,17 @@ struct Avx512 {
   static constexpr int kVectors = 1;
   static constexpr int kHalfSteps = 4;
   static constexpr int kFewRows = 8;
-  static constexpr int kFewPairRows = 0;
-  static constexpr bool kTiles = false;
-  static constexpr bool kSplits = false;
-  static constexpr bool kFlushes = false;
   static constexpr int kTilePanels = 2;
   static constexpr int kBlockRows = 12;
   static constexpr int64_t kDepth = 128;
-  static constexpr int kStreams = 1;
-  static constexpr int kFarAhead = 0;
   static constexpr int32_t kOffset = 12;  // vpdpbusd wants one side unsigned
 
   struct Tables {
     F values = _mm512_load_ps(kValues);
   };
   struct IntTables {
-    I values = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kTwicePlus12)));
+    I values =
+        _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kTwicePlus12)));
     I nibble = _mm512_set1_epi8(15);
   };
 
@@ -60,6 +54,8 @@ struct Avx512 {
   }
   static FP4_INLINE F broadcast(const float* x) { return _mm512_set1_ps(*x); }
 
+  // A dword is one row, its nibbles columns 7 3 6 2 5 1 4 0 from the top. Shifted right by 8 s, or
+  // by 4 more for the upper half, its lowest nibble is column s, or 4 + s: what vpermps looks up.
   static FP4_INLINE void decode(const Tables& t, I raw, int half, F (&d)[4][1]) {
     FP4_UNROLL for (int s = 0; s < 4; s++) {
       d[s][0] = _mm512_permutexvar_ps(_mm512_srli_epi32(raw, 8 * s + 4 * half), t.values);
@@ -79,8 +75,8 @@ struct Avx512 {
   static FP4_INLINE F finish(const F (&acc)[1]) { return acc[0]; }
 
   static FP4_INLINE I int_decode(const IntTables& t, I raw, int half) {
-    return _mm512_shuffle_epi8(
-        t.values, _mm512_and_si512(half ? _mm512_srli_epi16(raw, 4) : raw, t.nibble));
+    return _mm512_shuffle_epi8(t.values,
+                               _mm512_and_si512(half ? _mm512_srli_epi16(raw, 4) : raw, t.nibble));
   }
   template <int kParts>
   static FP4_INLINE I dot(const I (&codes)[kParts], const int8_t* x, int32_t offset) {
@@ -125,7 +121,8 @@ struct Avx512Intel : Avx512 {
   };
   static FP4_INLINE Columns load_oct(const uint8_t* p) {
     Columns codes;
-    FP4_UNROLL for (int s = 0; s < 4; s++) codes.at[s] = load_codes(p + s);
+    FP4_UNROLL for (int s = 0; s < 4; s++)
+      codes.at[s] = load_codes(p + s);
     return codes;
   }
   static FP4_INLINE void decode(const Tables& t, const Columns& codes, int half, F (&d)[4][1]) {

@@ -13,6 +13,5 @@ struct Avx512Bf16 : Avx512 {
 }  // namespace
 
 const Fp4Isa fp4_avx512bf16 = {"avx512bf16", linear<Avx512Bf16>, quantize<Avx512Bf16>,
-                               fake_quantize<Avx512Bf16>, rotate<Avx512Bf16>, fma_roof<Avx512Bf16>,
-                               read_roof<Avx512Bf16>};
+                               fake_quantize<Avx512Bf16>, rotate<Avx512Bf16>};
 #endif

@@ -1,12 +1,14 @@
-// One call and its sizes.
+// One call: its sizes, and the way through its panels.
 #pragma once
+#include <type_traits>
+
 #include "panel.h"
 #include "parallel.h"
 #include "rows.h"
 
 namespace {
 
-template <class V, class Format>
+template <Isa V, class Format>
 struct Call {
   explicit Call(const Fp4Linear& call)
       : call_(call),
@@ -24,6 +26,38 @@ struct Call {
 
   void store(const float* sums, int64_t m, int64_t p, float unit) const {
     store_row<V>(sums, call_, m, p * kPanelRows, min64(kPanelRows, call_.N - p * kPanelRows), unit);
+  }
+
+  // A row of panels' tiles in pieces of kColumns: `use(tiles, first group, groups, accumulate)`.
+  template <class Use>
+  FP4_INLINE void for_columns(const uint8_t* tiles, Use use) const {
+    constexpr int64_t kStride = kColumns / Format::kGroup;
+    if (groups_ == 0) use(tiles, 0, 0, false);
+    for (int64_t g = 0; g < groups_; g += kStride) {
+      use(tiles + g * kTileBytes<Format>, g, min64(kStride, groups_ - g), g > 0);
+    }
+  }
+
+  // Panels [p, end), kPanels of them at a time: `multiply(count, tiles, first group, groups, sums,
+  // accumulate)` leaves a row's sums, which go to `use(panel, sums)`.
+  template <int kPanels = V::kStreams, class Multiply, class Use>
+  FP4_INLINE void in_streams(int64_t p, int64_t end, Multiply multiply, Use use) const {
+    for (; p + kPanels <= end; p += kPanels) {
+      float sums[kPanels * kPanelRows];
+      if constexpr (kPanels > 1) {  // else what follows is where loops fetch from
+        for (int i = 0; i < kPanels; i++) {
+          const uint8_t* next = panel(p + kPanels + i);
+          FP4_UNROLL for (int line = 0; line < kAhead<kPanels>; line += 64) {
+            __builtin_prefetch(next + line, 0, 2);
+          }
+        }
+      }
+      for_columns(panel(p), [&](const uint8_t* tile, int64_t g, int64_t groups, bool accumulate) {
+        multiply(std::integral_constant<int, kPanels>(), tile, g, groups, sums, accumulate);
+      });
+      for (int i = 0; i < kPanels; i++) use(p + i, sums + i * kPanelRows);
+    }
+    if constexpr (kPanels > 1) in_streams<kPanels / 2>(p, end, multiply, use);
   }
 
   const Fp4Linear& call_;

@@ -24,7 +24,9 @@ FP4_INLINE uint8_t encode_e4m3(float x) {  // positive
   return static_cast<uint8_t>(((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3));
 }
 
-FP4_INLINE float decode_e8m0(uint32_t code) { return float_of(code == 0 ? 0x00400000 : code << 23); }
+FP4_INLINE float decode_e8m0(uint32_t code) {
+  return float_of(code == 0 ? 0x00400000 : code << 23);
+}
 
 FP4_INLINE int floor_exponent(uint32_t bits) { return static_cast<int>((bits >> 23) & 255) - 127; }
 FP4_INLINE int ceil_exponent(uint32_t bits) {
@@ -44,8 +46,8 @@ FP4_INLINE uint8_t encode_e8m0(uint32_t amax, int rule) {
 
 FP4_INLINE uint8_t encode_e2m1(float x) {  // ties to even codes
   const float m = float_of(bits_of(x) & 0x7FFFFFFF);
-  const int code = (m > .25f) + (m >= .75f) + (m > 1.25f) + (m >= 1.75f) + (m > 2.5f) +
-                   (m >= 3.5f) + (m > 5.f);
+  const int code =
+      (m > .25f) + (m >= .75f) + (m > 1.25f) + (m >= 1.75f) + (m > 2.5f) + (m >= 3.5f) + (m > 5.f);
   return static_cast<uint8_t>(code | ((bits_of(x) >> 28) & 8));
 }
 
@@ -141,7 +143,9 @@ int64_t quantize_as(const Fp4Matrix& in, uint8_t* qdata, uint8_t* scale, float* 
 // To the dtype, what lies beyond its range becoming its largest value.
 template <class V>
 FP4_INLINE void from_floats_saturated(float* in, int dtype, int64_t n, void* out) {
-  const float largest = dtype == FP4_FLOAT16 ? 65504.f : dtype == FP4_BFLOAT16 ? 0x1.FEp127f : 0x1.FFFFFEp127f;
+  const float largest = dtype == FP4_FLOAT16    ? 65504.f
+                        : dtype == FP4_BFLOAT16 ? 0x1.FEp127f
+                                                : 0x1.FFFFFEp127f;
   for (int64_t i = 0; i < n; i++) {
     in[i] = in[i] > largest ? largest : in[i] < -largest ? -largest : in[i];
   }

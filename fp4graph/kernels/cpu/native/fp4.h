@@ -14,7 +14,7 @@ enum Fp4Rule { FP4_FLOOR = 0, FP4_CEIL = 1, FP4_RCEIL = 2, FP4_EVEN = 3 };
 
 // A linear: y = x W^T + bias, W [N, K] in tiles (layout.h). Nothing needs alignment.
 struct Fp4Linear {
-  const void* x;           // [M, K] contiguous, in `dtype`
+  const void* x;  // [M, K] contiguous, in `dtype`
   const uint8_t* tiles;
   const float* row_scale;  // [N]
   const void* bias;        // [N] in `dtype`, or null
@@ -43,11 +43,6 @@ struct Fp4Isa {
   void (*fake_quantize)(const Fp4Matrix&, void* y);
   // Rotate alone -> y [M, K] of the same dtype.
   void (*rotate)(const Fp4Matrix&, void* y);
-  // The roof of the multiplications: does `iterations` rounds of independent FMAs on each thread
-  // and returns how many floating-point operations those were.
-  double (*fma)(int64_t iterations);
-  // The roof of the loads: reads every byte and returns something that hangs on them all.
-  uint64_t (*read)(const uint8_t* bytes, int64_t count);
 };
 
 extern const Fp4Isa fp4_portable;

@@ -21,10 +21,10 @@ struct IntRows {
 };
 
 constexpr float kCodeUnit = .5f;  // the tables hold twice a code's value
-constexpr int kDigits = 3;         // of an exact activation
+constexpr int kDigits = 3;        // of an exact activation
 
 // Round a row to 8 bits, a scale a group. x: [Kp] float32, finite and ordinary.
-template <class V, class Format>
+template <Isa V, class Format>
 FP4_INLINE void round_row(const float* x, int64_t groups, int8_t* out, float* scale,
                           int32_t* offset) {
   constexpr int kGroup = Format::kGroup;
@@ -50,9 +50,14 @@ struct Apart {
 };
 
 // Split a row into three digits, a power of two a group; what they do not hold goes to `apart`.
+//
+//   x      = unit * n, n a whole number of 22 bits and a sign
+//   n      = 2^16 d0 + 2^8 d1 + d2, digits of -128 to 127
+//   out    d0 of a group's columns | d1 of them | d2 of them | the next group
+//
 // Returns how many that are, or `most` + 1 where there are more. x: [Kp] float32, finite and
 // ordinary.
-template <class V, class Format>
+template <Isa V, class Format>
 FP4_INLINE int64_t split_row(const float* x, int64_t groups, int8_t* out, float* scale,
                              int32_t* offset, Apart* apart, int64_t most) {
   constexpr int kGroup = Format::kGroup, kBits = 22, kLeast = 127 - 80;
@@ -80,7 +85,7 @@ FP4_INLINE int64_t split_row(const float* x, int64_t groups, int8_t* out, float*
 }
 
 // y [kPanels, kM, 16] (+)= groups of kPanels panels, `stride` bytes apart, times kM rows.
-template <class V, class Format, int kM, int kPanels, int kCount>
+template <Isa V, class Format, int kM, int kPanels, int kCount>
 FP4_HOT void int_rows(const uint8_t* tiles, int64_t stride, const IntRows<Format, kCount>& in,
                       int64_t groups, float* y, bool accumulate) {
   constexpr int kGroup = Format::kGroup;
@@ -88,7 +93,8 @@ FP4_HOT void int_rows(const uint8_t* tiles, int64_t stride, const IntRows<Format
   typename V::F acc[kPanels][kM][kRowVectors<V>];
   FP4_UNROLL for (int p = 0; p < kPanels; p++) {
     FP4_UNROLL for (int m = 0; m < kM; m++) {
-      FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) acc[p][m][r] = V::zero();
+      FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++)
+        acc[p][m][r] = V::zero();
     }
   }
   for (int64_t g = 0; g < groups; g++) {
@@ -130,7 +136,7 @@ FP4_HOT void int_rows(const uint8_t* tiles, int64_t stride, const IntRows<Format
 }
 
 // y [16] += a panel's column times its activation.
-template <class V, class Format>
+template <Isa V, class Format>
 FP4_INLINE void add_column(const uint8_t* panel, const Apart& apart, float* y) {
   static_assert(V::kVectors == 1 && kRowVectors<V> == 1);
   const uint8_t* tile = panel + apart.column / Format::kGroup * kTileBytes<Format>;

@@ -12,10 +12,7 @@
 #pragma once
 #include <cstdint>
 
-#define FP4_INLINE inline __attribute__((always_inline))
-#define FP4_LAMBDA __attribute__((always_inline))
-#define FP4_HOT __attribute__((noinline))  // a symbol of its own: tests read its machine code
-#define FP4_UNROLL _Pragma("GCC unroll 16")
+#include "compiler.h"
 
 namespace {  // everything is compiled once for each instruction set, and must not be merged
 
@@ -49,7 +46,7 @@ alignas(16) constexpr uint8_t kLowByte[16] = {0x00, 0x00, 0x80, 0xC0, 0x00, 0x40
 alignas(16) constexpr int8_t kTwice[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 alignas(16) constexpr uint8_t kTwicePlus12[16] = {12, 13, 14, 15, 16, 18, 20, 24,
                                                   12, 11, 10, 9,  8,  6,  4,  0};
-alignas(64) constexpr float kValues[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6,
+alignas(64) constexpr float kValues[16] = {0,    .5f,  1,  1.5f,  2,  3,  4,  6,
                                            -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
 
 // Kernels read an E4M3 scale as the float16 with the same bits one place lower, so 2^8 too small.

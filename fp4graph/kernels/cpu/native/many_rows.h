@@ -12,7 +12,7 @@
 
 namespace {
 
-template <class V, class Format, class W>
+template <Isa V, class Format, Vectors W>
 class ManyRows : Call<V, Format> {
  public:
   explicit ManyRows(const Fp4Linear& call) : Call<V, Format>(call) {}
@@ -112,8 +112,16 @@ class ManyRows : Call<V, Format> {
     return !failed;
   }
 
-  // Panels p0 to p1 with row blocks b0 to b1. The last tile may reach beyond the last panel: it
-  // takes the last one again, and what comes of it is not stored.
+  // Panels p0 to p1 with row blocks b0 to b1:
+  //
+  //          kDepth columns           panels p0 .. p1
+  //        +---+---+---+            +----+----+----+
+  //   rows | x | . | . |  times     | w  | .. | .. |  kTilePanels of them decoded at a time
+  //        +---+---+---+            +----+----+----+
+  //   sums [panel][rows][16] += x w, block by block of columns; stored after the last.
+  //
+  // The last tile may reach beyond the last panel: it takes the last one again, and what comes of
+  // it is not stored.
   template <class FirstRow>
   FP4_INLINE void multiply_run(const Activations& in, Multiplier<W>& multiplier, float* w,
                                float* sums, uint32_t* amax, int64_t p0, int64_t p1, int64_t b0,

@@ -2,15 +2,13 @@
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
-#include "fp4.h"
-#define FP4_VECTOR_REGISTER "w"
 #include "codec.h"
-#include "driver.h"
-#include "roofs.h"
+#include "fp4.h"
+#include "linear.h"
 
 namespace {
 
-struct Neon {
+struct Neon : IsaDefaults {
   using F = float32x4_t;
   using I = int32x4_t;
   static constexpr int kRows = 4;
@@ -20,15 +18,9 @@ struct Neon {
   static constexpr int kVectors = 2;
   static constexpr int kHalfSteps = 2;
   static constexpr int kFewRows = 8;
-  static constexpr int kFewPairRows = 0;
-  static constexpr bool kTiles = false;
-  static constexpr bool kSplits = false;
-  static constexpr bool kFlushes = false;
   static constexpr int kTilePanels = 1;
   static constexpr int kBlockRows = 8;
   static constexpr int64_t kDepth = 256;
-  static constexpr int kStreams = 1;
-  static constexpr int kFarAhead = 0;
   static constexpr int32_t kOffset = 0;
 
   struct Tables {
@@ -58,6 +50,7 @@ struct Neon {
   static FP4_INLINE uint8x16_t nibbles(uint8x16_t raw, int half) {
     return half ? vshrq_n_u8(raw, 4) : vandq_u8(raw, vdupq_n_u8(15));
   }
+  // The lanes are those of avx2.cpp.
   static FP4_INLINE void decode(const Tables& t, uint8x16_t raw, int half, F (&d)[2][2]) {
     const uint8x16_t index = nibbles(raw, half);
     const uint8x16_t high = vqtbl1q_u8(t.high, index), low = vqtbl1q_u8(t.low, index);
@@ -105,8 +98,8 @@ struct Neon {
     FP4_UNROLL for (int p = 0; p < kParts; p += 2) {
       const int8x16_t c = vreinterpretq_s8_s32(codes[p]), d = vreinterpretq_s8_s32(codes[p + 1]);
       const int8x16_t a = quad(x + 4 * p), b = quad(x + 4 * p + 4);
-      const int16x8_t low = vmlal_s8(vmull_s8(vget_low_s8(c), vget_low_s8(a)), vget_low_s8(d),
-                                     vget_low_s8(b));
+      const int16x8_t low =
+          vmlal_s8(vmull_s8(vget_low_s8(c), vget_low_s8(a)), vget_low_s8(d), vget_low_s8(b));
       const int16x8_t high = vmlal_high_s8(vmull_high_s8(c, a), d, b);
       sum = vpadalq_s16(sum, vpaddq_s16(low, high));
     }
@@ -135,6 +128,5 @@ struct Neon {
 
 }  // namespace
 
-const Fp4Isa fp4_neon = {"neon", linear<Neon>, quantize<Neon>, fake_quantize<Neon>, rotate<Neon>,
-                         fma_roof<Neon>, read_roof<Neon>};
+const Fp4Isa fp4_neon = {"neon", linear<Neon>, quantize<Neon>, fake_quantize<Neon>, rotate<Neon>};
 #endif

@@ -14,8 +14,8 @@
 #include <tuple>
 #include <vector>
 
+#include "reference.h"
 #include "rotate.h"
-#include "tiles.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -66,11 +66,10 @@ Tensor linear(const Tensor& input, const Tensor& tiles, const Tensor& row_scale,
   const int64_t K = shape.back(), N = row_scale.numel();
   const int64_t groups = (K + group_of(kFormat) - 1) / group_of(kFormat);
   // what does not fit would read or write memory that is not ours
-  STD_TORCH_CHECK(
-      tiles.dim() == 2 && tiles.size(0) == (N + kPanelRows - 1) / kPanelRows &&
-          tiles.size(1) == groups * tile_of(kFormat) && tiles.is_contiguous() &&
-          row_scale.is_contiguous() && row_scale.scalar_type() == ScalarType::Float,
-      "x [..., ", K, "] does not fit the packed weight");
+  STD_TORCH_CHECK(tiles.dim() == 2 && tiles.size(0) == (N + kPanelRows - 1) / kPanelRows &&
+                      tiles.size(1) == groups * tile_of(kFormat) && tiles.is_contiguous() &&
+                      row_scale.is_contiguous() && row_scale.scalar_type() == ScalarType::Float,
+                  "x [..., ", K, "] does not fit the packed weight");
   std::optional<Tensor> b;
   if (bias.has_value()) {
     b = plain(*bias);
@@ -145,11 +144,13 @@ std::tuple<Tensor, Tensor> unpack_tiles(const Tensor& tiles, int64_t N, int64_t 
 
 Fp4Matrix matrix_of(const Tensor& x, int64_t format, int64_t rule, int64_t rotation = 0) {
   const int64_t K = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(rotation == 0 || ((rotation == 16 || rotation == 32 || rotation == 64 ||
-                                     rotation == 128) && K % rotation == 0),
-                  "no rotation of ", rotation, " for K = ", K);
-  return {x.const_data_ptr(), K == 0 ? 0 : x.numel() / K, K, static_cast<int>(format),
-          static_cast<int>(rule), dtype_of(x), static_cast<int>(rotation)};
+  STD_TORCH_CHECK(
+      rotation == 0 || ((rotation == 16 || rotation == 32 || rotation == 64 || rotation == 128) &&
+                        K % rotation == 0),
+      "no rotation of ", rotation, " for K = ", K);
+  return {x.const_data_ptr(),        K == 0 ? 0 : x.numel() / K, K,
+          static_cast<int>(format),  static_cast<int>(rule),     dtype_of(x),
+          static_cast<int>(rotation)};
 }
 
 // -> qdata, scale, per_tensor_scale, and [1] how many groups hold NaN or Inf.
@@ -204,20 +205,6 @@ Tensor fake_quantize_op(const Tensor& x_in, std::string format, int64_t rotation
   return y;
 }
 
-Tensor read_op(const Tensor& bytes) {
-  Tensor out = torch::stable::new_empty(bytes, {}, ScalarType::Long);
-  *static_cast<int64_t*>(out.mutable_data_ptr()) = static_cast<int64_t>(
-      fp4_chosen().read(static_cast<const uint8_t*>(bytes.const_data_ptr()), bytes.numel()));
-  return out;
-}
-
-// Floating-point operations done by `iterations` rounds of FMAs on every thread.
-Tensor fma_op(const Tensor& like, int64_t iterations) {
-  Tensor out = torch::stable::new_empty(like, {}, ScalarType::Double);
-  *static_cast<double*>(out.mutable_data_ptr()) = fp4_chosen().fma(iterations);
-  return out;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fp4graph, CPU, m) {
@@ -230,6 +217,4 @@ STABLE_TORCH_LIBRARY_IMPL(fp4graph, CPU, m) {
   m.impl("cpu_quantize", TORCH_BOX(&quantize_op));
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize_op));
   m.impl("rotate", TORCH_BOX(&rotate_op));
-  m.impl("cpu_read", TORCH_BOX(&read_op));
-  m.impl("cpu_fma", TORCH_BOX(&fma_op));
 }

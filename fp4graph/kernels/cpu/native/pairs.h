@@ -25,7 +25,10 @@ struct Avx512Pairs : Avx512 {
     }
   };
 
-  // Pairs in order: (0, 2), (1, 3), (4, 6), (5, 7).
+  // A dword's nibbles are columns 7 3 6 2 | 5 1 4 0, 16 bits each side. Shifted right, the lowest
+  // nibble of either side is
+  //   by 0: 2 | 0    by 8: 3 | 1    by 4: 6 | 4    by 12: 7 | 5
+  // so pairs come in the order (0, 2), (1, 3), (4, 6), (5, 7).
   static FP4_INLINE I decode_pair(const Tables& t, I raw, int pair) {
     return _mm512_permutexvar_epi16(_mm512_srli_epi32(raw, pair % 2 * 8 + pair / 2 * 4), t.values);
   }
@@ -53,9 +56,9 @@ struct Avx512Pairs : Avx512 {
   }
   // 32 columns of float32, cut off to bfloat16, in the order of pairs.
   static FP4_INLINE I to_pairs(F first, F second) {
-    alignas(64) static constexpr uint16_t kUpper[32] = {
-        1,  5,  3,  7,  9,  13, 11, 15, 17, 21, 19, 23, 25, 29, 27, 31,
-        33, 37, 35, 39, 41, 45, 43, 47, 49, 53, 51, 55, 57, 61, 59, 63};
+    alignas(64) static constexpr uint16_t kUpper[32] = {1,  5,  3,  7,  9,  13, 11, 15, 17, 21, 19,
+                                                        23, 25, 29, 27, 31, 33, 37, 35, 39, 41, 45,
+                                                        43, 47, 49, 53, 51, 55, 57, 61, 59, 63};
     return _mm512_permutex2var_epi16(_mm512_castps_si512(first), _mm512_load_si512(kUpper),
                                      _mm512_castps_si512(second));
   }

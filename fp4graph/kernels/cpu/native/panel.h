@@ -1,57 +1,24 @@
 // The hot loops: 16 rows of packed weights against rows of activations.
 //
-// Written once over V, a vector type of one instruction set:
-//   kRows      rows of a panel that a vector of 32-bit lanes spans
-//   kStep      columns that one lane of a decoded vector takes part in: 1, or 2 (a pair of lanes)
-//   kVectors   decoded vectors for kRows rows and kStep columns (= kStep)
-//   kHalfSteps steps in the 4 columns that a nibble half holds (= 4 / kStep)
-//   decode     4 columns of kRows rows -> [kHalfSteps][kVectors] float vectors
-//   kSlots     32-bit words that hold the kStep activations of a row: two floats, or a pair in one
-//   swap_middle where kSlots is 2, decoded vectors from columns (0, 2), (1, 3) to (0, 1), (2, 3)
-//   broadcast  these to all lanes; expand: a scale a row to kVectors vectors
-//   finish     kVectors accumulators -> one float a row
-//   kTilePanels, kBlockRows, kDepth: panels, rows and columns that `multiply` takes at a time, so
-//              that sums fit the registers, and weights and activations the first cache
-//   load_oct   codes of 8 columns for `decode`, where these are not `load_codes`
-//   kStreams   panels that `gemv` reads at a time
-//   kFewRows, kFewPairRows: rows up to which `gemv_rows` and, for bfloat16, `gemv_pairs` serve
-//   kTiles     whether more rows than kFewRows are multiplied by V::Tiles<bfloat16 an activation>
-//   kSplits    whether a row of bfloat16 or float16 is multiplied in digits (integers.h)
-//   kFlushes   whether `multiply` takes subnormal weights and products for 0
-//   kFarAhead  bytes ahead that codes are fetched to the second cache, or 0: the CPU sees to it
-//   dot        a group of codes times 8-bit activations -> one int32 a row
-//   split, next_digit  where kSplits: activations into digits; 2^8 times a sum of `dot`, and another
 // Few rows of activations are stored in V's order of columns (`reorder` in rows.h); for `multiply`
-// they lie as they are, but for bfloat16 pairs, and decoded weights follow. Sums of a row run over at
-// most kColumns columns before they are added up, so that their rounding errors stay those of a
+// they lie as they are, but for bfloat16 pairs, and decoded weights follow. Sums of a row run over
+// at most kColumns columns before they are added up, so that their rounding errors stay those of a
 // few hundred additions however long the row: `accumulate` adds to what y holds.
 #pragma once
-#include "layout.h"
+#include "isa.h"
 
 namespace {
 
 constexpr int64_t kColumns = 256;
 
-template <class V>
-constexpr int kRowVectors = kPanelRows / V::kRows;
-
-template <class V>
+template <Vectors V>
 FP4_INLINE void put(float* y, typename V::F sum, bool accumulate) {
   V::store(y, accumulate ? V::add(sum, V::load(y)) : sum);
 }
 
-template <class V>
-FP4_INLINE auto load_oct(const uint8_t* codes) {
-  if constexpr (requires { V::load_oct(codes); }) {
-    return V::load_oct(codes);
-  } else {
-    return V::load_codes(codes);
-  }
-}
-
 // Weights of one group for kRows rows, decoded one half oct at a time, handed to `use(step, d)`,
 // where step counts kStep columns.
-template <class V, class Format, bool kInOrder = false, class Use>
+template <Vectors V, class Format, bool kInOrder = false, class Use>
 FP4_INLINE void decode_group(const typename V::Tables& tables, const uint8_t* codes, Use use) {
   FP4_UNROLL for (int oct = 0; oct < Format::kGroup / 8; oct++) {
     const auto raw = load_oct<V>(codes + oct * kOctBytes);
@@ -70,7 +37,7 @@ FP4_INLINE void decode_group(const typename V::Tables& tables, const uint8_t* co
 template <int kStreams>
 constexpr int kAhead = kStreams == 1 ? 2048 : 4096 / kStreams;
 
-template <class V, class Format, int kStreams = 1>
+template <Vectors V, class Format, int kStreams = 1>
 FP4_INLINE void prefetch_tile(const uint8_t* tile) {
   FP4_UNROLL for (int line = 0; line < kTileBytes<Format>; line += 64) {
     __builtin_prefetch(tile + kAhead<kStreams> + line);
@@ -81,13 +48,14 @@ FP4_INLINE void prefetch_tile(const uint8_t* tile) {
 }
 
 // acc += a group of one row of activations times the r-th kRows rows of a tile.
-template <class V, class Format>
+template <Vectors V, class Format>
 FP4_INLINE void add_group(const typename V::Tables& tables, const uint8_t* tile, int r,
                           const float* x, typename V::F (&acc)[V::kVectors]) {
   constexpr int kChains = 4 / V::kVectors;  // sums in flight, to hide the FMA's latency
   typename V::F sum[kChains][V::kVectors];
   FP4_UNROLL for (int c = 0; c < kChains; c++) {
-    FP4_UNROLL for (int i = 0; i < V::kVectors; i++) sum[c][i] = V::zero();
+    FP4_UNROLL for (int i = 0; i < V::kVectors; i++)
+      sum[c][i] = V::zero();
   }
   decode_group<V, Format>(tables, tile + r * V::kRows * 4, [&](int step, const auto& d) FP4_LAMBDA {
     const auto xs = V::broadcast(x + step * V::kStep);
@@ -99,7 +67,8 @@ FP4_INLINE void add_group(const typename V::Tables& tables, const uint8_t* tile,
   V::expand(V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows), scale);
   FP4_UNROLL for (int i = 0; i < V::kVectors; i++) {
     FP4_UNROLL for (int stride = kChains / 2; stride > 0; stride /= 2) {
-      FP4_UNROLL for (int c = 0; c < stride; c++) sum[c][i] = V::add(sum[c][i], sum[c + stride][i]);
+      FP4_UNROLL for (int c = 0; c < stride; c++)
+        sum[c][i] = V::add(sum[c][i], sum[c + stride][i]);
     }
     acc[i] = V::fma(sum[0][i], scale[i], acc[i]);
   }
@@ -107,14 +76,15 @@ FP4_INLINE void add_group(const typename V::Tables& tables, const uint8_t* tile,
 
 // One row of activations: the scale multiplies a group's sum. kPanels panels lie `stride` bytes
 // apart, and y is [kPanels, 16].
-template <class V, class Format, int kPanels>
+template <Vectors V, class Format, int kPanels>
 FP4_HOT void gemv(const uint8_t* tiles, int64_t stride, const float* x, int64_t groups, float* y,
                   bool accumulate) {
   const typename V::Tables tables;
   typename V::F acc[kPanels][kRowVectors<V>][V::kVectors];
   FP4_UNROLL for (int p = 0; p < kPanels; p++) {
     FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
-      FP4_UNROLL for (int i = 0; i < V::kVectors; i++) acc[p][r][i] = V::zero();
+      FP4_UNROLL for (int i = 0; i < V::kVectors; i++)
+        acc[p][r][i] = V::zero();
     }
   }
   for (int64_t g = 0; g < groups; g++) {
@@ -136,7 +106,7 @@ FP4_HOT void gemv(const uint8_t* tiles, int64_t stride, const float* x, int64_t 
 }
 
 // A few rows: weights are scaled once, then used kM times. x: [kM, stride], y: [kM, 16].
-template <class V, class Format, int kM>
+template <Vectors V, class Format, int kM>
 FP4_HOT void gemv_rows(const uint8_t* panel, const float* x, int64_t stride, int64_t groups,
                        float* y, bool accumulate) {
   const typename V::Tables tables;
@@ -145,20 +115,24 @@ FP4_HOT void gemv_rows(const uint8_t* panel, const float* x, int64_t stride, int
     const float* xg = x;
     typename V::F acc[kM][V::kVectors];
     FP4_UNROLL for (int m = 0; m < kM; m++) {
-      FP4_UNROLL for (int i = 0; i < V::kVectors; i++) acc[m][i] = V::zero();
+      FP4_UNROLL for (int i = 0; i < V::kVectors; i++)
+        acc[m][i] = V::zero();
     }
     for (int64_t g = 0; g < groups; g++) {
       if (r == 0) prefetch_tile<V, Format>(tile);
       typename V::F scale[V::kVectors];
       V::expand(V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows), scale);
-      decode_group<V, Format>(tables, tile + r * V::kRows * 4, [&](int step, const auto& d) FP4_LAMBDA {
-        typename V::F w[V::kVectors];
-        FP4_UNROLL for (int i = 0; i < V::kVectors; i++) w[i] = V::mul(d[i], scale[i]);
-        FP4_UNROLL for (int m = 0; m < kM; m++) {
-          const auto xs = V::broadcast(xg + m * stride + step * V::kStep);
-          FP4_UNROLL for (int i = 0; i < V::kVectors; i++) acc[m][i] = V::fma(w[i], xs, acc[m][i]);
-        }
-      });
+      decode_group<V, Format>(tables, tile + r * V::kRows * 4,
+                              [&](int step, const auto& d) FP4_LAMBDA {
+                                typename V::F w[V::kVectors];
+                                FP4_UNROLL for (int i = 0; i < V::kVectors; i++)
+                                  w[i] = V::mul(d[i], scale[i]);
+                                FP4_UNROLL for (int m = 0; m < kM; m++) {
+                                  const auto xs = V::broadcast(xg + m * stride + step * V::kStep);
+                                  FP4_UNROLL for (int i = 0; i < V::kVectors; i++)
+                                    acc[m][i] = V::fma(w[i], xs, acc[m][i]);
+                                }
+                              });
       tile += kTileBytes<Format>;
       xg += Format::kGroup;
     }
@@ -170,18 +144,20 @@ FP4_HOT void gemv_rows(const uint8_t* panel, const float* x, int64_t stride, int
 
 // The same for bfloat16 activations in pairs, weights in pairs too: products are exact in float32.
 // x: [kM, stride] in the order of V::Pairs.
-template <class V, class Format, int kM>
+template <Vectors V, class Format, int kM>
 FP4_HOT void gemv_pairs(const uint8_t* tile, const uint16_t* x, int64_t stride, int64_t groups,
                         float* y, bool accumulate) {
   const typename V::Pairs::Tables tables;
   typename V::F acc[kM];
-  FP4_UNROLL for (int m = 0; m < kM; m++) acc[m] = V::zero();
+  FP4_UNROLL for (int m = 0; m < kM; m++)
+    acc[m] = V::zero();
   for (int64_t g = 0; g < groups; g++) {
     prefetch_tile<V, Format>(tile);
     constexpr int kChains = kM == 1 ? 4 : kM == 2 ? 2 : 1;  // to hide the product's latency
     typename V::F sum[kM][kChains];
     FP4_UNROLL for (int m = 0; m < kM; m++) {
-      FP4_UNROLL for (int c = 0; c < kChains; c++) sum[m][c] = V::zero();
+      FP4_UNROLL for (int c = 0; c < kChains; c++)
+        sum[m][c] = V::zero();
     }
     FP4_UNROLL for (int oct = 0; oct < Format::kGroup / 8; oct++) {
       const auto raw = V::load_codes(tile + oct * kOctBytes);
@@ -196,14 +172,16 @@ FP4_HOT void gemv_pairs(const uint8_t* tile, const uint16_t* x, int64_t stride, 
     const auto scale = V::template scales<Format>(tile + kScaleOffset<Format>);
     FP4_UNROLL for (int m = 0; m < kM; m++) {
       FP4_UNROLL for (int stride = kChains / 2; stride > 0; stride /= 2) {
-        FP4_UNROLL for (int c = 0; c < stride; c++) sum[m][c] = V::add(sum[m][c], sum[m][c + stride]);
+        FP4_UNROLL for (int c = 0; c < stride; c++)
+          sum[m][c] = V::add(sum[m][c], sum[m][c + stride]);
       }
       acc[m] = V::fma(sum[m][0], scale, acc[m]);
     }
     tile += kTileBytes<Format>;
     x += Format::kGroup;
   }
-  FP4_UNROLL for (int m = 0; m < kM; m++) put<V>(y + m * kPanelRows, acc[m], accumulate);
+  FP4_UNROLL for (int m = 0; m < kM; m++)
+    put<V>(y + m * kPanelRows, acc[m], accumulate);
 }
 
 // Whether a weight may be so small that products in pairs, whose subnormals are 0, lose bits of it.
@@ -224,7 +202,7 @@ FP4_INLINE bool fades(const uint8_t* tile) {
 // Decode `groups` groups of kTilePanels panels, `stride` bytes apart, for `multiply`: w is
 // [kRowVectors][groups * kGroup / kStep][kTilePanels][kVectors] vectors. False if that may not be
 // exact.
-template <class V, class Format>
+template <Vectors V, class Format>
 FP4_HOT bool decode_panels(const uint8_t* tiles, int64_t stride, int64_t groups, float* w) {
   constexpr int kWidth = V::kRows * V::kVectors, kStride = kWidth * V::kTilePanels;
   const typename V::Tables tables;
@@ -240,11 +218,12 @@ FP4_HOT bool decode_panels(const uint8_t* tiles, int64_t stride, int64_t groups,
         typename V::F scale[V::kVectors];
         V::expand(V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows), scale);
         float* out = at + r * row_vector;
-        decode_group<V, Format, true>(tables, tile + r * V::kRows * 4, [&](int step, const auto& d) FP4_LAMBDA {
-          FP4_UNROLL for (int i = 0; i < V::kVectors; i++) {
-            V::store(out + step * kStride + i * V::kRows, V::mul(d[i], scale[i]));
-          }
-        });
+        decode_group<V, Format, true>(
+            tables, tile + r * V::kRows * 4, [&](int step, const auto& d) FP4_LAMBDA {
+              FP4_UNROLL for (int i = 0; i < V::kVectors; i++) {
+                V::store(out + step * kStride + i * V::kRows, V::mul(d[i], scale[i]));
+              }
+            });
       }
       tile += kTileBytes<Format>;
       at += Format::kGroup / V::kStep * kStride;
@@ -254,22 +233,24 @@ FP4_HOT bool decode_panels(const uint8_t* tiles, int64_t stride, int64_t groups,
 }
 
 // Slots that kDepth columns of a row of packed activations take.
-template <class V>
+template <Vectors V>
 constexpr int64_t kSegment = V::kDepth / V::kStep * V::kSlots;
 
 // c [kTilePanels][stride][16] (+)= decoded weights times x, whose kM rows are x_stride apart.
-template <class V, int kM>
+template <Vectors V, int kM>
 FP4_HOT void multiply(const float* w, const float* x, int64_t x_stride, int64_t steps, float* c,
                       int64_t stride, bool accumulate) {
   constexpr int kParts = V::kTilePanels * V::kVectors;
   typename V::F acc[kM][V::kTilePanels][V::kVectors];
   FP4_UNROLL for (int m = 0; m < kM; m++) {
-    FP4_UNROLL for (int i = 0; i < kParts; i++) acc[m][i / V::kVectors][i % V::kVectors] = V::zero();
+    FP4_UNROLL for (int i = 0; i < kParts; i++)
+      acc[m][i / V::kVectors][i % V::kVectors] = V::zero();
   }
 #pragma GCC unroll 2
   for (int64_t s = 0; s < steps; s++) {
     typename V::F d[kParts];
-    FP4_UNROLL for (int i = 0; i < kParts; i++) d[i] = V::load(w + i * V::kRows);
+    FP4_UNROLL for (int i = 0; i < kParts; i++)
+      d[i] = V::load(w + i * V::kRows);
     FP4_UNROLL for (int m = 0; m < kM; m++) {
       const auto xs = V::broadcast(x + m * x_stride);
       FP4_UNROLL for (int i = 0; i < kParts; i++) {
@@ -288,7 +269,7 @@ FP4_HOT void multiply(const float* w, const float* x, int64_t x_stride, int64_t 
 }
 
 // What a thread multiplies with while a call lasts, for any number of rows up to kBlockRows.
-template <class V>
+template <Vectors V>
 class Multiplier {
  public:
   static constexpr bool kEvenBlocks = true;  // rows are cut into blocks of one size, nearly

@@ -1,13 +1,11 @@
 // Any CPU, by the compiler's own 128-bit vectors: right everywhere, fast nowhere.
-#include "fp4.h"
-#define FP4_VECTOR_REGISTER "m"
 #include "codec.h"
-#include "driver.h"
-#include "roofs.h"
+#include "fp4.h"
+#include "linear.h"
 
 namespace {
 
-struct Portable {
+struct Portable : IsaDefaults {
   typedef float F __attribute__((vector_size(16)));
   typedef int32_t I __attribute__((vector_size(16)));
   static constexpr int kRows = 4;
@@ -16,15 +14,9 @@ struct Portable {
   static constexpr int kVectors = 1;
   static constexpr int kHalfSteps = 4;
   static constexpr int kFewRows = 4;
-  static constexpr int kFewPairRows = 0;
-  static constexpr bool kTiles = false;
-  static constexpr bool kSplits = false;
-  static constexpr bool kFlushes = false;
   static constexpr int kTilePanels = 1;
   static constexpr int kBlockRows = 6;
   static constexpr int64_t kDepth = 256;
-  static constexpr int kStreams = 1;
-  static constexpr int kFarAhead = 0;
   static constexpr int32_t kOffset = 0;
 
   struct Tables {};
@@ -82,7 +74,8 @@ struct Portable {
   static FP4_INLINE I dot(const I (&codes)[kParts], const int8_t* x, int32_t) {
     I sum = {};
     FP4_UNROLL for (int p = 0; p < kParts; p++) {
-      FP4_UNROLL for (int i = 0; i < 4; i++) sum += (codes[p] << (24 - 8 * i) >> 24) * x[4 * p + i];
+      FP4_UNROLL for (int i = 0; i < 4; i++)
+        sum += (codes[p] << (24 - 8 * i) >> 24) * x[4 * p + i];
     }
     return sum;
   }
@@ -105,4 +98,4 @@ struct Portable {
 }  // namespace
 
 const Fp4Isa fp4_portable = {"portable", linear<Portable>, quantize<Portable>,
-                             fake_quantize<Portable>, rotate<Portable>, fma_roof<Portable>, read_roof<Portable>};
+                             fake_quantize<Portable>, rotate<Portable>};

@@ -40,7 +40,8 @@ FP4_INLINE void rotate_block(T* x) {
     }
   }
   const T unit = static_cast<T>(1 / std::sqrt(static_cast<double>(kBlock)));
-  FP4_UNROLL for (int i = 0; i < kEights; i++) v[i] *= unit;
+  FP4_UNROLL for (int i = 0; i < kEights; i++)
+    v[i] *= unit;
   memcpy(x, v, sizeof v);
 }
 

@@ -95,14 +95,13 @@ FP4_INLINE uint32_t amax_bits(const float* x, int64_t n) {  // NaN above Inf abo
 }
 
 // The power of two that a row is divided by so that no sum of ours leaves float32's range where
-// the dequantised weight's would not, nor products of pairs, which flush, lose bits: 1 for rows with
-// ordinary values, and for Inf and NaN.
+// the dequantised weight's would not, nor products of pairs, which flush, lose bits: 1 for rows
+// with ordinary values, and for Inf and NaN.
 template <bool kFlushes>
 FP4_INLINE float row_unit(uint32_t amax) {
   constexpr int kLeast = 127 - (kFlushes ? 20 : 89), kMost = 127 + 89;
   const int exponent = static_cast<int>(amax >> 23);
-  const bool ordinary =
-      (exponent >= kLeast && exponent <= kMost) || amax == 0 || exponent == 255;
+  const bool ordinary = (exponent >= kLeast && exponent <= kMost) || amax == 0 || exponent == 255;
   const int within = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
   return ordinary ? 1.f : float_of(static_cast<uint32_t>(within) << 23);
 }

@@ -1,0 +1,74 @@
+// y = x W^T + bias of one call: which strategy serves how many rows of which dtype.
+#pragma once
+#include "few_rows.h"
+#include "integer_rows.h"
+#include "many_rows.h"
+
+namespace {
+
+template <Isa V, class Format>
+class Linear {
+ public:
+  explicit Linear(const Fp4Linear& call) : call_(call) {}
+
+  bool run() const {
+    if (call_.N == 0) return true;
+    if (call_.mode == FP4_INT8 && !exact_is_faster()) return with<Int8Rows<V, Format>>();
+    if constexpr (V::kSplits) {
+      if (call_.M == 1 && call_.dtype != FP4_FLOAT32) return with<DigitRow<V, Format>>();
+    }
+    if constexpr (V::kFewPairRows > 0) {
+      if (call_.dtype == FP4_BFLOAT16) {
+        return call_.M <= V::kFewPairRows ? with<PairRows<V, Format>>() : many<typename V::Pairs>();
+      }
+    }
+    if (call_.M <= V::kFewRows) return with<FewRows<V, Format>>();
+    if constexpr (V::kTiles) {
+      if (call_.dtype == FP4_BFLOAT16) return many<typename V::template Tiles<1>>();
+      if (call_.dtype == FP4_FLOAT16) return many<typename V::template Tiles<2>>();
+      // few outputs do not repay that activations are packed, which V reads where they are
+      if (call_.N >= V::kTiledOutputs) return many<typename V::template Tiles<3>>();
+    }
+    return many<V>();
+  }
+
+ private:
+  template <class Strategy>
+  bool with() const {
+    return Strategy(call_).run();
+  }
+
+  template <Vectors W>
+  bool many() const {
+    return with<ManyRows<V, Format, W>>();
+  }
+
+  // Than activations of 8 bits, which tiles do not multiply here.
+  bool exact_is_faster() const {
+    if constexpr (V::kTiles) {
+      if (call_.dtype != FP4_FLOAT32) return call_.M >= 16;
+      return call_.M >= 32 && call_.N >= V::kTiledOutputs;
+    }
+    return false;
+  }
+
+  const Fp4Linear& call_;
+};
+
+// So many rows at a time that scratch stays small; weights are decoded anew for fewer.
+constexpr int64_t kCallRows = 2048;
+
+template <Isa V>
+bool linear(const Fp4Linear& call) {
+  for (int64_t m = 0; m < call.M; m += kCallRows) {
+    Fp4Linear part = call;
+    part.x = at(call.x, m * call.K * dtype_bytes(call.dtype));
+    part.y = at(call.y, m * call.N * dtype_bytes(call.dtype));
+    part.M = min64(kCallRows, call.M - m);
+    const bool nvfp4 = call.format == FP4_NVFP4;
+    if (!(nvfp4 ? Linear<V, Nvfp4>(part).run() : Linear<V, Mxfp4>(part).run())) return false;
+  }
+  return true;
+}
+
+}  // namespace
