@@ -17,7 +17,7 @@ constexpr int64_t kStep = kLoads * sizeof(Word);
 
 // Each thread reads `streams` places at a time: some prefetchers stop at pages, and the other
 // streams go on meanwhile.
-Tensor read(const Tensor& bytes, int64_t streams) {
+Tensor plain_read(const Tensor& bytes, int64_t streams) {
   const auto* base = static_cast<const uint8_t*>(bytes.const_data_ptr());
   std::atomic<uint64_t> total{0};
   torch::stable::parallel_for(0, bytes.numel() / kStep, 256, [&](int64_t begin, int64_t end) {
@@ -46,7 +46,5 @@ Tensor read(const Tensor& bytes, int64_t streams) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fp4graph_bench, m) {
-  m.def("read(Tensor bytes, int streams) -> Tensor");
-}
-STABLE_TORCH_LIBRARY_IMPL(fp4graph_bench, CPU, m) { m.impl("read", TORCH_BOX(&read)); }
+STABLE_TORCH_LIBRARY(fp4graph_bench, m) { m.def("read(Tensor bytes, int streams) -> Tensor"); }
+STABLE_TORCH_LIBRARY_IMPL(fp4graph_bench, CPU, m) { m.impl("read", TORCH_BOX(&plain_read)); }
