@@ -11,7 +11,7 @@ CPP = $(wildcard fp4graph/kernels/cpu/native/* bench/native/* tests/kernels/nati
 STUDY := docs/studies/smollm2-135m
 ABLATE = $(BIN)/fp4graph ablate smollm2-135m --corpus $(WIKITEXT)/wiki.test.raw --out $(STUDY)
 
-.PHONY: help install demo test style quick newest sanitize machine-code architectures study check clean
+.PHONY: help install demo test style quick proofs newest sanitize machine-code architectures study check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -33,16 +33,17 @@ demo: install  ## the main job on a real model: what FP4 costs by role, and what
 	@echo "The picture: $(OUT)/ablation.png"
 
 test: install  ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations=60
 
 style: install  ## style of Python, C++ and English; types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/python tests/prose.py
 	$(BIN)/mypy
 
 quick: style  ## style, types and the quick tests, in four to six minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow"
 
 $(NEWEST)/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(NEWEST)
@@ -55,10 +56,13 @@ $(NEWEST)/installed: pyproject.toml setup.py constraints.txt
 	touch $@
 
 newest: $(NEWEST)/installed  ## the quick tests on a newer torch and the oldest transformers, beside which vLLM runs
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -q -n auto --dist worksteal -m "not slow"
 
 sanitize: install  ## the native kernels under sanitizers, and those of other processors under emulators
-	$(BIN)/python -m pytest -q tests/kernels/test_native.py
+	$(BIN)/python -m pytest -q --proofs tests/kernels/test_native.py
+
+proofs: install  ## all kernels for other machines, whether their sources changed or not
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kernels/proofs.py
 
 machine-code: install  ## compile the Triton kernels for every target and write down what came of it
 	$(BIN)/python tests/kernels/machine_code.py --write

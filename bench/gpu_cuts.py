@@ -36,7 +36,7 @@ WARPS = ((1, 2), (2, 1), (1, 4), (2, 2), (4, 1))  # WN, WK
 
 
 def cuts(rows: int, k: int) -> list[Cut]:
-    """All cuts that make sense for so many rows."""
+    """All cuts that make sense for a number of rows."""
     records = -(-k // layout.COLUMNS)
     tokens = next((each for each in (1, 2) if 8 * each >= rows), 4)
     found = []

@@ -236,7 +236,7 @@ class Backend:
         """Refuse to guess from a fragment: how many blocks there are, which stack is the main one.
 
         Raises:
-            SelectorError: graphs differ in what the selection hangs on, and there is no model.
+            SelectorError: graphs differ in what the selection depends on, and there is no model.
         """
         before, now = self._stacks, Stacks.of(site.tag for _, site in sites(gm))
         if self._model is not None or not now.blocks:
@@ -279,9 +279,9 @@ def backend(
         format: `nvfp4`, `mxfp4`, or `mxfp4:RULE` with a scale rule (floor, ceil, rceil, even).
         quantizer: how codes are found: `rtn`, round to nearest; `scale-search`, the best
             scale for each group; docs/numerics.md has all. With a calibration it is that one's own.
-        activations: None or `none` for W4A16; `same` to quantise and dequantise each linear's
-            input in the weight's format, at each call (W4A4); `int8` to let the kernel round it to
-            8 bits in groups, an approximation (W4A8).
+        activations: None or `none` leaves inputs as they are (W4A16). `same` quantises and
+            dequantises each linear's input in the weight's format at each call (W4A4). `int8` lets
+            the kernel round it to 8 bits in groups, an approximation (W4A8).
         kernel: `auto`, or a kernel's name.
         inner: `inductor`, `eager`, or a backend function that compiles the rewritten graph.
         on_refusal: what to do with a selected linear that cannot run in FP4: `raise`, or `keep`

@@ -51,7 +51,7 @@ def write_text(path: Path, text: str) -> None:
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a draft to write to, which becomes the file at the end, or is removed at an error.
 
-    Each process has its own, for several may write one file at once; the last to end wins.
+    Each process has its own: several may write one file at once, and the last to end wins.
 
     Raises:
         OSError: the folder cannot be made, or the draft not be moved.

@@ -9,7 +9,7 @@ _SHARE = 1 / 3  # a study keeps two things, and the model runs beside them
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """Whether so many bytes are at most a third of what a device has free."""
+    """Whether `size` bytes are at most a third of what a device has free."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:

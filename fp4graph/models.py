@@ -71,7 +71,7 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are, and its inputs are to be."""
+        """Where its weights are, and its inputs must be."""
         return next(self.model.parameters()).device
 
     @property
@@ -98,7 +98,7 @@ _PROVENANCE = {"_name_or_path", "transformers_version", "architectures", "dtype"
 
 
 def check_length(model: nn.Module, length: int) -> None:
-    """Check that a model has positions for so many tokens.
+    """Check that a model has positions for a number of tokens.
 
     Raises:
         ModelError: it has fewer.
@@ -124,7 +124,7 @@ def load(
         name: a name of this module (`smollm2-135m`, `qwen2.5-0.5b-random`, ...), a folder, a GGUF
             file, or an id on the Hugging Face hub.
         dtype: of all weights.
-        device: where they are to be.
+        device: where to put them.
         seed: of random weights, which are others on another device.
         allow_weights: patterns of weights' names that may be missing from the checkpoint (they are
             drawn at random then), unknown to the model, or of another shape.

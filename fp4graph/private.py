@@ -1,7 +1,7 @@
 """All that fp4graph uses of torch that is private to it, each with what it is needed for.
 
 Supported are torch 2.13 to 2.15. `make newest` runs the quick tests on another version than the one
-that CI has, and tests/test_private.py says by name what a version lacks. What differs from one to
+that CI has, and tests/test_torch_private.py names what a version lacks. What differs from one to
 the next is told apart here and nowhere else.
 """
 

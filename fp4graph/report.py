@@ -36,7 +36,7 @@ class LinearRow:
         bytes_dense: size of the model's own weight.
         bytes_packed: size of the packed weight; None where it stays dense.
         layout: how the packed weight lies in memory; None where it stays dense.
-        tile: how the kernel cuts the work, by the number of rows M of the input; None likewise.
+        tile: how the kernel cuts the work, by the number of rows M of the input; None where dense.
         why: what told the role: the linear's name, or where its result flows; empty for `other`.
         stack: the stack of blocks that it belongs to: text, vision, audio, encoder, decoder.
         expert: of an expert, which of its linears it is; None elsewhere.

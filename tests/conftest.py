@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests ask
 
 import pytest
 import torch
+from kernels import proofs
 from support.models import byte_tokenizer, tiny
 
 import fp4graph.models
@@ -18,6 +19,20 @@ from fp4graph.private import setting
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "run proofs of sources that did not change too (make proofs)"
+    parser.addoption("--proofs", action="store_true", help=text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--proofs"):
+        return
+    for item in items:
+        mark = item.get_closest_marker("proof")
+        if mark and proofs.holds(*mark.args):
+            item.add_marker(pytest.mark.skip(reason="proven for these sources: make proofs"))
 
 
 @pytest.fixture(autouse=True)

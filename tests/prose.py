@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 MOST = 40
-_GENERATED = re.compile(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", re.DOTALL)
+_GENERATED = re.compile(r"<!-- ([\w -]+) -->.*?<!-- /\1 -->", re.DOTALL)
 _LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
 _CODE = re.compile(r"`[^`]*`")
-_END = re.compile(r"(?<=[.!?])[)*\"']*\s+(?=[\"'(*`A-Z0-9\[])|:\s*$", re.MULTILINE)
+_END = re.compile(r"(?<=[.!?])[)*\"']*\s+(?=[\"'(*\0A-Z0-9\[])|:\s*$", re.MULTILINE)
 _ITEM = re.compile(r"^\s*([-*]|\d+\.)\s+")
 _NEW = re.compile(r"^(\s*([-*]|\d+\.)\s|#|\||>>>|\s*$)")
 _SECTION = re.compile(r"^\s*(Args|Returns|Raises|Attributes|Given|Result|Yields)\b.*:$")
@@ -57,7 +57,8 @@ def docstring_parts(text: str) -> Iterator[str]:
             part = []
         shown = shown and bool(line.strip()) and not _FIELD.match(line)
         shown = shown or bool(re.match(r"^\s*(Given|Result)\b.*:$", line)) or ">>>" in line
-        if line.strip() and not shown and not _SECTION.match(line):
+        is_table = "|" in line or "  " in line.strip() or bool(re.search(r"[*/%]\d", line))
+        if line.strip() and not shown and not is_table and not _SECTION.match(line):
             part.append(_ITEM.sub("", line).strip())
     yield " ".join(part)
 

@@ -146,3 +146,34 @@ def test_what_is_in_no_graph_has_a_row_in_explain() -> None:
     assert all(
         "refused: layers.1.mlp is kept from compilation" in each for each in reasons.values()
     )
+
+
+class Shared(nn.Module):
+    """Two blocks that share a weight, the second one in a graph of its own."""
+
+    def __init__(self, *, split: bool) -> None:
+        super().__init__()
+        self.layers = net(2).layers
+        self.layers[1].mlp.up_proj.weight = self.layers[0].mlp.up_proj.weight
+        self.split = split
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            if self.split:
+                torch._dynamo.graph_break()
+        return x
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+@torch.no_grad()
+def test_a_weight_of_two_blocks_is_each_block_s_own(split: bool, known: bool) -> None:
+    model = Shared(split=split)
+    backend = fp4graph.backend("blocks=0", inner="eager", model=model if known else None)
+    torch.compile(model, backend=backend)(torch.randn(3, 32))
+    assert {row.path for row in backend.report.selected} == {
+        f"layers.0.{name}"
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    }
+    assert "layers.1.mlp.up_proj" in {row.path for row in backend.report}

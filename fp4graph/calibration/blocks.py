@@ -120,7 +120,7 @@ class Blocks:
         _give_back_memory()
 
     def error(self, number: int) -> Callable[[Mapping[str, Tensor], int], Tensor]:
-        """Return what a block's output errs by, as a function of its weights.
+        """Return the error of a block's output, as a function of its weights.
 
         It takes weights, [N, K] each, by path, and the number of a batch, and returns the squared
         error of what the block gives for what comes into it, over the square, by what the dense
@@ -174,7 +174,7 @@ class Blocks:
         return changed
 
     def _after_last(self) -> list[Node] | None:
-        """Return what the linears after the last block take, for heads are not worth their time.
+        """Return what the linears after the last block take: unselected heads need not run.
 
         Of a selected head what it gives.
         """

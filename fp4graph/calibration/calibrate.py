@@ -63,13 +63,12 @@ def calibrate(
             keyword arguments.
         select: which linears.
         format: NVFP4 or MXFP4.
-        quantizer: `weighted-scale-search`, the best scales by what each column's error does to the
-            output; `gptq`; on better scales `gptq:scale-search` and the like; with weight and input
-            rotated `gptq@32`, `gptq:scale-search@16`; `mr-gptq`, what 2509.23202 prescribes for
-            the format; `learned`, `learned:scale-search` and the like, which begin where gptq ends
-            and go by the gradient of each block's output error. `+smooth` or `+smooth0.5` behind
-            any quantiser but those that rotate is SmoothQuant with alpha 0.6 or as said: inputs
-            that come from a norm are divided, channel by channel, in the norm.
+        quantizer: `weighted-scale-search` takes the best scales by what each column's error does to
+            the output. `gptq` is GPTQ, `gptq:scale-search` the same on better scales. `@32` behind
+            either rotates weight and input. `mr-gptq` is what 2509.23202 prescribes for the format.
+            `learned` begins where `gptq` ends and goes by the gradient of each block's output
+            error. `+smooth` or `+smooth0.5` behind a quantizer that does not rotate is SmoothQuant
+            with alpha 0.6 or as said: inputs that come from a norm are divided in the norm.
         damping: see `fp4graph.quantizers.gptq`.
         propagate: whether a block sees what the rounded blocks before it give, as it will when the
             model runs, or what the dense ones give.
@@ -218,7 +217,7 @@ def _linears(
     blocks: Blocks, number: int, format: BlockFormat, how: Quantizer
 ) -> Iterator[tuple[str, _Linear]]:
     seen = blocks.see(number)
-    shared: dict[int, tuple[Transform, Tensor]] = {}  # by the input, for it is what is transformed
+    shared: dict[int, tuple[Transform, Tensor]] = {}  # by the input, which is transformed
     for each in seen:
         site, hessian, fqn = each.site, each.hessian, each.names[0]
         hessian.check(fqn)

@@ -127,7 +127,7 @@ class _Bar:
     "--budget",
     type=click.FloatRange(min=0, min_open=True),
     metavar="MIN",
-    help="Run those trials first that tell most, and begin none after so many minutes.",
+    help="Run the trials that tell most first, and begin none after MIN minutes.",
 )
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for results.")
 @dtype_option
@@ -212,7 +212,7 @@ def _groups(
 ) -> list[Combinations]:
     """Return what the options ask for; a plan's own stands where nothing is given."""
     given = {name: value for name, value in combinations.items() if not _is_default(name)}
-    if calibrations and not (plan or "").endswith(".toml"):  # they are what is to be measured
+    if calibrations and not (plan or "").endswith(".toml"):  # they are what to measure
         formats, quantizers = zip(*calibrations, strict=True)
         given = {"format": _once(formats), "quantizer": _once(quantizers), **given}
     if bool(selects) + bool(by) + bool(plan) != 1:

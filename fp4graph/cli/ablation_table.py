@@ -53,8 +53,8 @@ def _caption(rows: list[Row]) -> str:
     ]
     if rows[0].noise is not None:
         lines.append(
-            f"from one half of the text to the other the dense model's NLL moves by "
-            f"{rows[0].noise:.4f} +- {rows[0].noise_se:.4f}"
+            f"text noise: the two halves of this text differ by {rows[0].noise:.4f} +- "
+            f"{rows[0].noise_se:.4f} for the dense model itself; this is not the error of dNLL"
         )
     if len(rows) > _SHOWN + 1:
         lines.append(f"the {_SHOWN} most damaging of {len(rows) - 1}; all are in the JSON lines")

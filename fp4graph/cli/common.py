@@ -44,7 +44,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def _console(*, stderr: bool) -> Console:
-    """Make a console; into a file or a pipe it writes wide, for nothing can be scrolled there."""
+    """Make a console. Into a file or a pipe it writes wide: nothing can be scrolled there."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PIPE_WIDTH
     return Console(stderr=stderr, highlight=False, width=width)
@@ -143,7 +143,7 @@ def _check_picture(ctx: click.Context, param: click.Parameter, path: Path | None
 
 
 def read_text(corpus: str, tokens: int | None) -> str:
-    """Return a corpus, or as much of its beginning as so many tokens can take."""
+    """Return a corpus, or as much of its beginning as that number of tokens can take."""
     return models.corpus(corpus, None if tokens is None else tokens * _CHARACTERS_A_TOKEN)
 
 
@@ -191,7 +191,7 @@ def load_windows(
 
 @contextlib.contextmanager
 def windows_bar(total: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar; what is yielded is to be called after each window."""
+    """Show a progress bar; call what is yielded after each window."""
     with progress_bar() as bar:
         task = bar.add_task("windows", total=total)
 

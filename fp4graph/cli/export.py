@@ -17,7 +17,7 @@ def export_command(store: Path, file: Path) -> None:
     """Write every trial in STORE (a results folder, or its trials.sqlite) to FILE.
 
     The name of FILE says the format: .jsonl, .csv or .parquet. Each row has the trial's result and
-    all that it hangs on: model, text, dtype, versions.
+    all that it depends on: model, text, dtype, versions.
     """
     rows = [{**identity, **result} for identity, result in open_results(store).all()]
     export(rows, file)

@@ -93,7 +93,8 @@ def latency_command(
     if compile_mode != "default" and inner != "inductor":
         raise OptionError(f"--mode {compile_mode} is for --inner inductor")
     ways = schemes(formats, [activations], quantizers)
-    plan = trials(list(map(Selector, selects)), ways, ["only"])
+    by_selector = [trials([Selector(text)], ways, ["only"]) for text in selects]
+    plan = dict.fromkeys(trial for each in by_selector for trial in each)
     variants = [Variant(trial, inner, compile_mode) for trial in plan]
     loaded = load_model(model, dtype, device)
     with progress_bar() as bar:

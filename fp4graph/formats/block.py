@@ -149,10 +149,12 @@ class PackedWeight:
     """A weight in FP4.
 
     Invariants, with Kp = K rounded up to a multiple of the block size B:
-    `qdata` is uint8 [N, Kp/2], the even column in the low nibble; `scale` is [N, Kp/B] in the
-    format's scale dtype; `per_tensor_scale` is a 0-dim float32 tensor, or None for MXFP4; and
-    weight ~ E2M1(qdata) * scale * per_tensor_scale, columns from K on being padding. (In the
-    study's `mxfp4-fitted` it is what `FittedScale` says.)
+
+    - `qdata` is uint8 [N, Kp/2], the even column in the low nibble.
+    - `scale` is [N, Kp/B] in the format's scale dtype.
+    - `per_tensor_scale` is a 0-dim float32 tensor, or None for MXFP4. In the study's
+      `mxfp4-fitted` it is what `FittedScale` says.
+    - weight ~ E2M1(qdata) * scale * per_tensor_scale. Columns from K on are padding.
     """
 
     qdata: Tensor

@@ -1,7 +1,7 @@
 """Small floats by integer arithmetic: the bit patterns of E2M1 and E4M3, and of E8M0 scales.
 
-Written with integer operations alone, so that the same lines hold on every device and no result
-hangs on which casts a GPU or a compiler supports (pytorch issue 187723: fp8 casts below sm_89).
+Written with integer operations alone: the same lines hold on every device. No result depends on
+which casts a GPU or a compiler supports (pytorch issue 187723: fp8 casts below sm_89).
 """
 
 from __future__ import annotations

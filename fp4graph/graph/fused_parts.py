@@ -2,9 +2,9 @@
 
 Each value of the linear's result is given its row's number, and the numbers are sent through the
 views that follow (splits, slices, transposes). Where the views end, what takes the value tells the
-part. So it does not matter whether parts lie one after the other (Phi-3), interleaved by heads
-(GPT-NeoX, Falcon) or row by row; and since a row's number is the same for every token, not how
-many tokens there are either: see `numbering.py`.
+part. Parts may lie one after the other (Phi-3), interleaved by heads (GPT-NeoX, Falcon) or row by
+row. A row's number is the same for every token, so the number of tokens does not matter either:
+see `numbering.py`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -14,7 +15,7 @@ from fp4graph.linears.stacks import Lists, Stacks, block_lists
 from fp4graph.linears.tags import LinearTag, Role
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator, Mapping, MutableMapping
+    from collections.abc import Container, Iterator, Mapping, MutableMapping, Sequence
 
     from torch import Tensor
     from torch.fx import Node
@@ -112,6 +113,28 @@ def why_unreached(model: nn.Module, linear: NamedLinear) -> str:
         path = path.rpartition(".")[0]
 
 
+def names_here(placeholders: Sequence[Node], values: Sequence[Any], names: Names) -> Names:
+    """Return the paths of a graph's parameters, of tied ones those of the module that it is for.
+
+    That module is where the paths of all others begin, before what Dynamo calls them.
+
+    Args:
+        placeholders: the inputs of the outermost graph.
+        values: of them.
+        names: of all of the model's parameters.
+    """
+    pairs = zip(placeholders, values, strict=True)
+    inputs = [(p, v) for p, v in pairs if isinstance(v, nn.Parameter) and v in names]
+    lifted = [(names[value], _source_path(placeholder)) for placeholder, value in inputs]
+    places = {known[0].removesuffix(end) for known, end in lifted if len(known) == 1}
+    place = places.pop() if len(places) == 1 else ""
+    here: MutableMapping[nn.Parameter, tuple[str, ...]] = WeakIdKeyDictionary()
+    for _, value in inputs:
+        inside = tuple(path for path in names[value] if path.startswith(place))
+        here[value] = inside or names[value]
+    return here
+
+
 def path_of(node: Node, placeholder: Node | None, known: tuple[str, ...], *, shared: bool) -> str:
     """Return the path of the linear that a node computes.
 
@@ -128,9 +151,10 @@ def path_of(node: Node, placeholder: Node | None, known: tuple[str, ...], *, sha
     caller = _clean(next(reversed(stack.values()))[0]) if stack else ""
     lifted = "" if placeholder is None else _source_path(placeholder)
     if len(known) > 1:
-        ends = (path for end in (caller, lifted) for path in known if _ends_like(path, end))
+        called = (path for path in known if _ends_like(path, caller))
         inside = (path for path in known if caller and f".{caller}." in f".{path}.")
-        return next(ends, None) or next(inside, known[0])
+        named = (path for path in known if _ends_like(path, lifted))  # as Dynamo met it first
+        return next(chain(called, inside, named, known))
     if known:
         return known[0]
     if lifted and (not caller or f"{lifted}.".startswith(f"{caller}.")):

@@ -2,7 +2,7 @@
 
 q, k, v      what reaches attention's three arguments; all three, or two: qkv, kv
 q_a -> q_b   a linear that reaches another through no more than a norm: a low-rank chain,
-kv_a -> kv_b likewise
+kv_a -> kv_b the same
 o            takes the result of attention; attn_gate: an activated factor of what it takes
 gate, up     the two factors of what `down` takes, of which gate passed an activation;
 up alone where there is one; gate_up where one linear is both

@@ -34,7 +34,7 @@ class Problem:
         format: of the weight.
         dtype: of activations, bias and result.
         target: what all of it lies on.
-        int8: whether activations are to be rounded to 8 bits in groups.
+        int8: whether the kernel rounds activations to 8 bits in groups.
         weight_dtype: of the dense weight, where autocast makes it another; else None.
         experts: how many such weights there are, packed alike, of which rows choose one.
     """

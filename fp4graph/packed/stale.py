@@ -31,10 +31,10 @@ class Binding:
 class StaleCheck:
     """Packs again what changed since the last call.
 
-    A weight is taken to have changed when another tensor arrives in its place, when its version
-    counter or data pointer moved, or when a probe differs: 8 places of 8 values spread over its
-    storage, on CPUs, for writes through `.data` move no counter and `peft` merges adapters that
-    way. Then every weight of the graph is compared whole.
+    A weight may have changed when another tensor arrives in its place, or its version counter or
+    data pointer moved. On CPUs it may also have changed when a probe differs: 8 places of 8 values,
+    spread over its storage. (`peft` merges adapters through `.data`, which moves no counter.) Then
+    every weight of the graph is compared in full.
 
     Args:
         bound: the packed weights of a graph, in step with their weights now.

@@ -47,7 +47,7 @@ class ChooseKernels:
 
     name: ClassVar[str] = "choose"
     on_refusal: OnRefusal = "raise"
-    target: Target | None = None  # what the weights are to be taken to lie on; None: as they do
+    target: Target | None = None  # the device to choose for; None: where the weights are
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> None:
         """See the class."""

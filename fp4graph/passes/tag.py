@@ -11,7 +11,7 @@ from torch import nn
 
 from fp4graph.graph.flow import flow_of
 from fp4graph.graph.match import LinearForm, called, is_linear, match_linear
-from fp4graph.graph.names import model_lists, named_linears, parameter_names, path_of
+from fp4graph.graph.names import model_lists, named_linears, names_here, parameter_names, path_of
 from fp4graph.graph.regions import regions, unshare
 from fp4graph.graph.roles_by_flow import roles_by_dataflow
 from fp4graph.graph.siblings import mark_experts, side_by_side
@@ -92,6 +92,10 @@ class TagLinears:
         """See the class."""
         unshare(gm)
         outer = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        names = names_here(outer, example_inputs, self.names)
+        replace(self, names=names)._mark(gm, outer, example_inputs)
+
+    def _mark(self, gm: GraphModule, outer: list[Node], example_inputs: Sequence[Any]) -> None:
         found_regions = list(regions(gm))
         overwritten = set().union(*(_written_inputs(region) for region in found_regions))
         for region in found_regions:

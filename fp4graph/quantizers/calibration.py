@@ -34,7 +34,7 @@ def matrix_name(fqn: str, expert: int | None) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Packed weights by module path, of experts one each (`matrix_name`), and what they hang on.
+    """Packed weights keyed by `matrix_name` (one per expert), with the facts they depend on.
 
     Attributes:
         format: of the weights.

@@ -38,7 +38,7 @@ def gptq(
     Args:
         weight: [N, K].
         hessian: mean of x x^T, [K, K]; the computation is in its dtype, the inverse in float64.
-        base: the weight under the scales that are to be kept.
+        base: the weight under the scales to keep.
         damping: added to the diagonal, relative to its mean. Where the damped Hessian has no
             Cholesky factor it is raised tenfold, from 0 to the default, with a warning.
         name: of the weight, for that.

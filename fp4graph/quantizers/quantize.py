@@ -33,7 +33,7 @@ def quantize(
         format: a format or its name.
         quantizer: how codes are found: `rtn`; `scale-search`; for NVFP4 `four-over-six`,
             `alternating-search`, `grid-search`; with `@16`, `@32`, `@64` or `@128` of the weight
-            rotated, whose inputs are to be rotated too.
+            rotated, whose inputs must be rotated too.
 
     Raises:
         WeightError: not a matrix, not a float, or holds NaN or Inf; or K is no multiple of the

@@ -1,4 +1,4 @@
-"""What a quantiser's name says: `scale-search`, `rtn@16`, `gptq:scale-search+smooth`, `mr-gptq`.
+"""What a quantizer's name says: `scale-search`, `rtn@16`, `gptq:scale-search+smooth`, `mr-gptq`.
 
 >>> from fp4graph.formats import MXFP4
 >>> Quantizer.parse("gptq:scale-search@32", MXFP4)
@@ -82,7 +82,7 @@ class Quantizer:
         for MXFP4 its own scales under one of 32.
 
         Raises:
-            OptionError: no such quantiser, or one that the format has no use for.
+            OptionError: no such quantizer, or one that the format has no use for.
         """
         name = str(text)
         found = _NAME.fullmatch(name)

@@ -1,9 +1,9 @@
 """Every legal scale for each group, the one with the least squared error wins.
 
-For E4M3 the search keeps to a window of codes around the absmax scale: below 2/5 of it what is
-clipped costs more than anything gained, above twice of it the grid is coarser and gains no value
-that the halved scale lacks (the idea of 2606.07618; the tests hold it against all 126 codes). For
-E8M0 three powers of two will do.
+For E4M3 the search keeps to a window of codes around the absmax scale (the idea of 2606.07618).
+Below 2/5 of it clipping costs more than anything gained. Above twice of it the grid is coarser and
+has no value that the halved scale lacks. The tests hold the window against all 126 codes. For E8M0
+three powers of two are enough.
 """
 
 from __future__ import annotations

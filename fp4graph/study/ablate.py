@@ -199,7 +199,7 @@ class Ablation:
         return self._probe.choices(lambda row: run(start + row), progress.advance)
 
     def provenance(self) -> dict[str, Any]:
-        """Return everything that the numbers hang on, and where they were measured."""
+        """Return everything that the numbers depend on, and where they were measured."""
         return {
             **self._identity,
             "arithmetic": self._arithmetic,

@@ -130,8 +130,8 @@ _LARGEST_EXPONENT = math.log(sys.float_info.max)
 class DenseReference:
     """The dense model's log probabilities on all windows: float32 [windows, scored, vocab].
 
-    They stay on the model's accelerator if they fit. Else they are mapped from a file, for they can
-    outgrow the memory, and the file's name is removed as soon as it is mapped, so that not even
+    They stay on the model's accelerator if they fit. Else they are mapped from a file: they can
+    outgrow the memory. The file's name is removed as soon as it is mapped, so that not even
     kill -9 leaves it behind.
 
     Args:

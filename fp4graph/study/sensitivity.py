@@ -1,9 +1,9 @@
 """What FP4 in each linear will cost, told from one run of the model instead of one run a linear.
 
-With ΔY what FP4 changes in a linear's output and J the model's logits by it, the KL divergence of
-the changed model from the dense one is ½ (J ΔY)ᵀ F (J ΔY) up to third order, F = diag(p) - p pᵀ at
-each position. F = E[v vᵀ] for v = √p ∘ r - p (√p · r), r normal: one backward pass from v gives
-Jᵀ v for every linear at once, and ½ (v · J ΔY)² on average the divergence.
+ΔY is what FP4 changes in a linear's output, J the derivative of the model's logits by it. The KL
+divergence of the changed model from the dense one is ½ (J ΔY)ᵀ F (J ΔY) up to third order, with
+F = diag(p) - p pᵀ at each position. For r normal and v = √p ∘ r - p (√p · r), F is E[v vᵀ]. So
+one backward pass from v gives Jᵀ v for every linear. On average ½ (v · J ΔY)² is the divergence.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ class SensitivityRow:
         sqnr: the same in dB, of signal over noise.
         fisher: (∂L/∂Y)² (ΔY)², added up over a text's outputs, a token; L is the text's NLL. It is
             the score of ModelOpt's auto_quantize.
-        kl_element: ½ (Jᵀv)² (ΔY)², likewise, which takes every output for itself.
+        kl_element: ½ (Jᵀv)² (ΔY)², output by output.
         kl_token: ½ (Jᵀv · ΔY)² with the product taken over a token's outputs.
         kl_window: with the product taken over a window's, which is the divergence itself to
             second order, but for the noise of a few samples.
-        kl: what to go by, nats a token: `kl_window`, drawn to what `kl_element` and `kl_token` say
-            of the linear and `kl_window` of its role, by as much as it is noise.
+        kl: the recommended estimate, nats a token. `kl_window`, shrunk towards the role's mean
+            ratio to sqrt(kl_element * kl_token), in proportion to its sampling noise.
         dnll: first-order change of the NLL, ∂L/∂Y · ΔY, and `kl`, nats a token.
     """
 
@@ -102,7 +102,7 @@ class Sensitivity:
     Args:
         loaded: the model; its gradients are taken, its weights stay as they are.
         windows: the text.
-        schemes: formats, quantisers and activation modes.
+        schemes: formats, quantizers and activation modes.
         samples: backward passes a window from random v; what a window gives is one value each.
         progress: called once after each window.
 
@@ -110,7 +110,7 @@ class Sensitivity:
         tags: the model's linears.
         rows: one a linear and scheme, scheme by scheme.
         left_out: paths of block linears that have no row: their weight is made in the graph, or the
-            logits do not hang on them.
+            logits do not depend on them.
         products: for each format and activation mode, and each linear's path, v · J ΔY for all
             samples, float64 [windows * samples]. What a set of linears will cost is ½ the mean
             square of their sum over the tokens of a window.
@@ -255,10 +255,10 @@ class Sensitivity:
 def _pooled(rows: Sequence[SensitivityRow], samples: int) -> list[SensitivityRow]:
     """Return rows whose `kl` is the best of their estimates together.
 
-    `kl_element` and `kl_token` hardly vary from sample to sample but leave out what tokens have in
-    common; `kl_window` has it and, a mean of a few squares of normal values, is noisy. How far it
-    is above their geometric mean is alike within a role: what a linear has of its own there is
-    drawn to the role's mean by the share of noise in the variance (empirical Bayes).
+    `kl_element` and `kl_token` hardly vary from sample to sample, but leave out what tokens have in
+    common. `kl_window` has it, and is noisy: a mean of a few squares of normal values. Its ratio to
+    their geometric mean is alike within a role. So a linear's own ratio is shrunk towards its
+    role's mean, in proportion to the share of noise in the variance (empirical Bayes).
     """
     noise = float(polygamma(1, samples / 2))  # variance of the logarithm of that mean
     low = float(digamma(samples / 2)) - math.log(samples / 2)  # its expectation

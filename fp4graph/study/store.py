@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS trials (
     key TEXT PRIMARY KEY,       -- hash of `identity`
-    identity TEXT NOT NULL,     -- JSON: everything that the result hangs on
+    identity TEXT NOT NULL,     -- JSON: everything that the result depends on
     result TEXT NOT NULL        -- JSON
 )
 """

@@ -40,9 +40,9 @@ class TaskRow:
         filter: which of the task's ways to read an answer; `none` where it has just one.
         value: what the harness makes of all questions by the task's own rule; None if no number.
         difference: how far that is above the dense model's on the same questions.
-        difference_se: standard error of the difference, questions being independent: of paired
-            differences where the rule is the mean, by paired bootstrap elsewhere, of a group by the
-            harness's rule for groups; None where it cannot be told.
+        difference_se: standard error of the difference, questions being independent. It comes from
+            paired differences where the rule is the mean, and from a paired bootstrap elsewhere. Of
+            a group it comes from the harness's rule for groups. None where it cannot be told.
         questions: how many.
         note: what does not count and why; empty where everything does.
     """
@@ -113,7 +113,7 @@ def evaluate_tasks(
     dense = harness.answers(DENSE)
     for trial in dict.fromkeys((DENSE, *plan)):
         found = dense if trial == DENSE else harness.answers(trial)
-        keys = dict.fromkeys((*dense, *found))  # a metric may hang on what was answered
+        keys = dict.fromkeys((*dense, *found))  # a metric may depend on what was answered
         rows = [_row(trial, key, found.get(key, _NONE), dense.get(key, _NONE)) for key in keys]
         yield from rows
         yield from harness.groups(trial, rows)

@@ -99,10 +99,10 @@ class Row:
         dnll_high: its upper end.
         kl_p50: median of KL over tokens.
         kl_p90: the value that 90 % of tokens stay below.
-        kl_p99: likewise 99 %.
+        kl_p99: the value that 99 % of tokens stay below.
         kl_per_mb: kl for each MB saved.
         dnll_per_mparam: dnll for each 10^6 values in FP4; None for the dense model.
-        kl_per_mparam: kl likewise.
+        kl_per_mparam: kl for each 10^6 values in FP4.
         noise: of the dense model, how far its NLL on the two halves of the text is apart, nats;
             None elsewhere, and with fewer than four windows.
         noise_se: that difference's standard error.

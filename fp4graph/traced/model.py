@@ -128,7 +128,7 @@ class TracedModel:
 
         Args:
             policy: what would run how.
-            target: where the model is to be taken to lie; None: where it does.
+            target: the device to choose for; None: where the model is.
         """
         report = Report()
         for graph in self.graphs:

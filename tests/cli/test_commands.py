@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import shutil
 import signal
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import transformers
 from click.testing import CliRunner, Result
+from support.command import Command
 
 from fp4graph.cli import main
 
@@ -70,16 +70,13 @@ def test_inspect_table(tiny_folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("select", ["atn", "blocks>99", "q &"])
 def test_a_bad_selector_exits_2_with_one_line(tiny_folder: Path, select: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "fp4graph.cli", "inspect", str(tiny_folder), "--select", select],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if line.startswith("fp4graph:")]
+    code, out, errors = Command("inspect", str(tiny_folder), "--select", select).wait()
+    assert code == 2
+    assert out == ""
+    lines = [line for line in errors.splitlines() if line.startswith("fp4graph:")]
     assert len(lines) == 1
     assert f"selector {select!r}, column" in lines[0]
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize(
@@ -256,6 +253,8 @@ def test_ablate_and_latency_on_every_kind_of_model(
     ))  # fmt: skip
     assert [row["selector"] for row in damage] == ["none", "attn", "attn"]
     assert all(row["kl"] > 0 for row in damage[1:])
+    if family in ("gpt2", "gemma3"):
+        return  # test_latency.py has these
     speed = rows(run(
         "latency", folder, "--select", "attn", "--inner", "eager",
         "--prompt-tokens", "4", "--new-tokens", "2", "--rounds", "1", "--json",
@@ -265,11 +264,9 @@ def test_ablate_and_latency_on_every_kind_of_model(
 
 @pytest.mark.slow
 def test_verbose_logs_passes(tiny_folder: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "fp4graph.cli", "-v", "inspect", str(tiny_folder), "--json"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "fp4graph.passes: graph 0, tag:" in result.stderr
+    code, _, errors = Command("-v", "inspect", str(tiny_folder), "--json").wait()
+    assert code == 0
+    assert re.search(r"fp4graph\.passes: graph \d+, tag:", errors)
 
 
 def test_an_interrupt_that_python_dropped_counts() -> None:

@@ -211,10 +211,13 @@ def test_activations_at_the_ends_of_their_range(
     ]
     if dtype != torch.float16:
         inputs += [x * 2.0**-e for e in (30, 60, 85, 100)]
+    compared = 0
     for x in (each.to(dtype) for each in inputs):
         expected = exact(x, packed)
         if expected.abs().max() > torch.finfo(dtype).smallest_normal * 100:
             check(run(x, packed), expected)
+            compared += 1
+    assert compared >= len(inputs) - 1  # but for the least, whose results are subnormal
     x = activations(m, 96, dtype=dtype)
     x[0, 3] = torch.nan
     assert run(x, packed)[0].isnan().all()

@@ -20,6 +20,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.proof("triton")
+
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64, "gfx950": 160}
 MOST_REGISTERS = {"cuda": 255, "hip": 512}
 DECODE_PER_WEIGHT = 2.2

@@ -29,6 +29,8 @@ from fp4graph.kernels.triton.mma import launch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+pytestmark = pytest.mark.proof("triton")
+
 TARGETS = {arch: Target("cuda", arch, 1) for arch in ("sm_80", "sm_90", "sm_100", "sm_120")}
 HALF = (torch.bfloat16, torch.float16)
 PLAIN = Cut(tokens=2, tiles=4, wn=4, wk=1, split=1, ring=0)

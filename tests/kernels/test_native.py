@@ -20,6 +20,8 @@ from fp4graph.kernels.cpu.build import (
     torch_flags,
 )
 
+pytestmark = pytest.mark.proof("native")
+
 CHECK = Path(__file__).parent / "native" / "check.cpp"
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *WARNINGS)
 

@@ -18,6 +18,8 @@ from kernels.triton_interpreter import interpret
 
 from fp4graph.kernels.triton import launch
 
+pytestmark = pytest.mark.proof("triton")
+
 HALF = (torch.bfloat16, torch.float16)
 TILES = {
     "gemm": Tile(16, 32, 64, 1),

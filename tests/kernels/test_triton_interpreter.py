@@ -10,6 +10,8 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 from kernels.triton_interpreter import interpret, twin  # noqa: E402
 
+pytestmark = pytest.mark.proof("triton")
+
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

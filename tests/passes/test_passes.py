@@ -6,8 +6,9 @@ import pytest
 import torch
 from support.models import BLOCKS, FAMILIES, tiny, tokens
 from support.recorder import Recorder
+from torch._dynamo.exc import BackendCompilerFailed
 
-from fp4graph import LinearRow, OptionError, Policy, Scheme, SelectorError
+from fp4graph import LinearRow, OptionError, Policy, RefusalError, Scheme, SelectorError
 from fp4graph.graph.site import sites
 from fp4graph.passes.pipeline import bindings, plan_passes, rewrite_passes, rows
 from fp4graph.passes.tag import TagLinears
@@ -108,8 +109,9 @@ def test_rows_say_who_chose_and_how() -> None:
 
 def test_a_refused_linear_raises_by_default_and_can_be_kept() -> None:
     where = "kernel triton: it runs on cuda and hip, and the weight is on cpu"
-    with pytest.raises(Exception, match=where):
+    with pytest.raises(BackendCompilerFailed, match=where) as caught:  # as Dynamo wraps it
         record("llama", {"q": {"kernel": "triton"}})
+    assert isinstance(caught.value.inner_exception, RefusalError)
     kept = marks(record("llama", {"q,v": {"kernel": "triton"}, "v": "nvfp4"}, on_refusal="keep"))
     q = kept["model.layers.0.self_attn.q_proj"]
     assert not q.selected
@@ -118,9 +120,11 @@ def test_a_refused_linear_raises_by_default_and_can_be_kept() -> None:
 
 
 def test_the_error_names_the_linears_and_the_way_out() -> None:
-    with pytest.raises(Exception, match=r"self_attn\.q_proj") as caught:
+    with pytest.raises(BackendCompilerFailed) as caught:
         record("llama", {"attn": {"kernel": "triton"}})
-    text = str(caught.value)
+    assert isinstance(caught.value.inner_exception, RefusalError)
+    text = str(caught.value.inner_exception)
+    assert "self_attn.q_proj" in text
     assert 'on_refusal="keep"' in text
     assert "(and 5 more)" in text
 

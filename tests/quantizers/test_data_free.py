@@ -1,4 +1,4 @@
-"""Quantisers that need no data: never worse than what they contain, and the best there is."""
+"""Quantizers that need no data: never worse than what they contain, and the best there is."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_measures_every_variant(family: str) -> None:
     progress = Silent()
     rows = measure(model, variants, prompt_tokens=8, new_tokens=5, rounds=3, progress=progress)
     assert progress.done == progress.total == len(variants) * 4
-    assert [row.selector for row in rows] == [variant.selector for variant in variants]
+    assert [row.selector for row in rows] == [str(variant.trial.selector) for variant in variants]
     for row in rows:
         assert row.recompiles == 0
         assert row.graph_breaks == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.closer import relative_l2
-from support.models import FAMILIES, WITH_BIAS, dequantised, tiny, tokens
+from support.models import FAMILIES, dequantised, tiny, tokens
 
 from fp4graph import Policy, Scheme, TracedModel
 
@@ -26,9 +26,3 @@ def test_each_selection_equals_the_model_with_dequantised_weights(family: str) -
         assert relative_l2(logits(traced), logits(dequantised(model, report))) < 1e-6
     traced.select(None)
     assert torch.equal(logits(traced), plain)
-
-
-@pytest.mark.parametrize("family", WITH_BIAS)
-def test_the_families_with_bias_have_one(family: str) -> None:
-    biases = [p for name, p in tiny(family).named_parameters() if name.endswith("bias")]
-    assert any(bool(p.count_nonzero()) for p in biases if p.ndim == 1)

@@ -74,7 +74,7 @@ FP4_INLINE float rounded(float x, int dtype) {
                                : float_of_half(half_of(x));
 }
 
-// A row of a matrix; if it is to be rotated, then rounded to the matrix' dtype again.
+// A row of a matrix; if rotated, then rounded to the matrix' dtype again.
 template <class V>
 FP4_INLINE void rotated_row(const Fp4Matrix& in, int64_t m, float* row) {
   to_floats<V>(at(in.x, m * in.K * dtype_bytes(in.dtype)), in.dtype, in.K, row);

@@ -43,7 +43,7 @@ def linear(
     Args:
         x: [..., K] bfloat16 or float16.
         stream: int32 [N/64, K/128, record], from `layout.pack`.
-        row_scale: float32 [N], likewise.
+        row_scale: float32 [N], as there.
         bias: [N] in the dtype of x, or None.
         order: of the stream's bits.
         block_size: B.

@@ -3,10 +3,11 @@
 `mma.sync.m16n8k16` multiplies 16 rows of weights by 16 columns: register a = 0..3 of lane L holds
 row L/4 + 8 (a%2) and columns 2 (L%4) + 8 (a/2) + {0, 1}. Weights take the side of 16 rows, tokens
 the side of 8. K is permuted, weights and activations alike, so that lane L owns a whole scale group
-of its rows: it needs one scale for 16 weights, and its activations are 16 neighbours in memory.
+of its rows. It needs one scale for 16 weights, and its activations are 16 neighbours in memory.
 
-**Stream** int32 [N/64, K/128, 1024 + scale words]: a *record* is 64 rows by 128 columns, 8 *tiles*
-of 16 rows by 64 columns, tile (u, r) for r < 4 row tiles and u < 2 steps of columns. GB = B/16:
+**Stream** int32 [N/64, K/128, 1024 + scale words]. A *record* is 64 rows by 128 columns. It has 8
+*tiles* of 16 rows by 64 columns: tile (u, r) for r < 4 row tiles and u < 2 steps of columns.
+GB = B/16:
 
     word (u*4 + r)*128 + L*4 + i     codes of lane L for the i-th of a tile's four MMAs
       row    64*rb + 16*r + L/4 + 8*(a%2)
@@ -15,9 +16,9 @@ of 16 rows by 64 columns, tile (u, r) for r < 4 row tiles and u < 2 steps of col
       pair (r/2, u/GB, r%2) in order; a pair is row L/4 in its low half, row L/4 + 8 in its high
       half; the second pair of a word is rotated right by 8 bits
 
-**Bits of a code word.** Eight codes (a, e) share 32 bits such that few operations bring each where
-a 16-bit float has its sign, its exponent's low bits and its mantissa's high bit: the magnitude eem
-of E2M1, subnormal 0.5 included, is then the value times 2^-126 (bfloat16) or 2^-14 (float16).
+**Bits of a code word.** Eight codes (a, e) share 32 bits. Few operations bring each where a 16-bit
+float has its sign, its exponent's low bits and its mantissa's high bit. The magnitude eem of E2M1,
+subnormal 0.5 included, is then the value times 2^-126 (bfloat16) or 2^-14 (float16).
 
 | order | sign, magnitude | register 0 | 1 | 2 | 3 |
 |---|---|---|---|---|---|
