@@ -34,12 +34,10 @@ def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
         torch.set_default_device(None)
 
 
-DEFAULTS = pytest.mark.parametrize(
-    "dtype, device", [(torch.bfloat16, "cpu"), (torch.float64, "meta")]
-)
+EVERY = [(torch.bfloat16, "cpu"), (torch.float64, "meta")]
 
 
-@DEFAULTS
+@pytest.mark.parametrize("dtype, device", EVERY)
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp4", "mxfp4:rceil", "mxfp4-fitted"])
 @pytest.mark.parametrize("quantizer", [*DATA_FREE, "rtn@16"])
 def test_codes(dtype: torch.dtype, device: str, format: str, quantizer: str) -> None:
@@ -57,22 +55,25 @@ def test_codes(dtype: torch.dtype, device: str, format: str, quantizer: str) -> 
     assert torch.equal(values, expected.dequantize())
 
 
-@DEFAULTS
 @pytest.mark.parametrize(
     "quantizer", ["gptq", "weighted-scale-search", "learned", "gptq:scale-search@16", "gptq+smooth"]
 )
-def test_calibrated_codes(dtype: torch.dtype, device: str, quantizer: str) -> None:
+def test_calibrated_codes(quantizer: str) -> None:
     model = tiny("llama")
-    expected = fp4graph.calibrate(model, BATCHES[:2], "blocks=1", quantizer=quantizer)
-    torch._dynamo.reset()
-    with defaults(dtype, device):
+
+    def run() -> str:
+        torch._dynamo.reset()
         found = fp4graph.calibrate(model, BATCHES[:2], "blocks=1", quantizer=quantizer)
-    assert found.digest() == expected.digest()
+        return found.digest()
+
+    expected = run()
+    for each in EVERY:
+        with defaults(*each):
+            assert run() == expected, each
 
 
-@DEFAULTS
 @pytest.mark.parametrize("activations", [None, "same", "int8"])
-def test_a_compiled_model(dtype: torch.dtype, device: str, activations: str | None) -> None:
+def test_a_compiled_model(activations: str | None) -> None:
     model = tiny("llama")
 
     def run() -> torch.Tensor:
@@ -81,13 +82,13 @@ def test_a_compiled_model(dtype: torch.dtype, device: str, activations: str | No
         return logits(torch.compile(model, backend=backend))
 
     expected = run()
-    with defaults(dtype, device):
-        found = run()
-    assert torch.equal(found, expected)
+    for each in EVERY:
+        with defaults(*each):
+            found = run()
+        assert torch.equal(found, expected), each
 
 
-@DEFAULTS
-def test_scores(dtype: torch.dtype, device: str) -> None:
+def test_scores() -> None:
     loaded = LoadedModel("tiny", tiny("llama"), byte_tokenizer())
     windows = Windows(BATCHES[0], 1)
 
@@ -99,6 +100,7 @@ def test_scores(dtype: torch.dtype, device: str) -> None:
         return scores.rows, products, list(outliers(loaded, windows, lambda: None).values())
 
     expected = run()
-    with defaults(dtype, device):
-        found = run()
-    assert found == expected
+    for each in EVERY:
+        with defaults(*each):
+            found = run()
+        assert found == expected, each

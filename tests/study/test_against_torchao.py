@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-TOKENS, SEQ_LEN = 512, 64
+TOKENS, SEQ_LEN = 256, 64
 TRIALS = [
     Trial.of("down", "nvfp4"),
     Trial.of("q", "nvfp4"),

@@ -106,18 +106,24 @@ def pack_nothing() -> None:
     cache.fingerprint = lambda _: 0
 
 
-def main(guard: str, format: str, inner: str = "inductor") -> None:
+def main(guard: str, *formats: str) -> None:
     warnings.simplefilter("ignore")
     ctypes.CDLL(guard)
     pretend()
     pack_nothing()
+    for format in formats:
+        torch._dynamo.reset()
+        compile_model(format)
+
+
+def compile_model(format: str) -> None:
     config = Qwen2Config(
         hidden_size=896, intermediate_size=4864, num_hidden_layers=2, num_attention_heads=14,
         num_key_value_heads=2, vocab_size=1000,
     )  # fmt: skip
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config).eval().bfloat16()
-    backend = fp4graph.backend("all", format=format, inner=inner)
+    backend = fp4graph.backend("all", format=format)
     code = ""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model.to_empty(device="cuda")
