@@ -39,7 +39,8 @@ class ChooseKernels:
         q = linear(x, q_weight, None)      # scheme nvfp4 W4A16
         # unsupported its weight is no nn.Parameter
     Result, with on_refusal="keep":
-        q = linear(x, q_weight, None)      # reason refused: its weight is no nn.Parameter
+        q = linear(x, q_weight, None)      # scheme none
+        # reason refused: its weight is no nn.Parameter
 
     Raises:
         RefusalError: a selected linear is refused and `on_refusal` is "raise"; names the linears.

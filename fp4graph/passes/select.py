@@ -30,8 +30,8 @@ class SelectLinears:
         o = linear(d, o_weight, None)      # role o; block 3
     Result, for `attn,blocks>4`:
         q = linear(x, q_weight, None)      # scheme nvfp4 W4A16; reason `attn,blocks>4`
-        d = linear(q, d_weight, None)      # reason not selected
-        o = linear(d, o_weight, None)      # reason not selected
+        d = linear(q, d_weight, None)      # scheme none; reason not selected
+        o = linear(d, o_weight, None)      # scheme none; reason not selected
 
     Given, a fused weight of which a part is picked:
         qkv = linear(x, qkv_weight, None)  # role qkv; block 7

@@ -57,7 +57,7 @@ class TagLinears:
         s = torch.matmul(q, q.t())
     Result:
         q = torch.addmm(bias, x, q_proj)   # path model.layers.0.self_attn.q_proj; role q; block 0
-        s = torch.matmul(q, q.t())
+        s = torch.matmul(q, q.t())         # path none
 
     Given, a weight that a product reads which is not rewritten:
         q = torch.inner(x, q_proj)
