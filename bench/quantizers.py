@@ -16,10 +16,11 @@ from markdown import fill, table
 
 from fp4graph import Activations
 from fp4graph.study.store import Store
-from fp4graph.study.trial import Row
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from fp4graph.study.trial import Row
 
     Trials = Mapping[tuple[str, str, str], list[Row]]
 
@@ -47,8 +48,8 @@ FORMATS = ("nvfp4", "mxfp4", "mxfp4-fitted")
 def trials() -> Trials:
     """Read the trials by format, activations and quantizer, one a calibration."""
     found: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
-    for _, result in Store(STUDIES / "quantizers/trials.sqlite").all():
-        row = Row.of(result)
+    for stored in Store(STUDIES / "quantizers/trials.sqlite").all():
+        row = stored.row
         if row.format is not None:
             found[row.format, row.activations, row.quantizer].append(row)
     return found

@@ -113,7 +113,9 @@ def blocks(results: Results) -> str:
             worst = sorted(kl, key=lambda block: -kl[block])[:ENDS]
             most = ", ".join(f"{block} ({kl[block]:.4f})" for block in worst)
             rows.append((name(setting), f"{whole:.4f}", *(f"{x:.0%}" for x in ends(kl)), most))
-    draw_cells({"": shares}, "share of the sum of KL", DOCS / "images/blocks.png")
+    title = "SmolLM2-135M: where the damage is"
+    label = "share of the sum of KL"
+    draw_cells({"": shares}, label, title, DOCS / "images/blocks.png")
     heads = ["", "sum of KL", f"first {ENDS}", f"last {ENDS}", "the worst, with their KL"]
     return table(heads, rows)
 

@@ -119,5 +119,7 @@ def additivity(results: Results) -> str:
             heads = ["one", "other", "KL of both", "above the sum"]
             parts.append(f"The largest interactions:\n\n{table(heads, largest)}")
     if points:
-        draw_points(points, "KL, nats, over the sum", DOCS / "images/additivity.png", equal=True)
+        labels = "sum of the linears' own KL, nats a token", "KL of the set, nats a token"
+        title = "SmolLM2-135M: do damages add up?"
+        draw_points(points, *labels, title, DOCS / "images/additivity.png", equal=True)
     return "\n\n".join(parts)

@@ -28,6 +28,7 @@ from fp4graph.private import (
     settings_patcher,
     stance,
     start_callbacks,
+    trace_again,
 )
 
 if TYPE_CHECKING:
@@ -89,6 +90,22 @@ def make_room_for_graphs() -> None:
         entry.default += GRAPHS_A_FUNCTION
         if getattr(config, name) == before:
             setattr(config, name, before + GRAPHS_A_FUNCTION)
+
+
+def trace_modules_again(model: nn.Module | None) -> None:
+    """Let Dynamo trace a model's modules, or torch's own, whatever it made of others of a class.
+
+    A call that computes nothing, such as that of an empty `Sequential`, makes Dynamo skip the code
+    for good: later models of that class ran dense without a word. What `torch.compiler.disable`
+    excludes stays excluded.
+    """
+    modules = () if model is None else model.modules()
+    found = {type(module).forward for module in modules}
+    trace_again(
+        forward
+        for forward in found
+        if isinstance(forward, FunctionType) and not hasattr(forward, "_torchdynamo_disable")
+    )
 
 
 class CallWatch:

@@ -17,6 +17,7 @@ import transformers
 from fp4graph.cache import cache_folder
 from fp4graph.errors import ModelError
 from fp4graph.pretrained import read_checkpoint
+from fp4graph.skeleton import check_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +42,7 @@ def load_gguf(file: Path, dtype: torch.dtype, allow: Sequence[str] = ()) -> tupl
     Raises:
         ModelError: see `read_checkpoint`; or the file is one of several parts of a model.
     """
-    folder = cache_folder() / "gguf" / f"{_digest(file)}-{transformers.__version__}-whole"
+    folder = copy_of(file)
     if not folder.is_dir():
         _LOG.warning("converting %s, once; the copy is kept in %s", file.name, folder)
         try:
@@ -59,21 +60,28 @@ def load_gguf(file: Path, dtype: torch.dtype, allow: Sequence[str] = ()) -> tupl
     return read_checkpoint(folder, dtype), transformers.AutoTokenizer.from_pretrained(folder)
 
 
+def copy_of(file: Path) -> Path:
+    """Return the folder of a GGUF file's converted copy, be it there or not."""
+    return cache_folder() / "gguf" / f"{_digest(file)}-{transformers.__version__}-whole"
+
+
 def _check_whole(file: Path) -> None:
-    """Check that a file holds a whole model.
+    """Check that a file holds a whole model, and that memory holds it.
 
     Raises:
-        ModelError: it is one of several parts.
+        ModelError: it is one of several parts, or too large.
     """
     from gguf import GGUFReader
 
-    field = GGUFReader(file).get_field("split.count")
+    reader = GGUFReader(file)
+    field = reader.get_field("split.count")
     parts = 1 if field is None else int(field.contents())
     if parts > 1:
         raise ModelError(
             f"{file.name} is one of {parts} parts of a model; put them together first: "
             "llama-gguf-split --merge FIRST-PART WHOLE.gguf"
         )
+    check_memory(sum(int(each.n_elements) for each in reader.tensors), torch.float32, "cpu")
 
 
 def _digest(file: Path) -> str:

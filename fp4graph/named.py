@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from fp4graph.backend import Backend, backend
+from fp4graph.compiler import Backend, backend
 from fp4graph.dynamo import raiser
 from fp4graph.errors import Fp4GraphError, OptionError
 from fp4graph.private import running_call

@@ -16,7 +16,8 @@ import torch
 from fp4graph.errors import TorchVersionError
 
 if TYPE_CHECKING:
-    from types import FrameType
+    from collections.abc import Iterable
+    from types import FrameType, FunctionType
 
     from torch.fx import Node
 
@@ -36,6 +37,10 @@ NEEDED = {
     "torch._dynamo.source.ConstantSource": "packed weights as buffers that AOTAutograd accepts",
     "torch._dynamo.eval_frame.innermost_backend": "which backend a call is compiled for",
     "torch._dynamo.eval_frame._stance": "calls that set_stance runs in the plain model",
+    "torch._dynamo.eval_frame.set_code_exec_strategy": "modules of a class that Dynamo skips",
+    "torch._dynamo.external_utils.wrap_inline": "the same, of torch's own classes",
+    "torch._dynamo.types.FrameAction.DEFAULT": "the same",
+    "torch._dynamo.types.FrameExecStrategy": "the same",
     "torch._dynamo.callback.callback_handler.start_callbacks": "calls are followed from the start",
     "torch._dynamo.config._config": "more than 8 graphs a function",
     "torch._dynamo.config._make_closure_patcher": "no silent fallback to the plain model",
@@ -103,6 +108,19 @@ def is_faking() -> bool:
 def stance() -> str:
     """Return what `torch.compiler.set_stance` has set last."""
     return str(_resolve("torch._dynamo.eval_frame._stance").stance)  # another object each time
+
+
+def trace_again(functions: Iterable[FunctionType]) -> None:
+    """Let Dynamo look at code again that it has decided to skip for good.
+
+    Args:
+        functions: what is to be traced; what torch calls modules of its own through comes to it.
+    """
+    default = _FOUND["torch._dynamo.types.FrameAction.DEFAULT"]
+    strategy = _FOUND["torch._dynamo.types.FrameExecStrategy"](default, default)
+    inline = _FOUND["torch._dynamo.external_utils.wrap_inline"](len)
+    for function in (inline, *functions):
+        _FOUND["torch._dynamo.eval_frame.set_code_exec_strategy"](function.__code__, strategy)
 
 
 def start_callbacks() -> list[Any]:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from io import StringIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from fp4graph.tables import Column, TextTable, to_columns, to_pandas
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from fp4graph.linears.tags import LinearTag
 
@@ -156,7 +153,12 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line: how many linears, how many bytes."""
+        """One line: how many linears, how many bytes; or that nothing was compiled yet."""
+        if not self.rows_by_path and not self.graphs:
+            return (
+                "nothing was compiled yet: call the compiled model first "
+                '(methods such as generate() do not call it: README, "Use it")'
+            )
         unknown = sum(row.role == "other" and row.block is not None for row in self)
         note = f"; {unknown} in blocks have no known role: `other` or path:" if unknown else ""
         return (
@@ -169,32 +171,93 @@ class Report:
         """Return one JSON object a row, one row a line."""
         return "\n".join(json.dumps(asdict(row)) for row in self)
 
-    def table(self, *, plans: bool = False) -> Table:
-        """Return the rows as a table for a terminal; with `plans`, layouts and tiles too."""
-        table = Table(caption=self.summary, box=box.SIMPLE_HEAD)
-        names = ["path", "role", "block", "shape", "kernel", "dense MB", "FP4 MB", "reason"]
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Return the rows by column: `LinearRow`'s fields, each a list."""
+        return to_columns(self.rows)
+
+    def to_pandas(self) -> Any:
+        """Return the rows as a pandas DataFrame.
+
+        Raises:
+            OptionError: pandas is not installed.
+        """
+        return to_pandas(self.rows)
+
+    def table(self, *, plans: bool = False) -> TextTable:
+        """Return a table of all linears; with `plans`, layouts and tiles too."""
+        blocks = ["" if row.block is None else str(row.block) for row in self]
+        columns = [
+            Column("path", [row.path for row in self], "text"),
+            Column("role", self._roles(), "text"),
+            Column("block", blocks, rank=2),
+        ]
+        return self._view(columns, [[row] for row in self], plans)
+
+    def by_role(self, *, plans: bool = False) -> TextTable:
+        """Return a table of linears that are alike but for their block, a row for each kind."""
+        kinds: dict[tuple[object, ...], list[LinearRow]] = {}
+        for row, role in zip(self, self._roles(), strict=True):
+            how = (row.kernel, row.reason, *((row.layout, row.tile) if plans else ()))
+            kinds.setdefault((role, _shape(row), *how), []).append(row)
+        groups = list(kinds.values())
+        columns = [
+            Column("role", [str(role) for role, *_ in kinds], "text"),
+            Column("blocks", [_blocks(group) for group in groups], "text"),
+            Column("linears", [str(len(group)) for group in groups]),
+        ]
+        return self._view(columns, groups, plans)
+
+    def _view(
+        self, columns: list[Column], groups: Sequence[Sequence[LinearRow]], plans: bool
+    ) -> TextTable:
+        first = [group[0] for group in groups]
+        sizes = [sum(row.bytes_dense for row in group) for group in groups]
+        packed = [sum(row.bytes_packed or 0 for row in group) or None for group in groups]
+        columns += [
+            Column("shape", [_shape(row) for row in first], rank=3),
+            Column("kernel", [row.kernel or "dense" for row in first], "text"),
+        ]
         if plans:
-            names[5:5] = ["layout", "tile"]
-        for name in names:
-            numeric = name in ("block", "dense MB", "FP4 MB")
-            table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+            columns += [
+                Column("layout", [row.layout or "" for row in first], "text", rank=1),
+                Column("tile", [row.tile or "" for row in first], "text", rank=2),
+            ]
+        columns += [
+            Column("dense MB", [_mb(size) for size in sizes], rank=4),
+            Column("FP4 MB", [_mb(size) for size in packed], rank=4),
+            Column("reason", [row.reason for row in first], "text", rank=1),
+        ]
+        faint = frozenset(number for number, row in enumerate(first) if not row.selected)
+        return TextTable("", columns, [self.summary], faint)
+
+    def _roles(self) -> list[str]:
         several = len({row.stack for row in self if row.block is not None}) > 1
-        for row in self:
-            table.add_row(
-                row.path,
-                ":".join(filter(None, (row.stack if several else "", row.role, row.expert))),
-                "" if row.block is None else str(row.block),
-                "x".join(map(str, row.shape)),
-                row.kernel or "dense",
-                *((row.layout or "", row.tile or "") if plans else ()),
-                f"{row.bytes_dense / 1e6:.2f}",
-                "" if row.bytes_packed is None else f"{row.bytes_packed / 1e6:.2f}",
-                row.reason,
-                style=None if row.selected else "dim",
-            )
-        return table
+        return [
+            ":".join(filter(None, (row.stack if several else "", row.role, row.expert)))
+            for row in self
+        ]
 
     def __str__(self) -> str:
-        out = StringIO()
-        Console(file=out, width=160).print(self.table())
-        return out.getvalue()
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.by_role().html()
+
+
+def _shape(row: LinearRow) -> str:
+    return "x".join(map(str, row.shape))
+
+
+def _mb(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:.2f}"
+
+
+def _blocks(rows: Sequence[LinearRow]) -> str:
+    """Return the blocks of rows as a selector has them: `0..3,7`."""
+    numbers = sorted({row.block for row in rows if row.block is not None})
+    starts = [number for number in numbers if number - 1 not in numbers]
+    ends = [number for number in numbers if number + 1 not in numbers]
+    return ",".join(
+        f"{start}" if start == end else f"{start}..{end}"
+        for start, end in zip(starts, ends, strict=True)
+    )

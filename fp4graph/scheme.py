@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from fp4graph.errors import OptionError
-from fp4graph.formats import BlockFormat, get_format
+from fp4graph.formats import NVFP4, BlockFormat, get_format
 from fp4graph.kernels import check_name
 from fp4graph.quantizers import RTN, Quantizer, check_quantizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fp4graph.quantizers import Calibration
 
 INT8_ERROR = 0.015
@@ -40,7 +42,7 @@ class Activations(StrEnum):
         try:
             return cls(value or "none")
         except ValueError:
-            known = ", ".join(map(repr, map(str, cls)))
+            known = ", ".join(f"{str(each)!r} ({each.mode})" for each in cls)
             raise OptionError(f"activations={value!r}: expected None, {known}") from None
 
     @property
@@ -61,7 +63,7 @@ class Scheme:
         calibration: where the codes are, if they were found with data.
     """
 
-    format: BlockFormat
+    format: BlockFormat = NVFP4
     quantizer: Quantizer = RTN
     activations: Activations = Activations.NONE
     kernel: str = "auto"
@@ -100,18 +102,51 @@ class Scheme:
             OptionError: a value that does not exist.
             CalibrationError: a calibration for another format.
         """
+        found = cls.read(format, quantizer, activations, kernel)
+        return found.calibrated(() if calibration is None else (calibration,))
+
+    @classmethod
+    def read(
+        cls,
+        format: str | BlockFormat,
+        quantizer: str | Quantizer,
+        activations: str | None,
+        kernel: str,
+    ) -> Scheme:
+        """Build the same without codes, be they needed or not.
+
+        Raises:
+            OptionError: a value that does not exist.
+        """
         weight_format = get_format(format)
-        if calibration is not None and str(quantizer) in ("rtn", str(calibration.quantizer)):
-            calibration.check(weight_format)
-            found = calibration.quantizer
-        else:
-            calibration = None
-            found = check_quantizer(quantizer, weight_format)
         check_name(kernel)
-        return cls(weight_format, found, Activations.of(activations), kernel, calibration)
+        found = Quantizer.parse(quantizer, weight_format)
+        return cls(weight_format, found, Activations.of(activations), kernel)
+
+    def calibrated(self, calibrations: Sequence[Calibration]) -> Scheme:
+        """Return the scheme with the calibration that has codes for its format and quantizer.
+
+        `rtn` stands for whatever a single calibration has for the format.
+
+        Raises:
+            OptionError: the quantizer needs data, and none has it.
+            CalibrationError: the one calibration has nothing for the format.
+        """
+        for each in calibrations:
+            if (self.format, self.quantizer) in each.ways:
+                return replace(self, calibration=each)
+        if self.quantizer == RTN and len(calibrations) == 1:
+            how = calibrations[0].quantizer_of(self.format)
+            return replace(self, quantizer=how, calibration=calibrations[0])
+        check_quantizer(self.quantizer, self.format)
+        return self
 
     def merged(self, value: str | BlockFormat | Mapping[str, object]) -> Scheme:
-        """Return the scheme that a mapping's value means, with this one for what it leaves open."""
+        """Return the scheme that a mapping's value means, with this one for what it leaves open.
+
+        Raises:
+            OptionError: an option or a value that does not exist.
+        """
         options: dict[str, object] = {
             "format": self.format,
             "quantizer": self.quantizer,
@@ -123,7 +158,19 @@ class Scheme:
         if unknown:
             known = ", ".join(options)
             raise OptionError(f"unknown option {unknown[0]!r} in select; options are {known}")
-        return Scheme.of(**{**options, **given}, calibration=self.calibration)  # type: ignore[arg-type]
+        return Scheme.read(**{**options, **given})  # type: ignore[arg-type]
+
+    @property
+    def options(self) -> str | dict[str, str]:
+        """The value of a mapping that means it: its format, or options where others differ."""
+        options = {"format": str(self.format)}
+        if self.quantizer != RTN:
+            options["quantizer"] = str(self.quantizer)
+        if self.activations is not Activations.NONE:
+            options["activations"] = str(self.activations)
+        if self.kernel != "auto":
+            options["kernel"] = self.kernel
+        return options if len(options) > 1 else options["format"]
 
     def __str__(self) -> str:
         if self.activations is Activations.INT8:

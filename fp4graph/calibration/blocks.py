@@ -235,7 +235,14 @@ def _selected(gm: GraphModule) -> dict[int, tuple[Node, LinearSite]]:
             found[index] = node, site
         elif site is not None and site.weight is not None:
             dense[site.weight] = site
+    ways: dict[int | None, LinearSite] = {}
     for _, site in found.values():
+        first = ways.setdefault(site.weight, site)
+        if first.scheme != site.scheme:
+            raise CalibrationError(
+                f"{site.tag.fqn} has the weight of {first.tag.fqn}, which is to run in another "
+                "way: give both one"
+            )
         other = dense.get(-1 if site.weight is None else site.weight)
         if other is not None:
             raise CalibrationError(

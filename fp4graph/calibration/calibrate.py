@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from fp4graph.calibration.blocks import Blocks
 from fp4graph.errors import CalibrationError, OptionError, WeightError
-from fp4graph.formats import get_format
 from fp4graph.policy import Policy
 from fp4graph.quantizers import (
     DAMPING,
@@ -35,7 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fp4graph.formats import BlockFormat, PackedWeight
-    from fp4graph.linears.selector import Selector
+    from fp4graph.graph.site import LinearSite
+    from fp4graph.policy import Select
 
 
 _LOG = logging.getLogger("fp4graph.calibrate")
@@ -45,7 +45,7 @@ _UNSEEN = "no token came to %d experts, so their codes come of no data: %s, ..."
 def calibrate(
     model: nn.Module,
     batches: Iterable[Tensor | Mapping[str, Any]],
-    select: str | Selector = "all",
+    select: Select = "all",
     *,
     format: str | BlockFormat = "nvfp4",
     quantizer: str = "gptq",
@@ -61,7 +61,8 @@ def calibrate(
         model: the model; its weights stay as they are.
         batches: inputs of the model, all of one shape: token ids, int64 [batch, sequence], or
             keyword arguments.
-        select: which linears.
+        select: which linears; a mapping as in `backend` calibrates each in its own way, and of
+            those quantizers that need no data it keeps the codes too.
         format: NVFP4 or MXFP4.
         quantizer: `weighted-scale-search` takes the best scales by what each column's error does to
             the output. `gptq` is GPTQ, `gptq:scale-search` the same on better scales. `@32` behind
@@ -92,17 +93,12 @@ def calibrate(
             a linear that cannot be calibrated, or whose inputs were NaN or Inf.
         WeightError: a weight holds NaN or Inf.
     """
-    block_format = get_format(format)
-    how = Quantizer.parse(quantizer, block_format)
-    if not how.needs_data:
-        raise OptionError(f"quantizer {str(how)!r} needs no data: expected {', '.join(NEED_DATA)}")
-    policy = Policy.of(select, Scheme.of(block_format))
-    blocks = Blocks(model, batches, policy, dense=how.solver == "learned")
-    facts = {**(about or {}), "select": str(select), "propagate": propagate, "damping": damping}
+    policy = policy_for(select, format, quantizer)
+    learns = any(scheme.quantizer.solver == "learned" for scheme in policy.schemes)
+    blocks = Blocks(model, batches, policy, dense=learns)
+    facts = {**(about or {}), "select": policy.text, "propagate": propagate, "damping": damping}
     versions = {name: version(name) for name in ("fp4graph", "torch", "transformers")}
-    key = hashlib.sha256(
-        f"{block_format} {how} {facts} {versions} {blocks.digest()}".encode()
-    ).hexdigest()
+    key = hashlib.sha256(f"{policy} {facts} {versions} {blocks.digest()}".encode()).hexdigest()
     kept = None if out is None else Path(f"{out}.blocks") / key[:16]  # whoever else writes to out
     ended: list[Calibration | Path] = []  # what has a file is left there meanwhile
     for number in range(len(blocks)):
@@ -110,7 +106,7 @@ def calibrate(
         file = None if kept is None else kept / f"{number}.safetensors"
         done = _load(file, key)
         if done is None:
-            done = _block(blocks, number, block_format, how, damping)
+            done = _block(blocks, number, damping)
             done.about["key"] = key
             if file is not None:
                 try:
@@ -136,6 +132,21 @@ def calibrate(
     return result
 
 
+def policy_for(select: Select, format: str | BlockFormat, quantizer: str) -> Policy:
+    """Return what is to be calibrated how; arguments as in `calibrate`.
+
+    Raises:
+        OptionError: no such format or quantizer, or none that needs data.
+        SelectorError: a selector that cannot be parsed.
+    """
+    default = Scheme.read(format, quantizer, None, "auto")
+    policy = Policy.read(select, default)
+    if not any(scheme.quantizer.needs_data for scheme in policy.schemes):
+        problem = f"needs no data: expected {', '.join(NEED_DATA)}"
+        raise OptionError(f"quantizer {quantizer!r} {problem}")
+    return policy
+
+
 def _together(ended: Sequence[Calibration | Path], out: Path | str | None, key: str) -> Calibration:
     """Return the codes of all blocks.
 
@@ -150,16 +161,17 @@ def _together(ended: Sequence[Calibration | Path], out: Path | str | None, key: 
                 raise CalibrationError(f"{each} was removed while it was needed: start again")
             return whole
         blocks.append(done)
-    first = blocks[0]
     about: dict[str, Any] = {"output_error": {}, "unseen": []}
     packed: dict[str, PackedWeight] = {}
     smooth: dict[str, Tensor] = {}
+    quantizers: dict[str, Quantizer] = {}
     for block in blocks:
+        quantizers.update(block.quantizers)
         packed.update(block.packed)
         smooth.update(block.smooth)
         about["output_error"].update(block.about["output_error"])
         about["unseen"] += block.about["unseen"]
-    return Calibration(first.format, first.quantizer, packed, smooth, {}, about)
+    return Calibration(quantizers, packed, smooth, {}, about)
 
 
 @dataclass(frozen=True)
@@ -172,55 +184,60 @@ class _Linear:
 
     names: tuple[str, ...]
     seen: bool
+    format: BlockFormat
+    how: Quantizer
     transform: Transform
     weight: Tensor
     mean: Tensor
     to_nearest: float
 
 
-def _block(
-    blocks: Blocks, number: int, format: BlockFormat, how: Quantizer, damping: float
-) -> Calibration:
+def _block(blocks: Blocks, number: int, damping: float) -> Calibration:
     """Return codes for a block's linears, and output errors: to nearest, and with these codes."""
-    linears = dict(_linears(blocks, number, format, how))
+    linears = dict(_linears(blocks, number))
     found: dict[str, PackedWeight] = {}
     for fqn, linear in linears.items():
-        base = GRIDS[how.grid](linear.weight, format, linear.mean.diagonal())
+        base = GRIDS[linear.how.grid](linear.weight, linear.format, linear.mean.diagonal())
         found[fqn] = base
-        if how.solver != "rtn":
+        if linear.how.solver != "rtn":
             found[fqn] = gptq(linear.weight, linear.mean, base, damping=damping, name=fqn)
-    if how.solver == "learned" and found:
+    learned = [fqn for fqn, linear in linears.items() if linear.how.solver == "learned"]
+    if learned:
         error = blocks.error(number)
+        others = {fqn: found[fqn].dequantize() for fqn in linears if fqn not in learned}
 
         def of_transformed(weights: Mapping[str, Tensor], batch: int) -> Tensor:
-            undone = {fqn: linears[fqn].transform.undo(each) for fqn, each in weights.items()}
+            all_weights = {**others, **weights}
+            undone = {fqn: linears[fqn].transform.undo(each) for fqn, each in all_weights.items()}
             return error(undone, batch)
 
-        weights = {fqn: linear.weight for fqn, linear in linears.items()}
-        found = learn(weights, found, of_transformed, blocks.batches)
+        weights = {fqn: linears[fqn].weight for fqn in learned}
+        start = {fqn: found[fqn] for fqn in learned}
+        found |= learn(weights, start, of_transformed, blocks.batches)
+    quantizers: dict[str, Quantizer] = {}
     packed: dict[str, PackedWeight] = {}
     smooth: dict[str, Tensor] = {}
     about: dict[str, Any] = {"output_error": {}, "unseen": []}
     for fqn, linear in linears.items():
         as_found = output_error(linear.weight, found[fqn].dequantize(), linear.mean)
         for name in linear.names:
+            quantizers[name] = linear.how
             packed[name] = found[fqn]
             about["output_error"][name] = linear.to_nearest, as_found
             if linear.transform.smooth is not None:
                 smooth[name] = linear.transform.smooth
             if not linear.seen:
                 about["unseen"].append(name)
-    return Calibration(format, how, packed, smooth, {}, about)
+    return Calibration(quantizers, packed, smooth, {}, about)
 
 
-def _linears(
-    blocks: Blocks, number: int, format: BlockFormat, how: Quantizer
-) -> Iterator[tuple[str, _Linear]]:
+def _linears(blocks: Blocks, number: int) -> Iterator[tuple[str, _Linear]]:
     seen = blocks.see(number)
-    shared: dict[int, tuple[Transform, Tensor]] = {}  # by the input, which is transformed
+    shared: dict[object, tuple[Transform, Tensor]] = {}  # by the input and how it is transformed
     for each in seen:
         site, hessian, fqn = each.site, each.hessian, each.names[0]
         hessian.check(fqn)
+        format, how = _way(site)
         plain_NK = blocks.weight(site, each.expert)
         if how.rotation and site.tag.shape[-1] % how.rotation:
             problem = f"K={site.tag.shape[-1]} is no multiple of the rotation's {how.rotation}"
@@ -228,23 +245,31 @@ def _linears(
         if (how.rotation or how.strength) and site.rows is not None:
             problem = f"it is fused: select all of {','.join(site.tag.parts)}"
             raise CalibrationError(f"{fqn}: {problem}, for its quantizer changes all its input")
-        if id(hessian) not in shared:
+        key = id(hessian), how.rotation, how.strength
+        if key not in shared:
             smooth = None
             if how.strength and each.from_norm:
-                together = [blocks.weight(one.site) for one in seen if one.hessian is hessian]
+                alike = (one for one in seen if one.hessian is hessian)
+                alike = (one for one in alike if _way(one.site)[1].strength == how.strength)
+                together = [blocks.weight(one.site) for one in alike]
                 smooth = smoothing(hessian.amax, together, how.strength)
             transform = Transform(how.rotation, smooth)
             mean_KK = hessian.mean.to(plain_NK.device)  # an expert may have seen no token
-            shared[id(hessian)] = transform, transform.of_hessian(mean_KK)
-        transform, mean_KK = shared[id(hessian)]
+            shared[key] = transform, transform.of_hessian(mean_KK)
+        transform, mean_KK = shared[key]
         try:
             nearest = transform.apply(format.quantize(plain_NK).dequantize())
         except WeightError as error:
             raise WeightError(f"{fqn}: {error}") from None
         weight = transform.apply(plain_NK)
         to_nearest = output_error(weight, nearest, mean_KK)
-        seen_any = hessian.tokens > 0
-        yield fqn, _Linear(each.names, seen_any, transform, weight, mean_KK, to_nearest)
+        facts = each.names, hessian.tokens > 0, format, how
+        yield fqn, _Linear(*facts, transform, weight, mean_KK, to_nearest)
+
+
+def _way(site: LinearSite) -> tuple[BlockFormat, Quantizer]:
+    assert site.scheme is not None  # it is selected
+    return site.scheme.format, site.scheme.quantizer
 
 
 def _load(file: Path | None, key: str) -> Calibration | None:

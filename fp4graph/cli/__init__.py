@@ -19,6 +19,7 @@ from fp4graph.cli.inspect import inspect_command
 from fp4graph.cli.latency import latency_command
 from fp4graph.cli.outliers import outliers_command
 from fp4graph.cli.sensitivity import sensitivity_command
+from fp4graph.cli.show import show_command
 from fp4graph.cli.tasks import tasks_command
 
 
@@ -29,6 +30,12 @@ class _Group(click.Group):
             return super().invoke(ctx)
 
 
+_NOISY = (
+    *("torchao", "torch.utils._pytree"),  # about their own installation
+    *("huggingface_hub", "lm_eval", "lm-eval"),  # retries; each task's every setting
+)
+
+
 @click.group(cls=_Group)
 @click.version_option(fp4graph.__version__)
 @click.option("-v", "--verbose", is_flag=True, help="Log every pass: its time, the ops it changed.")
@@ -37,13 +44,14 @@ def main(*, verbose: bool) -> None:
     warnings.filterwarnings("ignore", module="torch|torchao|transformers")
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("fp4graph").setLevel(logging.INFO if verbose else logging.WARNING)
-    for noisy in ("torchao", "torch.utils._pytree"):  # about their own installation
+    for noisy in _NOISY:
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 main.add_command(doctor_command)
 main.add_command(inspect_command)
 main.add_command(ablate_command)
+main.add_command(show_command)
 main.add_command(export_command)
 main.add_command(calibrate_command)
 main.add_command(outliers_command)

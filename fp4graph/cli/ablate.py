@@ -2,117 +2,53 @@
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fp4graph import Calibration, OptionError
-from fp4graph.cli.ablation_table import table_of
 from fp4graph.cli.common import (
-    CommaList,
-    check_interrupt,
-    check_trained,
-    device_option,
-    dtype_option,
-    json_option,
     load_model,
     output,
-    print_json,
-    progress_bar,
+    print_table,
+    progress_shown,
     read_text,
     stderr,
+)
+from fp4graph.cli.options import (
+    check_trained,
+    device_option,
+    direction_option,
+    dtype_option,
+    is_default,
+    json_option,
+    scheme_options,
+    selected,
+    selection_options,
+    text_options,
     weights_option,
 )
-from fp4graph.files import write_text
-from fp4graph.quantizers import DATA_FREE
-from fp4graph.study.ablate import Ablation
-from fp4graph.study.evaluate import cut
-from fp4graph.study.export import export
-from fp4graph.study.plan import DIRECTIONS, JUST_ONE, Combinations, Group, by_information, read_plan
-from fp4graph.study.plot import draw
-from fp4graph.study.probe import read_probe
-from fp4graph.study.store import Store
+from fp4graph.errors import OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
-    from rich.progress import Progress
 
-    from fp4graph.study.trial import Calibrations, Row, Trial
+    from fp4graph import Calibration
+    from fp4graph.study.plan import Combinations
 
 _WIKITEXT2_WINDOW = 2048
 
 
-class _Bar:
-    """Shows trials on a progress bar, and their rows as JSON if asked."""
-
-    def __init__(self, bar: Progress, *, as_json: bool) -> None:
-        self._bar = bar
-        self._as_json = as_json
-        self._task: Any = None
-
-    def start(self, total: int) -> None:
-        self._task = self._bar.add_task("dense model", total=total)
-
-    def advance(self) -> None:
-        check_interrupt()
-        self._bar.advance(self._task)
-
-    def trial(self, trial: Trial, row: Row, *, cached: bool) -> None:
-        kept = " (kept)" if cached else ""
-        self._bar.update(self._task, description=f"{trial.selector} {row.format or ''}{kept}")
-        if self._as_json:
-            print_json(row)
-
-
-@click.command("ablate")
+@click.command("ablate", short_help="Measure what FP4 costs, selection by selection.")
 @click.argument("model")
-@click.option("--select", "selects", multiple=True, help="Selector; may be given several times.")
+@selection_options
 @click.option("--by", help="One trial for each role, block, or role,block.")
 @click.option("--plan", help="roles, blocks, grid, paper, or a .toml file: docs/studies.md.")
-@click.option(
-    "--direction",
-    type=click.Choice(list(DIRECTIONS)),
-    default="only",
-    show_default=True,
-    help="FP4 in the selection only, everywhere except in it, or one trial of each.",
-)
-@click.option("--format", type=CommaList(), default="nvfp4", show_default=True)
-@click.option(
-    "--activations",
-    type=CommaList("none", "same"),
-    default="none",
-    show_default=True,
-    help="none is W4A16, same is W4A4.",
-)
-@click.option(
-    "--quantizer",
-    type=CommaList(),
-    default="rtn",
-    show_default=True,
-    help=f"How codes are found: {', '.join(DATA_FREE)}, each with @32 and the like for weight and "
-    "input rotated; with --calibration what that has.",
-)
-@click.option(
-    "--calibration",
-    "calibration_files",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="Codes that `fp4graph calibrate` found; may be given several times.",
-)
-@click.option(
-    "--corpus",
-    default="pydoc",
-    show_default=True,
-    help="pydoc (with a calibration pydoc-second, its second half), a file, or hf:DATASET.",
-)
-@click.option("--tokens", type=click.IntRange(min=2), default=4096, show_default=True)
-@click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True)
+@direction_option
+@scheme_options
+@text_options(4096, 512)
 @click.option(
     "--protocol",
     type=click.Choice(["wikitext2"]),
@@ -137,9 +73,11 @@ class _Bar:
 def ablate_command(
     model: str,
     selects: tuple[str, ...],
+    mixes: tuple[Path, ...],
+    names: tuple[str, ...],
     by: str | None,
     plan: str | None,
-    calibration_files: tuple[Path, ...],
+    calibrations: tuple[Path, ...],
     corpus: str,
     tokens: int,
     seq_len: int,
@@ -154,107 +92,70 @@ def ablate_command(
 ) -> None:
     """Measure what FP4 does to MODEL's predictions on a text, against the dense model.
 
-    Results go to OUT (default: fp4graph-out/MODEL): trials.sqlite, ablation.jsonl, ablation.png
-    and run.json. A run that was stopped, by whatever means, goes on where it was when the same
-    command is given again.
+    Results gather in OUT (default: fp4graph-out/MODEL), whatever commands they come from:
+    trials.sqlite, ablation.jsonl, runs.jsonl and ablation.png; `fp4graph show OUT` prints them. A
+    run that was stopped, by whatever means, goes on where it was when the same command is given
+    again.
     """
-    calibrations = _calibrations(calibration_files)
-    groups = _groups(selects, by, plan, combinations, calibrations)
-    corpus = _text_beside(corpus, calibrations)
+    from fp4graph.study.evaluate import cut
+    from fp4graph.study.given import read_calibrations
+    from fp4graph.study.probe import read_probe
+    from fp4graph.study.run import run_trials
+
+    codes = read_calibrations(calibrations)
+    groups = _groups(selected(selects, mixes, names), by, plan, combinations, codes)
+    corpus = _text_beside(corpus, codes)
     check_trained(model)
     whole = protocol == "wikitext2"
     if whole:
-        seq_len = _WIKITEXT2_WINDOW if _is_default("seq_len") else seq_len
-        whole = _is_default("tokens")
+        seq_len = _WIKITEXT2_WINDOW if is_default("seq_len") else seq_len
+        whole = is_default("tokens")
     wanted = None if whole else tokens
     text = read_text(corpus, wanted)
     out = out or Path("fp4graph-out") / Path(model).name
     loaded = load_model(model, dtype, device)
-    store = Store(out / "trials.sqlite")
-    windows = cut(text, loaded.tokenizer, wanted, seq_len)
+    tokenizer = loaded.text_tokenizer()
+    windows = cut(text, tokenizer, wanted, seq_len)
     length = windows.ids.shape[1]
-    questions = None if probe is None else read_probe(probe, loaded.tokenizer, length)
-    with stderr.status(f"tracing {model}"):
-        ablation = Ablation(loaded, windows, store, out, questions)
-    todo = _todo(ablation, groups, by_budget=budget is not None)
-    provenance = {**ablation.provenance(), "corpus": corpus, "seq_len": seq_len}
-    write_text(out / "run.json", json.dumps(provenance, indent=2) + "\n")
-    rows: list[Row] = []
-    with progress_bar() as bar:
-        seconds = math.inf if budget is None else budget * 60
-        for row in ablation.run(todo, _Bar(bar, as_json=as_json), seconds):
-            rows.append(row)
-            export([asdict(each) for each in rows], out / "ablation.jsonl")
-    store.close()
-    title = f"{model}, {corpus}, {provenance['scored_tokens']} tokens, {dtype}"
+    questions = None if probe is None else read_probe(probe, tokenizer, length)
+    stderr.print(f"tracing {model}", markup=False)
+    with progress_shown(as_json=as_json) as progress:
+        seconds = None if budget is None else budget * 60
+        table = run_trials(
+            loaded, windows, groups, out, progress, probe=questions, budget=seconds, corpus=corpus
+        )
+    print_table(table, as_json=as_json, rows=False)
     console = output(as_json=as_json)
-    console.print(table_of(rows, title))
-    if len(rows) > 1:
-        draw(rows, title, out / "ablation.png")
-        console.print(f"picture: {out / 'ablation.png'}")
-    console.print(f"rows: {out / 'ablation.jsonl'}   kept in: {out / 'trials.sqlite'}")
-    if len(rows) < len(todo):
-        left = len(todo) - len(rows)
-        console.print(f"{left} of {len(todo)} trials are left: the same command goes on with them")
-
-
-def _calibrations(files: tuple[Path, ...]) -> Calibrations:
-    found = map(Calibration.load, files)
-    return {(str(each.format), str(each.quantizer)): each for each in found}
+    console.print(f"picture: {out / 'ablation.png'}   rows: {out / 'ablation.jsonl'}", markup=False)
+    console.print(f"all that was measured: fp4graph show {out}", markup=False)
 
 
 def _groups(
-    selects: tuple[str, ...],
+    selections: tuple[tuple[Any, ...], tuple[str, ...]],
     by: str | None,
     plan: str | None,
     combinations: dict[str, Any],
-    calibrations: Calibrations,
+    codes: Sequence[Calibration],
 ) -> list[Combinations]:
     """Return what the options ask for; a plan's own stands where nothing is given."""
-    given = {name: value for name, value in combinations.items() if not _is_default(name)}
-    if calibrations and not (plan or "").endswith(".toml"):  # they are what to measure
-        formats, quantizers = zip(*calibrations, strict=True)
-        given = {"format": _once(formats), "quantizer": _once(quantizers), **given}
+    from fp4graph.study.plan import JUST_ONE, Group, read_plan
+
+    selects, names = selections
     if bool(selects) + bool(by) + bool(plan) != 1:
         raise OptionError(JUST_ONE)
     if plan is not None:
+        given = {name: value for name, value in combinations.items() if not is_default(name)}
         groups = read_plan(plan, given)
     else:
-        groups = (Group(selects, (by,) if by else (), **{**combinations, **given}),)
-    return [group.read(calibrations) for group in groups]
+        groups = (Group(selects, (by,) if by else (), names, **combinations),)
+    return [group.read(codes) for group in groups]
 
 
-def _once(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))
-
-
-def _text_beside(corpus: str, calibrations: Calibrations) -> str:
+def _text_beside(corpus: str, codes: Sequence[Calibration]) -> str:
     """Return the text to measure on: never the one that was calibrated with."""
-    if calibrations and _is_default("corpus"):
+    if codes and is_default("corpus"):
         corpus = "pydoc-second"
-    if any(each.about.get("corpus") == corpus for each in calibrations.values()):
+    if any(each.about.get("corpus") == corpus for each in codes):
         problem = "the text to measure on is the one that was calibrated with"
         raise OptionError(f"--corpus {corpus}: {problem}")
     return corpus
-
-
-def _todo(ablation: Ablation, groups: Sequence[Combinations], *, by_budget: bool) -> list[Trial]:
-    """Return the trials, checked against the model."""
-    if ablation.whole_because:
-        stderr.print(f"every trial runs the whole model: {ablation.whole_because}")
-    report = ablation.report()
-    if report.refused:
-        first = report.refused[0]
-        stderr.print(
-            f"{len(report.refused)} linears stay dense in every trial, such as {first.path}: "
-            f"{first.reason}"
-        )
-    found = (trial for group in groups for trial in group.trials(report))
-    plan = list(dict.fromkeys(found))
-    ablation.check(plan)
-    return by_information(plan, ablation.sizes(plan)) if by_budget else plan
-
-
-def _is_default(name: str) -> bool:
-    source = click.get_current_context().get_parameter_source(name)
-    return source is not click.core.ParameterSource.COMMANDLINE

@@ -5,37 +5,41 @@ from __future__ import annotations
 import ctypes
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import fp4graph
-from fp4graph import models
-from fp4graph.cli.common import (
-    check_interrupt,
-    device_option,
-    dtype_option,
-    load_windows,
-    output,
-    progress_bar,
-    weights_option,
-)
-from fp4graph.quantizers import DAMPING, NEED_DATA, Quantizer
+from fp4graph.cli.common import load_windows, output, progress_shown
+from fp4graph.cli.options import device_option, dtype_option, selected, weights_option
+from fp4graph.errors import OptionError
 
 if TYPE_CHECKING:
     import torch
 
 
-@click.command("calibrate")
+def _check_out(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
+    if path.suffix != ".safetensors":
+        raise OptionError(f"--out {path}: expected a name that ends with .safetensors")
+    return path
+
+
+@click.command("calibrate", short_help="Find better codes, with data.")
 @click.argument("model")
-@click.option("--select", default="all", show_default=True, help="Selector.")
+@click.option("--select", help="A selector, or a mapping in JSON.  [default: all]")
+@click.option(
+    "--mix",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A .toml file with a table [select]: selector to format, or to format and quantizer.",
+)
 @click.option("--format", default="nvfp4", show_default=True)
 @click.option(
     "--quantizer",
     default="gptq:scale-search",
     show_default=True,
-    help=f"{', '.join(NEED_DATA)}; behind it @32 and the like for weight and input rotated, "
-    "or +smooth for SmoothQuant, behind a data-free one too.",
+    help="gptq, gptq:scale-search, learned, mr-gptq, weighted-scale-search, ...; behind it @32 "
+    "and the like for weight and input rotated, or +smooth for SmoothQuant: docs/numerics.md.",
 )
 @click.option(
     "--corpus",
@@ -45,7 +49,7 @@ if TYPE_CHECKING:
 )
 @click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True)
-@click.option("--damping", type=click.FloatRange(0, 1), default=DAMPING, show_default=True)
+@click.option("--damping", type=click.FloatRange(0, 1), default=0.01, show_default=True)
 @click.option(
     "--propagate/--no-propagate",
     default=True,
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
+    callback=_check_out,
     help="The file, .safetensors.",
 )
 @dtype_option
@@ -63,7 +68,8 @@ if TYPE_CHECKING:
 @device_option
 def calibrate_command(
     model: str,
-    select: str,
+    select: str | None,
+    mix: Path | None,
     format: str,
     quantizer: str,
     corpus: str,
@@ -81,16 +87,22 @@ def calibrate_command(
     command is given again.
     """
     _map_large_tensors()
-    fp4graph.Selector(select)
-    Quantizer.parse(quantizer, fp4graph.get_format(format))
+    from fp4graph.calibration.calibrate import policy_for
+
+    if select and mix:
+        raise OptionError("give --select or --mix, just one")
+    selects, mixes = (select,) if select else (), (mix,) if mix else ()
+    what = selected(selects, mixes, ())[0][0] if select or mix else "all"
+    policy_for(what, format, quantizer)  # before a model is loaded
     loaded, windows = load_windows(model, corpus, samples * seq_len, seq_len, dtype, device)
-    models.check_length(loaded.model, seq_len)
-    with progress_bar() as bar:
-        task = bar.add_task("blocks", total=None)
+    fp4graph.models.check_length(loaded.model, seq_len)
+    with progress_shown() as shown:
 
         def progress(done: int, total: int) -> None:
-            check_interrupt()
-            bar.update(task, completed=done, total=total)
+            if not done:
+                shown.start(total, "blocks")
+            else:
+                shown.advance()
 
         about: dict[str, Any] = {
             "model": model,
@@ -104,7 +116,7 @@ def calibrate_command(
         found = fp4graph.calibrate(
             loaded.model,
             windows.ids.to(device).split(1),
-            select,
+            what,
             format=format,
             quantizer=quantizer,
             damping=damping,
@@ -113,8 +125,21 @@ def calibrate_command(
             about=about,
             progress=progress,
         )
+    ways = " and ".join(f"{each}, {how}" for each, how in found.ways)
     console = output(as_json=False)
-    console.print(f"{len(found.packed)} linears, {found.format}, {found.quantizer}: {out}")
+    console.print(f"{len(found.packed)} linears, {ways}: {out}", markup=False)
+    errors = list(found.about["output_error"].values())
+    nearest, now = (fmean(pair[which] for pair in errors) for which in (0, 1))
+    if nearest > 0:
+        console.print(
+            f"=> output error on that text, squared, over the output's square: {nearest:.2e} to "
+            f"nearest, {now:.2e} now ({1 - now / nearest:.0%} gone), a mean over linears",
+            markup=False,
+        )
+    asked = f"--mix {mix}" if mix else f"--select '{what}'"
+    console.print(
+        f"next: fp4graph ablate {model} {asked} --calibration {out}", markup=False, soft_wrap=True
+    )
 
 
 def _map_large_tensors() -> None:

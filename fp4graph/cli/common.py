@@ -1,181 +1,78 @@
-"""What the commands share: options, error handling, output, progress."""
+"""What the commands share: error handling, output, progress, loading."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import logging
+import os
 import re
 import signal
 import sys
 import threading
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from fp4graph import Fp4GraphError, OptionError, StudyError, models
-from fp4graph.study.evaluate import cut
-from fp4graph.study.store import Store
+import fp4graph
+from fp4graph.cli.options import allowed_weights, check_trained
+from fp4graph.errors import Fp4GraphError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
+    import torch
+
+    from fp4graph.models import LoadedModel
+    from fp4graph.study import Table
     from fp4graph.study.evaluate import Windows
+    from fp4graph.study.progress import Progress
 
 _LOG = logging.getLogger("fp4graph.cli")
 FAULT = 1
 USAGE = 2
 INTERRUPTED = 130
-
-CPU = torch.device("cpu")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PIPE_WIDTH = 4096
+_CHARACTERS_A_TOKEN = 256  # more than any text has
 
 
 def _console(*, stderr: bool) -> Console:
-    """Make a console. Into a file or a pipe it writes wide: nothing can be scrolled there."""
+    """Make a console as wide as its terminal. A file or a pipe takes all: nothing is cut there."""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else _PIPE_WIDTH
-    return Console(stderr=stderr, highlight=False, width=width)
+    width = _PIPE_WIDTH
+    if stream.isatty():
+        width = int(os.environ.get("COLUMNS") or os.get_terminal_size(stream.fileno()).columns)
+    return Console(stderr=stderr, highlight=False, width=width or 80)
 
 
-_PIPE_WIDTH = 160
 stderr = _console(stderr=True)
-
-
-class CommaList(click.ParamType[tuple[str, ...]]):
-    """Values in one argument, commas between them."""
-
-    name = "list"
-
-    def __init__(self, *choices: str) -> None:
-        self._choices = choices
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Split; where choices are given, refuse others."""
-        if not isinstance(value, str):
-            return value
-        parts = tuple(part.strip() for part in value.split(","))
-        for part in parts:
-            if self._choices and part not in self._choices:
-                self.fail(f"{part!r} is not one of {', '.join(self._choices)}", param, ctx)
-        return parts
-
-
-def dtype_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--dtype`."""
-    choice = click.Choice(list(DTYPES))
-    text = "Dtype of weights and activations that stay dense."
-    return click.option("--dtype", type=choice, default="float32", show_default=True, help=text)(
-        command
-    )
-
-
-def weights_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--allow-weights`, which `load_model` heeds."""
-
-    def keep(ctx: click.Context, param: click.Parameter, patterns: tuple[str, ...]) -> None:
-        ctx.meta[_ALLOWED] = patterns
-
-    text = "Names of weights that the checkpoint may lack, or have too many or misshapen: lm_head.*"
-    return click.option(
-        "--allow-weights", type=CommaList(), default=(), callback=keep, expose_value=False,
-        help=text, metavar="PATTERNS",
-    )(command)  # fmt: skip
-
-
-_ALLOWED = "fp4graph.allow_weights"
-
-
-def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--device`."""
-    text = "Where the model runs: cpu, cuda, cuda:1.  [default: cuda if there is a GPU, else cpu]"
-    return click.option("--device", type=_Device(), default=_fastest, help=text)(command)
-
-
-class _Device(click.ParamType[torch.device]):
-    """A CPU or a GPU that is here."""
-
-    name = "device"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Refuse what is neither, and GPUs that are not here."""
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", str(value)):
-            self.fail(f"{value!r}: expected cpu, cuda, or cuda:1 and the like", param, ctx)
-        device = torch.device(value)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            self.fail(f"{value}: torch sees {torch.cuda.device_count()} GPUs here", param, ctx)
-        return device
-
-
-def _fastest() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--json`."""
-    text = "Print one JSON object a line on stdout; progress and tables stay on stderr."
-    return click.option("--json", "as_json", is_flag=True, help=text)(command)
-
-
-def picture_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add `--picture`."""
-    path = click.Path(path_type=Path, dir_okay=False)
-    text = "Draw it into a PNG."
-    return click.option("--picture", type=path, callback=_check_picture, help=text)(command)
-
-
-def _check_picture(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
-    if path is not None and path.suffix != ".png":
-        raise OptionError(f"--picture {path}: expected a name that ends with .png")
-    return path
 
 
 def read_text(corpus: str, tokens: int | None) -> str:
     """Return a corpus, or as much of its beginning as that number of tokens can take."""
-    return models.corpus(corpus, None if tokens is None else tokens * _CHARACTERS_A_TOKEN)
+    return fp4graph.models.corpus(corpus, None if tokens is None else tokens * _CHARACTERS_A_TOKEN)
 
 
-_CHARACTERS_A_TOKEN = 256  # more than any text has
-
-
-def load_model(model: str, dtype: str, device: torch.device = CPU) -> models.LoadedModel:
+def load_model(model: str, dtype: str, device: torch.device | str = "cpu") -> LoadedModel:
     """Load a model by its name, and say so while it takes.
 
     Raises:
         ModelError: see `models.load`.
     """
-    allowed = click.get_current_context().meta.get(_ALLOWED, ())
+    import torch
+
     with stderr.status(f"loading {model}"):
-        return models.load(model, DTYPES[dtype], device=device, allow_weights=allowed)
-
-
-def open_results(path: Path) -> Store:
-    """Open a results folder, or its trials.sqlite.
-
-    Raises:
-        StudyError: there is none.
-    """
-    file = path / "trials.sqlite" if path.is_dir() else path
-    if not file.is_file():
-        raise StudyError(f"there are no results in {path}")
-    return Store(file)
+        return fp4graph.models.load(
+            model, getattr(torch, dtype), device=device, allow_weights=allowed_weights()
+        )
 
 
 def load_windows(
     model: str, corpus: str, tokens: int, seq_len: int, dtype: str, device: torch.device
-) -> tuple[models.LoadedModel, Windows]:
+) -> tuple[LoadedModel, Windows]:
     """Load a model with trained weights, and a corpus's first tokens in windows.
 
     Raises:
@@ -183,33 +80,12 @@ def load_windows(
         CorpusError: see `cut`.
         ModelError: nothing loads by that name.
     """
+    from fp4graph.study.evaluate import cut
+
     check_trained(model)
     text = read_text(corpus, tokens)
     loaded = load_model(model, dtype, device)
-    return loaded, cut(text, loaded.tokenizer, tokens, seq_len)
-
-
-@contextlib.contextmanager
-def windows_bar(total: int) -> Iterator[Callable[[], None]]:
-    """Show a progress bar; call what is yielded after each window."""
-    with progress_bar() as bar:
-        task = bar.add_task("windows", total=total)
-
-        def advance() -> None:
-            check_interrupt()
-            bar.advance(task)
-
-        yield advance
-
-
-def check_trained(model: str) -> None:
-    """Check that a name is not one of random weights.
-
-    Raises:
-        OptionError: it is.
-    """
-    if model in models.RANDOM_MODELS:
-        raise OptionError(f"{model} has random weights: its accuracy means nothing")
+    return loaded, cut(text, loaded.text_tokenizer(), tokens, seq_len)
 
 
 @contextlib.contextmanager
@@ -226,12 +102,15 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except Fp4GraphError as error:
-        click.echo(f"fp4graph: {error}", err=True)
+        click.echo(f"fp4graph: {_in_options(str(error))}", err=True)
         sys.exit(USAGE)
     except KeyboardInterrupt:
         kept = "what ended is kept: the same ablate or calibrate command goes on where it was"
         click.echo(f"fp4graph: interrupted; {kept}", err=True)
         sys.exit(INTERRUPTED)
+    except click.NoSuchOption as error:
+        near = difflib.get_close_matches(error.option_name, error.possibilities or (), cutoff=0.75)
+        raise click.NoSuchOption(error.option_name, None, near, error.ctx) from None
     except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
         raise
     except OSError as error:
@@ -246,9 +125,23 @@ def readable_errors() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _in_options(message: str) -> str:
+    """Return a message with a command's options in place of arguments: `--format` for `format=`."""
+    context = click.get_current_context(silent=True)
+    name = context.invoked_subcommand if context else None
+    command = context.command.get_command(context, name) if name else None  # type: ignore[union-attr]
+    for option in () if command is None else (o for p in command.params for o in p.opts):
+        if option.startswith("--"):
+            argument = option.removeprefix("--").replace("-", "_")
+            message = re.sub(rf"(?<![\w-]){argument}=", f"{option} ", message)
+    return message
+
+
 def _unforeseen(error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
-    memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in reason
+    memory = (
+        type(error).__name__ in ("MemoryError", "OutOfMemoryError") or "allocate memory" in reason
+    )
     if memory:
         return f"not enough memory: {reason}"
     return (
@@ -282,14 +175,49 @@ def output(*, as_json: bool) -> Console:
     return stderr if as_json else _console(stderr=False)
 
 
-def progress_bar() -> Progress:
-    """Return a progress bar on stderr with an ETA."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        console=stderr,
-    )
+def print_table(table: Table, *, as_json: bool, rows: bool = True) -> None:
+    """Print a study: its rows as JSON if asked, unless they are out already, and its tables."""
+    if as_json:
+        for each in _all(table):
+            if rows or each is not table:
+                for row in each:
+                    print_json(row)
+    output(as_json=as_json).print(table)
+
+
+def _all(table: Table) -> Iterator[Table]:
+    yield table
+    for each in table.more:
+        yield from _all(each)
+
+
+@contextlib.contextmanager
+def progress_shown(*, as_json: bool = False) -> Iterator[Progress]:
+    """Yield what a study tells its progress to: a bar on a terminal, else lines, on stderr.
+
+    Ctrl-C is heeded at each step; with `as_json` each result is printed as it comes.
+    """
+    from fp4graph.study.progress import Bar, Lines, Progress
+
+    class Watched(Progress):
+        """Passes everything on."""
+
+        def __init__(self, inner: Progress) -> None:
+            self.start = inner.start  # type: ignore[method-assign]
+            self.note = inner.note  # type: ignore[method-assign]
+            self._inner = inner
+
+        def advance(self, what: str = "") -> None:
+            check_interrupt()
+            self._inner.advance(what)
+
+        def ended(self, what: str, row: object, *, kept: bool = False) -> None:
+            self._inner.ended(what, row, kept=kept)
+            if as_json:
+                print_json(row)
+
+    if stderr.is_terminal:
+        with Bar(stderr) as bar:
+            yield Watched(bar)
+    else:
+        yield Watched(Lines(stderr))

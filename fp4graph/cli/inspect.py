@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import torch
 
 import fp4graph
-from fp4graph.cli.common import (
-    DTYPES,
-    json_option,
-    load_model,
-    output,
-    print_json,
-    stderr,
-    weights_option,
-)
-from fp4graph.kernels import parse_target
+from fp4graph.cli.common import load_model, output, print_json, stderr
+from fp4graph.cli.options import DTYPES, json_option, selected, weights_option
+from fp4graph.errors import OptionError
 
 if TYPE_CHECKING:
     from fp4graph import Report
+    from fp4graph.policy import Select
 
 _LENGTH = 8
 
 
-@click.command("inspect")
+@click.command("inspect", short_help="Print a model's linears, and what a selector picks.")
 @click.argument("model")
-@click.option("--select", default="all", show_default=True, help="Selector.")
+@click.option("--select", help="A selector, or a mapping in JSON.  [default: all]")
+@click.option(
+    "--mix",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A .toml file with a table [select].",
+)
 @click.option("--format", "format_name", default="nvfp4", show_default=True, help="FP4 format.")
 @click.option("--quantizer", default="rtn", show_default=True, help="How codes are found.")
-@click.option("--activations", type=click.Choice(["none", "same", "int8"]), default="none")
+@click.option("--activations", default="none", show_default=True, help="none, same, or int8.")
 @click.option("--kernel", default="auto", show_default=True, help="Kernel.")
 @click.option(
     "--device",
@@ -39,46 +38,75 @@ _LENGTH = 8
 )
 @click.option(
     "--dtype",
-    type=click.Choice(list(DTYPES)),
+    type=click.Choice(DTYPES),
     help="Dtype of the model: float32, or bfloat16 on a GPU, if left out.",
 )
+@click.option("--linears", is_flag=True, help="A row for every linear, not for every role.")
 @weights_option
 @json_option
 def inspect_command(
     model: str,
-    select: str,
+    select: str | None,
+    mix: Path | None,
     format_name: str,
     quantizer: str,
     activations: str,
     kernel: str,
     device: str | None,
     dtype: str | None,
+    linears: bool,
     as_json: bool,
 ) -> None:
-    """Print every linear of MODEL: role, block, shape, and what SELECT would make of it.
+    """Sum up the linears of MODEL by role: blocks, shape, and what SELECT would make of them.
 
     MODEL is a Hub id, a folder, a GGUF file, smollm2-135m, or qwen2.5-SIZE-random. The model is
-    run once, dense, to trace it; nothing is packed.
+    traced on the meta device: no weight is read, nothing is computed.
     """
-    fp4graph.Selector(select)  # before minutes of loading
-    fp4graph.Scheme.of(format_name, quantizer, activations, kernel)
+    from fp4graph.kernels import parse_target
+
+    if select and mix:
+        raise OptionError("give --select or --mix, just one")
+    texts, files = (select,) if select else (), (mix,) if mix else ()
+    what = selected(texts, files, ())[0][0] if select or mix else "all"
+    scheme = fp4graph.Scheme.read(format_name, quantizer, activations, kernel)
+    fp4graph.Policy.of(what, scheme)  # before the model is made
     on_gpu = device is not None and parse_target(device).backend != "cpu"
     dtype = dtype or ("bfloat16" if on_gpu else "float32")
-    loaded = load_model(model, dtype)
-    with stderr.status(f"tracing {model}"):
-        report: Report = fp4graph.explain(
-            loaded.model,
-            torch.arange(_LENGTH, device="cpu")[None],
-            select=select,
-            format=format_name,
-            quantizer=quantizer,
-            activations=activations,
-            kernel=kernel,
-            device=device,
-            use_cache=False,
-        )
+    report = _report(model, dtype, what, scheme, device)
     if as_json:
         for row in report:
             print_json(row)
-    console = output(as_json=as_json)
-    console.print(report.table(plans=device is not None))
+    plans = device is not None
+    table = report.table(plans=plans) if linears else report.by_role(plans=plans)
+    output(as_json=as_json).print(table)
+
+
+def _report(
+    model: str, dtype: str, what: Select, scheme: fp4graph.Scheme, device: str | None
+) -> Report:
+    """Trace a model without weights; one whose code looks at values is loaded after all."""
+    import torch
+
+    def explained(module: torch.nn.Module) -> Report:
+        return fp4graph.explain(
+            module,
+            torch.arange(_LENGTH, device="cpu")[None],
+            select=what,
+            format=scheme.format,
+            quantizer=str(scheme.quantizer),
+            activations=str(scheme.activations),
+            kernel=scheme.kernel,
+            device=device,
+            use_cache=False,
+        )
+
+    outline = fp4graph.models.outline(model, getattr(torch, dtype))
+    with stderr.status(f"tracing {model}"):
+        try:
+            return explained(outline.model)
+        except (fp4graph.Fp4GraphError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # models' own code raises anything
+            reason = " ".join(str(error).split())[:100]
+    stderr.print(f"loading {model}: it cannot be traced without weights ({reason})", markup=False)
+    return explained(load_model(model, dtype).model)

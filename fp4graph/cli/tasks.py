@@ -6,39 +6,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich import box
-from rich.table import Table
 
-from fp4graph import Selector
-from fp4graph.cli.common import (
+import fp4graph
+from fp4graph.cli.common import load_model, print_table, progress_shown
+from fp4graph.cli.options import (
     CommaList,
-    check_interrupt,
     check_trained,
     device_option,
+    direction_option,
     dtype_option,
     json_option,
-    load_model,
-    output,
-    print_json,
-    stderr,
+    scheme_options,
+    selected,
+    selection_options,
     weights_option,
 )
-from fp4graph.study.plan import DIRECTIONS
-from fp4graph.study.tasks import evaluate_tasks
-from fp4graph.study.trial import schemes, set_of, trials
 
 if TYPE_CHECKING:
     import torch
 
 
-@click.command("tasks")
+@click.command("tasks", short_help="Run tasks of lm-evaluation-harness in FP4.")
 @click.argument("model")
 @click.option("--task", "tasks", type=CommaList(), required=True, help="As the harness names them.")
-@click.option("--select", "selects", multiple=True, default=("all",), show_default=True)
-@click.option("--format", "formats", type=CommaList(), default="nvfp4", show_default=True)
-@click.option("--activations", type=CommaList("none", "same"), default="none", show_default=True)
-@click.option("--quantizer", type=CommaList(), default="rtn", show_default=True)
-@click.option("--direction", type=click.Choice(list(DIRECTIONS)), default="only", show_default=True)
+@selection_options
+@scheme_options
+@direction_option
 @click.option("--limit", type=click.IntRange(min=1), help="The first questions of each task alone.")
 @click.option(
     "--include",
@@ -54,7 +47,10 @@ def tasks_command(
     model: str,
     tasks: tuple[str, ...],
     selects: tuple[str, ...],
-    formats: tuple[str, ...],
+    mixes: tuple[Path, ...],
+    names: tuple[str, ...],
+    calibrations: tuple[Path, ...],
+    format: tuple[str, ...],
     activations: tuple[str, ...],
     quantizer: tuple[str, ...],
     direction: str,
@@ -67,36 +63,30 @@ def tasks_command(
 ) -> None:
     """Run tasks of lm-evaluation-harness on MODEL with FP4 in it, and on the dense one.
 
-    Differences are taken question by question. Needs fp4graph[eval], and the tasks' data.
+    Differences are taken question by question. Without a selection it is `all`. Needs
+    fp4graph[eval], and the tasks' data.
     """
-    ways = schemes(formats, activations, quantizer)
-    plan = trials(list(map(Selector, selects)), ways, DIRECTIONS[direction])
+    from fp4graph.study.given import plan_of, read_calibrations
+
+    select, called = selected(selects or (() if mixes else ("all",)), mixes, names)
+    codes = read_calibrations(calibrations)
+    plan_of(select, format, activations, quantizer, called, codes, direction)
     check_trained(model)
     loaded = load_model(model, dtype, device)
-    table = Table(title=f"{model}, {', '.join(tasks)}", box=box.SIMPLE_HEAD)
-    for name in ("FP4 in", "format", "mode", "quantizer", "task", "metric", "filter"):
-        table.add_column(name, no_wrap=True)
-    for name in ("value", "above dense", "+-", "questions"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("note")
-    with stderr.status(f"running {', '.join(tasks)}"):
-        for row in evaluate_tasks(loaded, plan, tasks, limit, include, batch_size):
-            check_interrupt()
-            if as_json:
-                print_json(row)
-            dense = row.format is None
-            table.add_row(
-                set_of(row),
-                row.format or "",
-                "dense" if dense else row.activations.mode,
-                "" if dense else row.quantizer,
-                row.task,
-                row.metric,
-                row.filter,
-                "" if row.value is None else f"{row.value:.4f}",
-                "" if dense or row.difference is None else f"{row.difference:+.4f}",
-                "" if dense or row.difference_se is None else f"{row.difference_se:.4f}",
-                str(row.questions),
-                row.note,
-            )
-    output(as_json=as_json).print(table)
+    with progress_shown(as_json=as_json) as progress:
+        table = fp4graph.study.tasks(
+            loaded,
+            tasks,
+            select,
+            format,
+            activations,
+            quantizer,
+            name=called,
+            direction=direction,
+            calibration=codes,
+            limit=limit,
+            include=include,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    print_table(table, as_json=as_json, rows=False)

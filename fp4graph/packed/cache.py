@@ -89,7 +89,8 @@ class PackEntry:
     def _prepack(self, w_NK: Tensor, expert: int | None = None) -> tuple[Tensor, ...]:
         calibration = self.scheme.calibration
         if calibration is not None:
-            packed = calibration.get(matrix_name(self.fqn, expert), w_NK).to(w_NK.device)
+            name, how = matrix_name(self.fqn, expert), (self.scheme.format, self.scheme.quantizer)
+            packed = calibration.get(name, w_NK, *how).to(w_NK.device)
             packed = packed.rows(*self.index) if self.index else packed
         else:
             w_NK = w_NK[self.index[0]] if self.index else w_NK

@@ -91,12 +91,13 @@ def _problem(site: LinearSite, example_inputs: Sequence[Any], target: Target | N
     weight = example_inputs[site.weight]
     if site.scheme.calibration is not None:
         first = 0 if weight.ndim == 3 else None
-        site.scheme.calibration.require(matrix_name(site.tag.fqn, first))
+        name, how = matrix_name(site.tag.fqn, first), (site.scheme.format, site.scheme.quantizer)
+        site.scheme.calibration.require(name, *how)
     if not is_plain(weight):
         raise RefusalError(f"its weight is a {type(weight).__name__}, not a plain tensor")
     if weight.layout != torch.strided or not weight.dtype.is_floating_point:
         raise RefusalError(f"its weight is {weight.dtype} with layout {weight.layout}")
-    if weight.device.type == "meta":
+    if weight.device.type == "meta" and target is None:
         raise RefusalError("its weight is on the meta device, so there is nothing to pack")
     if weight.is_inference():
         raise RefusalError(

@@ -37,56 +37,67 @@ class Calibration:
     """Packed weights keyed by `matrix_name` (one per expert), with the facts they depend on.
 
     Attributes:
-        format: of the weights.
-        quantizer: how the codes were found.
-        packed: the weights.
+        quantizers: how each one's codes were found.
+        packed: the weights, each in its own format.
         smooth: what the columns of some of them were multiplied by, float32 [K] each.
         fingerprints: hash of each dense weight, as [N, K], that was packed.
         about: further facts for the reader: model, text, samples, versions.
     """
 
-    format: BlockFormat
-    quantizer: Quantizer
+    quantizers: dict[str, Quantizer]
     packed: dict[str, PackedWeight]
     smooth: dict[str, Tensor]
     fingerprints: dict[str, int]
     about: dict[str, Any]
 
+    @property
+    def ways(self) -> tuple[tuple[BlockFormat, Quantizer], ...]:
+        """Every format with every quantizer that it was calibrated with."""
+        found = ((each.format, self.quantizers[fqn]) for fqn, each in self.packed.items())
+        return tuple(dict.fromkeys(found))
+
     def transform(self, fqn: str) -> Transform:
         """Return what a weight was multiplied by before it was rounded."""
-        return Transform(self.quantizer.rotation, self.smooth.get(fqn))
+        return Transform(self.quantizers[fqn].rotation, self.smooth.get(fqn))
 
     def dequantize(self, fqn: str) -> Tensor:
         """Return the weight that a linear's codes stand for, for inputs as they are; [N, K]."""
         return self.transform(fqn).undo(self.packed[fqn].dequantize())
 
-    def check(self, format: BlockFormat) -> None:
-        """Check that the codes are of a format.
+    def quantizer_of(self, format: BlockFormat) -> Quantizer:
+        """Return the one quantizer that a format was calibrated with.
 
         Raises:
-            CalibrationError: they are of another.
+            CalibrationError: there is none, or there are several.
         """
-        if format != self.format:
-            raise CalibrationError(
-                f"the calibration is for {self.format}, and {format} is asked for: "
-                f'say format="{self.format}"'
-            )
+        found = [quantizer for each, quantizer in self.ways if each == format]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = " and ".join(map(str, found))
+            raise CalibrationError(f"the calibration has {format} by {names}: say quantizer=")
+        names = " and ".join(dict.fromkeys(str(each) for each, _ in self.ways)) or "nothing"
+        raise CalibrationError(
+            f"the calibration is for {names}, and {format} is asked for: say format="
+        )
 
-    def get(self, fqn: str, w_NK: Tensor) -> PackedWeight:
+    def get(
+        self, fqn: str, w_NK: Tensor, format: BlockFormat, quantizer: Quantizer
+    ) -> PackedWeight:
         """Return the packed form of a weight.
 
         Raises:
             CalibrationError: the calibration has none, or was made of other values.
         """
-        self.require(fqn)
+        self.require(fqn, format, quantizer)
         if fingerprint(w_NK.contiguous()) != self.fingerprints[fqn]:
             raise CalibrationError(
                 f"{fqn}: its values are not those that were calibrated; calibrate the model anew"
             )
         return self.packed[fqn]
 
-    def require(self, fqn: str) -> None:
-        """Check that there are codes for a linear.
+    def require(self, fqn: str, format: BlockFormat, quantizer: Quantizer) -> None:
+        """Check that there are codes for a linear, in a format and by a quantizer.
 
         Raises:
             CalibrationError: there are none.
@@ -96,12 +107,17 @@ class Calibration:
                 f"the calibration has no codes for {fqn}: it was made with "
                 f"select={self.about.get('select', '')!r}"
             )
+        found = self.packed[fqn].format, self.quantizers[fqn]
+        if found != (format, quantizer):
+            raise CalibrationError(
+                f"the calibration has {fqn} in {found[0]} by {found[1]}, and {format} by "
+                f"{quantizer} is asked for"
+            )
 
     def digest(self) -> str:
         """Return a hash of the codes and of the weights that they stand for."""
         parts = [
-            str(self.format),
-            str(self.quantizer),
+            *(str(each) for way in self.ways for each in way),
             *sorted(map(str, self.fingerprints.items())),
         ]
         for fqn, each in sorted(self.packed.items()):
@@ -125,8 +141,8 @@ class Calibration:
                 tensors[f"{fqn}.per_tensor_scale"] = each.per_tensor_scale.clone()
         tensors |= {f"{fqn}.smooth": each.clone() for fqn, each in self.smooth.items()}
         facts = {
-            "format": str(self.format),
-            "quantizer": str(self.quantizer),
+            "formats": {fqn: str(each.format) for fqn, each in self.packed.items()},
+            "quantizers": {fqn: str(each) for fqn, each in self.quantizers.items()},
             "shapes": {fqn: each.shape for fqn, each in self.packed.items()},
             "fingerprints": self.fingerprints,
             "about": self.about,
@@ -153,21 +169,22 @@ class Calibration:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise CalibrationError(f"cannot read the calibration {path}: {error}") from None
-        format = get_format(facts["format"])
+        if "formats" not in facts:
+            raise CalibrationError(f"{path} is of an older fp4graph: calibrate anew")
+        formats = {fqn: get_format(name) for fqn, name in facts["formats"].items()}
         packed = {
             fqn: PackedWeight(
                 tensors[f"{fqn}.qdata"],
-                tensors[f"{fqn}.scale"].view(format.scale_codec.dtype),
+                tensors[f"{fqn}.scale"].view(formats[fqn].scale_codec.dtype),
                 tensors.get(f"{fqn}.per_tensor_scale"),
                 (rows, columns),
-                format,
+                formats[fqn],
             )
             for fqn, (rows, columns) in facts["shapes"].items()
         }
         smooth = {fqn: tensors[f"{fqn}.smooth"] for fqn in packed if f"{fqn}.smooth" in tensors}
         return cls(
-            format,
-            Quantizer.parse(facts["quantizer"], format),
+            {fqn: Quantizer.parse(name, formats[fqn]) for fqn, name in facts["quantizers"].items()},
             packed,
             smooth,
             facts["fingerprints"],

@@ -7,8 +7,9 @@ import platform
 import sys
 import time
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,37 +25,28 @@ from fp4graph import (
     TracedModel,
 )
 from fp4graph.fingerprint import fingerprint
+from fp4graph.machine import processor
 from fp4graph.models import check_length
 from fp4graph.passes.base import skipped
 from fp4graph.study.evaluate import DenseReference, Scores, Windows
+from fp4graph.study.forecast import Forecast, share
+from fp4graph.study.progress import SILENT
 from fp4graph.study.statistics import halves, interval, mean_and_error
 from fp4graph.study.trial import DENSE, Row, Trial
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
     from fp4graph.models import LoadedModel
     from fp4graph.study.probe import Integers, Probe
+    from fp4graph.study.progress import Progress
     from fp4graph.study.store import Store
 
 PROTOCOL = 2
 """Raised when the meaning of a stored number changes, so that old ones are not mixed with new."""
-
-
-class Progress(Protocol):
-    """Is told how far a run is."""
-
-    def start(self, total: int) -> None:
-        """A run of `total` window evaluations begins."""
-
-    def advance(self) -> None:
-        """One window was evaluated."""
-
-    def trial(self, trial: Trial, row: Row, *, cached: bool) -> None:
-        """A trial ended, or was found in the store."""
 
 
 class Ablation:
@@ -66,6 +58,7 @@ class Ablation:
         store: where results are kept and found again.
         scratch: folder for the dense model's log probabilities while trials run.
         probe: questions, rows as long as the windows.
+        about: what to write down of the run beside what this class knows: the corpus's name.
 
     Raises:
         StudyError: the model's weights are random, or `FP4GRAPH_SKIP` leaves out passes.
@@ -79,6 +72,7 @@ class Ablation:
         store: Store,
         scratch: Path,
         probe: Probe | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         if loaded.is_random:
             raise StudyError(f"{loaded.name} has random weights: its accuracy means nothing")
@@ -90,6 +84,7 @@ class Ablation:
         self._store = store
         self._scratch = scratch
         self._probe = probe
+        self._about = dict(about or {})
         self._rows = windows.ids if probe is None else torch.cat((windows.ids, probe.ids))
         self._traced = TracedModel(loaded.model)
         self._identity = {
@@ -105,7 +100,11 @@ class Ablation:
         }
         with torch.no_grad():
             self._traced.settle(**self._inputs(0))
-        self._arithmetic = f"{fingerprint(self._logits(0)[0]) % 2**64:016x}"
+        start = time.perf_counter()
+        logits = self._logits(0)[0]
+        self._arithmetic = f"{fingerprint(logits) % 2**64:016x}"
+        self._window_s = time.perf_counter() - start
+        self._vocabulary = logits.shape[-1]
         self._replay = self._new_replay()
 
     def report(self, selector: str = "all") -> Report:
@@ -125,7 +124,7 @@ class Ablation:
             policy = trial.policy
             policy.check(tags)
             if not any(policy.decide(tag).scheme for tag in tags):
-                raise SelectorError(str(trial.selector), "leaves no linear in FP4 to measure")
+                raise SelectorError(trial.select.text, "leaves no linear in FP4 to measure")
 
     def sizes(self, plan: Sequence[Trial]) -> dict[Trial, int]:
         """Return how many linears each trial's selector picks; of the dense model, most."""
@@ -133,11 +132,20 @@ class Ablation:
         found = {DENSE: len(tags) + 1}
         for trial in plan:
             if trial != DENSE:
-                found[trial] = sum(bool(trial.selector.picks(tag)) for tag in tags)
+                found[trial] = sum(trial.select.decide(tag).scheme is not None for tag in tags)
         return found
 
+    def forecast(self, plan: Sequence[Trial]) -> Forecast:
+        """Say what a run will take, from the time of one window and where trials begin."""
+        missing = [trial for trial in plan if self._store.get(self._key(trial)) is None]
+        whole = self._window_s * len(self._rows)
+        in_part = self._replay.refusal is None
+        seconds = (whole * (share(trial, self._traced.tags) if in_part else 1) for trial in missing)
+        size = len(self._windows.ids) * self._windows.scored * self._vocabulary * 4
+        return Forecast(len(plan), len(self._windows.ids), tuple(seconds), size)
+
     def run(
-        self, plan: Sequence[Trial], progress: Progress, seconds: float = math.inf
+        self, plan: Sequence[Trial], progress: Progress = SILENT, seconds: float = math.inf
     ) -> Iterator[Row]:
         """Yield one row a trial, in order, running those that the store does not have.
 
@@ -154,11 +162,15 @@ class Ablation:
         known = {trial: self._store.get(self._key(trial)) for trial in plan}
         missing = [trial for trial in plan if known[trial] is None]
         rest = len([trial for trial in missing if trial != DENSE])
-        progress.start((rest + bool(missing)) * len(self._rows))
+        steps = (rest + bool(missing)) * len(self._rows)
+        progress.start(steps, "trials", len(plan), budget=seconds)
+        number = self._store.begin(self.provenance()) if missing else None
         reference: _Dense | None = None
         start = time.monotonic()
         for trial in plan:
             result = known[trial]
+            if trial.name:
+                self._store.name(self._key(trial), trial.name)
             if result is None and reference and time.monotonic() - start > seconds:
                 continue
             if result is None:
@@ -170,8 +182,9 @@ class Ablation:
                     result = self._measure(trial, reference, progress)
                 except StudyError as error:
                     raise StudyError(f"{trial}: {error}") from None
-                self._store.put(self._key(trial), result)
-            progress.trial(trial, result, cached=known[trial] is not None)
+                self._store.put(self._key(trial), result, number)
+            result = replace(result, name=trial.name or result.name)
+            progress.ended(str(trial), result, kept=known[trial] is not None)
             yield result
 
     @property
@@ -204,21 +217,33 @@ class Ablation:
             **self._identity,
             "arithmetic": self._arithmetic,
             "model_name": self._loaded.name,
+            "corpus": "",
             "windows": len(self._windows.ids),
+            "seq_len": self._windows.ids.shape[1],
             "scored_tokens": len(self._windows.ids) * self._windows.scored,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "python": platform.python_version(),
-            "machine": platform.machine(),
+            "machine": processor(),
             "threads": torch.get_num_threads(),
             "command": sys.argv,
+            **self._about,
         }
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What all trials of this model and text have in common in the store."""
+        return self._identity
+
     def _key(self, trial: Trial) -> dict[str, Any]:
-        facts, scheme = trial.facts, trial.scheme
-        calibration = None if scheme is None else scheme.calibration
-        codes = {} if calibration is None else {"calibration": calibration.digest()}
+        facts, schemes = trial.facts, trial.select.schemes
+        found = dict.fromkeys(each.calibration.digest() for each in schemes if each.calibration)
+        codes = {"calibration": ",".join(found)} if found else {}
         # where activations are rounded, last digits decide which way, and that adds up
-        rounds = facts["activations"] is not Activations.NONE
-        rounded = {"arithmetic": self._arithmetic} if rounds else {}
+        rounds = any(each.activations is not Activations.NONE for each in schemes)
+        rounded: dict[str, Any] = {"arithmetic": self._arithmetic} if rounds else {}
+        if any(each.activations is Activations.INT8 for each in schemes):  # how is up to the kernel
+            rows = self._traced.plan(trial.policy).selected
+            rounded["kernels"] = sorted({row.kernel for row in rows if row.kernel})
         return {**self._identity, **facts, **codes, **rounded}
 
     def _inputs(self, index: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from math import fsum
 from typing import TYPE_CHECKING
 
 from fp4graph.study.trial import set_of
@@ -13,7 +14,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SetRow:
+class _OfSetting:
+    """What a row is of.
+
+    Attributes:
+        text: hash of the text that it was scored on.
+        corpus: what the text is called.
+        format: of the weights.
+        activations: `none`, `same` or `int8`.
+        quantizer: how the codes were found.
+    """
+
+    text: str
+    corpus: str
+    format: str
+    activations: str
+    quantizer: str
+
+
+@dataclass(frozen=True)
+class SetRow(_OfSetting):
     """A trial of several linears, each of which has a trial of its own.
 
     Attributes:
@@ -36,7 +56,7 @@ class SetRow:
 
 
 @dataclass(frozen=True)
-class PairRow:
+class PairRow(_OfSetting):
     """Two trials without a common linear, and a third of what both have in FP4.
 
     Attributes:
@@ -63,8 +83,10 @@ def sets(found: Measured) -> list[SetRow]:
     for paths, row in found.trials.items():
         if len(paths) > 1 and all(path in singles for path in paths):
             parts = [singles[path] for path in paths]
-            kl, dnll = sum(part.kl for part in parts), sum(part.dnll for part in parts)
-            rows.append(SetRow(set_of(row), len(paths), row.kl, kl, row.dnll, dnll, row.dnll_se))
+            kl, dnll = fsum(part.kl for part in parts), fsum(part.dnll for part in parts)
+            what = row.name or set_of(row), len(paths)
+            row_of = SetRow(*_setting(found), *what, row.kl, kl, row.dnll, dnll, row.dnll_se)
+            rows.append(row_of)
     return sorted(rows, key=lambda row: -row.linears)
 
 
@@ -77,5 +99,9 @@ def pairs(found: Measured) -> list[PairRow]:
             kl = both.kl - first.kl - second.kl
             dnll = both.dnll - first.dnll - second.dnll
             one, other = sorted((set_of(first), set_of(second)))
-            rows.append(PairRow(one, other, both.kl, kl, both.dnll, dnll))
+            rows.append(PairRow(*_setting(found), one, other, both.kl, kl, both.dnll, dnll))
     return sorted(rows, key=lambda row: -abs(row.kl_interaction))
+
+
+def _setting(found: Measured) -> tuple[str, str, str, str, str]:
+    return found.text, found.corpus, found.format, found.activations, found.quantizer

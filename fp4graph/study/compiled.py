@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from fp4graph.backend import Backend
+    from fp4graph.compiler import Backend
 
 
 def compiled(model: nn.Module, backend: Backend, **options: Any) -> Callable[..., Any]:

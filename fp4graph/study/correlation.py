@@ -9,11 +9,11 @@ import numpy as np
 from scipy.stats import rankdata
 
 from fp4graph.study.statistics import bootstrap
+from fp4graph.study.trial import mode_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fp4graph import Activations
     from fp4graph.study.measured import Measured
 
     Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -30,6 +30,7 @@ class Correlation:
         predictor: its name.
         target: `kl` or `dnll` of the trials of single linears.
         text: hash of the text that those were scored on.
+        corpus: what that text is called.
         format: of the weights.
         activations: `none` or `same`.
         quantizer: how the codes were found.
@@ -46,8 +47,9 @@ class Correlation:
     predictor: str
     target: str
     text: str
+    corpus: str
     format: str
-    activations: Activations
+    activations: str
     quantizer: str
     without: str | None
     linears: int
@@ -57,6 +59,11 @@ class Correlation:
     pearson: float
     pearson_low: float
     pearson_high: float
+
+    @property
+    def mode(self) -> str:
+        """The field's name for its activations, as in `Row.mode`."""
+        return mode_of(self.activations)
 
 
 def correlate(
@@ -85,7 +92,14 @@ def correlate(
         x = np.array([values[path] for path in paths])
         for target in TARGETS:
             y = np.array([getattr(singles[path], target) for path in paths])
-            how = (found.text, found.format, found.activations, found.quantizer, without)
+            how = (
+                found.text,
+                found.corpus,
+                found.format,
+                found.activations,
+                found.quantizer,
+                without,
+            )
             ranks = _with_interval(x, y, ranked=True)
             linear = _with_interval(x, y, ranked=False)
             rows.append(Correlation(name, target, *how, len(paths), *ranks, *linear))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -22,14 +22,16 @@ from fp4graph import OptionError, Report, TracedModel
 from fp4graph.models import check_length
 from fp4graph.private import counters
 from fp4graph.study.compiled import compiled
+from fp4graph.study.progress import SILENT
 from fp4graph.study.statistics import bootstrap
-from fp4graph.study.trial import DENSE
+from fp4graph.study.trial import DENSE, mode_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor, nn
 
+    from fp4graph.study.progress import Progress
     from fp4graph.study.trial import Trial
 
 _WARM_UPS = 2
@@ -64,7 +66,7 @@ class LatencyRow:
     """What was measured of a variant; the fields are the keys of the JSON lines.
 
     Attributes:
-        selector: of its trial, and so are `format` and `quantizer`.
+        selector: of its trial, and so are `format`, `quantizer`, `activations` and `name`.
         inner: see `Variant`, and so is `mode`.
         ttft_s: time to first token, median over rounds, seconds.
         prefill_tokens_per_s: prompt tokens over `ttft_s`.
@@ -79,6 +81,7 @@ class LatencyRow:
         graph_breaks: breaks that Dynamo counted while it compiled this variant.
         ratio: of `prefill` and `decode` against the dense variant, None for itself.
         device: of the model, `cpu` or `cuda`.
+        rounds: how many times each variant generated.
     """
 
     selector: str
@@ -98,16 +101,24 @@ class LatencyRow:
     quantizer: str
     mode: str
     device: str
+    activations: str
+    rounds: int
+    name: str = ""
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the dense model's."""
+        return self.format is None
 
-class Progress(Protocol):
-    """Is told how far a run is."""
+    @property
+    def activation_mode(self) -> str:
+        """The field's name for its activations, as in `Row.mode`."""
+        return mode_of(self.activations)
 
-    def start(self, total: int) -> None:
-        """A run of `total` generations begins."""
-
-    def advance(self, what: str) -> None:
-        """A generation ended."""
+    @property
+    def label(self) -> str:
+        """What is in FP4, for people: its name if it has one."""
+        return "dense" if self.is_dense else self.name or self.selector
 
 
 class _Runner:
@@ -180,7 +191,7 @@ def measure(
     prompt_tokens: int,
     new_tokens: int,
     rounds: int,
-    progress: Progress,
+    progress: Progress = SILENT,
 ) -> list[LatencyRow]:
     """Measure variants against the first, which should be the dense one.
 
@@ -206,17 +217,21 @@ def measure(
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator, device="cpu")
     prompt = prompt.to(next(model.parameters()).device)
     _check_selectors(model, variants, prompt)
-    progress.start(len(variants) * (1 + rounds))
+    progress.start(len(variants) * (1 + rounds), "generations")
     runners = []
     for variant in variants:
         runners.append(_Runner(model, variant, prompt, new_tokens))
-        progress.advance(f"compiled {variant.trial.selector}")
+        progress.advance(f"compiled {_named(variant)}")
     for index in range(rounds):
         shift = index % len(runners)
         for runner in runners[shift:] + runners[:shift]:
             runner.generate()
-            progress.advance(f"round {index + 1}: {runner.variant.trial.selector}")
+            progress.advance(f"round {index + 1}: {_named(runner.variant)}")
     return [_row(runner, runners[0], prompt_tokens) for runner in runners]
+
+
+def _named(variant: Variant) -> str:
+    return variant.trial.name or variant.trial.select.text
 
 
 def _check_selectors(model: nn.Module, variants: Sequence[Variant], prompt: Tensor) -> None:
@@ -240,7 +255,7 @@ def _row(runner: _Runner, dense: _Runner, prompt_tokens: int) -> LatencyRow:
         "decode": paired_ratio(np.ravel(dense.decode_s), np.ravel(decode)),
     }
     return LatencyRow(
-        selector=str(trial.selector),
+        selector=trial.facts["selector"],
         format=trial.facts["format"],
         inner=variant.inner,
         ttft_s=ttft,
@@ -257,6 +272,9 @@ def _row(runner: _Runner, dense: _Runner, prompt_tokens: int) -> LatencyRow:
         quantizer=trial.facts["quantizer"],
         mode=variant.mode,
         device=runner.device,
+        activations=trial.facts["activations"],
+        rounds=len(runner.first_s),
+        name=trial.name,
     )
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fp4graph import Selector
+from fp4graph import Policy, Scheme
 from fp4graph.study.ablate import PROTOCOL
-from fp4graph.study.trial import Row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fp4graph import Activations
     from fp4graph.linears.tags import LinearTag
     from fp4graph.study.store import Store
+    from fp4graph.study.trial import Row
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,7 @@ class Measured:
 
     Attributes:
         text: hash of the text that they were scored on.
+        corpus: what the text is called; its hash where nobody knows.
         format: of the weights.
         activations: `none` or `same`.
         quantizer: how the codes were found.
@@ -31,8 +31,9 @@ class Measured:
     """
 
     text: str
+    corpus: str
     format: str
-    activations: Activations
+    activations: str
     quantizer: str
     trials: dict[frozenset[str], Row]
 
@@ -52,32 +53,24 @@ def measured(store: Store, revision: str, tags: Sequence[LinearTag]) -> list[Mea
     """
     found: dict[str, Measured] = {}
     everything = frozenset(tag.fqn for tag in tags if tag.is_block_linear)
-    for identity, result in store.all():
+    for stored in store.all():
+        identity = stored.identity
         if identity.get("protocol") != PROTOCOL or identity["model"] != revision:
             continue
-        row = Row.of(result)
-        if row.format is None:
-            continue
+        row = stored.row
+        if row.format is None or "," in f"{row.format}{row.activations}{row.quantizer}":
+            continue  # dense, or a mix of several ways
         setting = {key: identity[key] for key in sorted(identity.keys() - _OF_A_TRIAL)}
         key = json.dumps(setting)
         if key not in found:
-            how = (identity["text"], row.format, row.activations, row.quantizer)
+            corpus = stored.run.get("corpus", f"text {identity['text']}")
+            how = (identity["text"], corpus, row.format, row.activations, row.quantizer)
             found[key] = Measured(*how, {})
-        selector = Selector(row.selector)
-        paths = frozenset(tag.fqn for tag in tags if selector.picks(tag))
+        policy = Policy.read(row.selector, Scheme())
+        paths = frozenset(tag.fqn for tag in tags if policy.decide(tag).scheme)
         paths = paths if row.direction == "only" else everything - paths
         found[key].trials.setdefault(paths, row)
     return list(found.values())
 
 
 _OF_A_TRIAL = {"selector", "direction"}
-
-
-def setting_of(found: Measured) -> dict[str, Any]:
-    """Return a setting without its trials, as JSON has it."""
-    return {
-        "text": found.text,
-        "format": found.format,
-        "activations": found.activations,
-        "quantizer": found.quantizer,
-    }

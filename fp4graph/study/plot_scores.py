@@ -5,11 +5,24 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
+from scipy.stats import spearmanr
 
-from fp4graph.files import written_whole
-from fp4graph.study.plot import heat_map
+from fp4graph import StudyError
+from fp4graph.study.plot_style import (
+    COLORS,
+    MARKERS,
+    color_scale,
+    heat_map,
+    in_model_order,
+    save,
+    title_over,
+    unit,
+    unmeasured,
+    width_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,73 +33,104 @@ if TYPE_CHECKING:
     Point = tuple[float, float, str]  # x, y, and what both belong to, such as a role
 
 _SPREADS = 8.0
+_COLUMNS = 2
+_FEWEST = 5
 
 
 def draw_cells(
-    panels: Mapping[str, Mapping[tuple[str, int], float]], label: str, path: Path
+    panels: Mapping[str, Mapping[tuple[str, int], float]], label: str, title: str, path: Path
 ) -> None:
-    """Draw heat maps of role by block into a PNG, one below the other.
+    """Draw heat maps of role by block into a PNG, SVG or PDF, one below the other.
 
     Args:
-        panels: values by role and block, by title.
+        panels: values by role and block, none negative, by title.
         label: what they are.
+        title: of the picture.
         path: the file.
+
+    Raises:
+        OptionError: the file's name ends otherwise.
+        StudyError: there is nothing to draw; the file cannot be written.
     """
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(9, 0.6 + 2.6 * len(panels)), squeeze=False, layout="constrained"
-    )
-    for axis, (title, cells) in zip(axes[:, 0], panels.items(), strict=True):
-        heat_map(axis, cells, label)
-        axis.set_title(title, fontsize=10)
-    with written_whole(path) as draft:
-        figure.savefig(draft, dpi=120, format="png")
-    plt.close(figure)
+    drawn = {name: cells for name, cells in panels.items() if cells}
+    if not drawn:
+        raise StudyError("there is no linear in a block to draw")
+    blocks = 1 + max(block for cells in drawn.values() for _, block in cells)
+    roles = max(len({role for role, _ in cells}) for cells in drawn.values())
+    size = width_of(blocks), 0.8 + (1.0 + 0.26 * roles) * len(drawn)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(drawn), 1, squeeze=False)
+    values = [value for cells in drawn.values() for value in cells.values()]
+    factor, name = unit(values) if "nats" in label else (1.0, "")
+    label = label.replace("nats", f"{name}nats")
+    for axis, (heading, cells) in zip(axes[:, 0], drawn.items(), strict=True):
+        heat_map(axis, cells, label, color_scale(values), factor)
+        axis.set_title(heading + unmeasured(cells), fontsize=10)
+    title_over(figure, title)
+    save(figure, path)
 
 
 def draw_points(
     panels: Mapping[str, Sequence[Point]],
-    label: str,
+    x_label: str,
+    y_label: str,
+    title: str,
     path: Path,
     *,
     equal: bool = False,
-    columns: int = 4,
 ) -> None:
-    """Draw what was measured over what should tell it into a PNG, logarithmic where it spreads.
+    """Draw what was measured over what should tell it into a PNG, SVG or PDF.
+
+    Axes are logarithmic where values spread; the line is where both are equal.
 
     Args:
         panels: points by title; only those above zero can be shown.
-        label: what was measured.
+        x_label: what should tell it, with its unit.
+        y_label: what was measured, with its unit.
+        title: of the picture.
         path: the file.
-        equal: whether both axes are the same quantity, so that the line of equality is drawn.
-        columns: panels in a row.
+        equal: whether the sum of both is what is compared, so that no correlation is said.
+
+    Raises:
+        OptionError: the file's name ends otherwise.
+        StudyError: there is nothing to draw; the file cannot be written.
     """
-    kinds = dict.fromkeys(kind for points in panels.values() for *_, kind in points)
-    colors = {kind: f"C{index % 10}" for index, kind in enumerate(kinds)}
-    columns = min(columns, len(panels))
+    if not panels:
+        raise StudyError("nothing that was measured can be drawn beside these scores")
+    kinds = in_model_order(kind for points in panels.values() for *_, kind in points)
+    styles = {kind: (COLORS[n % 8], MARKERS[n % 8]) for n, kind in enumerate(kinds)}
+    columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    size = (3.4 * columns + 1, 0.4 + 3.2 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4.8 * columns + 1.4, 0.6 + 4.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, (title, points) in zip(axes.flat, panels.items(), strict=False):
+    for axis, (heading, points) in zip(axes.flat, panels.items(), strict=False):
         shown = [point for point in points if point[0] > 0 and point[1] > 0]
-        for kind, color in colors.items():
+        for kind, (color, marker) in styles.items():
             own = [(x, y) for x, y, each in shown if each == kind]
             if own:
-                axis.scatter(*zip(*own, strict=True), s=9, color=color)
-        axis.set_ylabel(label)
-        axis.tick_params(labelsize=7)
+                axis.scatter(*zip(*own, strict=True), s=18, color=color, marker=marker)
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+        axis.tick_params(labelsize=8)
         _scale(axis, "x", [x for x, *_ in shown])
         _scale(axis, "y", [y for _, y, _ in shown])
-        axis.set_title(title, fontsize=9)
-        if equal and shown:
+        if not equal and len(shown) >= _FEWEST:
+            rank = spearmanr([x for x, *_ in shown], [y for _, y, _ in shown]).statistic
+            heading += f"\nrank correlation {rank:.2f}"
+        axis.set_title(heading, fontsize=9)
+        if shown:
             low = min(min(x, y) for x, y, _ in shown)
-            axis.axline((low, low), (10 * low, 10 * low), color="#333333", linewidth=0.8)
-    handles = [plt.Line2D([], [], marker="o", ls="", color=color) for color in colors.values()]
-    figure.legend(handles, list(colors), loc="outside right", fontsize=8)
-    with written_whole(path) as draft:
-        figure.savefig(draft, dpi=120, format="png")
-    plt.close(figure)
+            high = max(max(x, y) for x, y, _ in shown)
+            axis.plot([low, high], [low, high], color="#777777", linewidth=0.8, linestyle="--")
+    handles = [
+        Line2D([], [], marker=marker, ls="", color=color, label=kind)
+        for kind, (color, marker) in styles.items()
+    ]
+    figure.legend(handles=handles, loc="outside right", fontsize=9)
+    title_over(figure, title)
+    save(figure, path)
 
 
 def _scale(axes: Axes, name: str, values: Sequence[float]) -> None:

@@ -19,13 +19,21 @@ import torch
 from scipy.special import digamma, polygamma
 from torch import Tensor
 
-from fp4graph import Activations, LinearTap, OptionError, StudyError, TracedModel, quantize
+from fp4graph import (
+    Activations,
+    LinearTap,
+    OptionError,
+    Scheme,
+    StudyError,
+    TracedModel,
+    quantize,
+)
 from fp4graph.models import check_length
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fp4graph import PackedWeight, Scheme
+    from fp4graph import PackedWeight
     from fp4graph.linears.tags import LinearTag
     from fp4graph.models import LoadedModel
     from fp4graph.study.evaluate import Windows
@@ -96,6 +104,33 @@ class _Sums:
     products: list[float] = field(default_factory=list)  # v · J ΔY, a window and a sample each
 
 
+def schemes_of(
+    formats: Sequence[str], activations: Sequence[str], quantizer: str
+) -> tuple[Scheme, ...]:
+    """Return what linears are scored for.
+
+    Raises:
+        OptionError: a value that does not exist, or that is not scored.
+    """
+    found = [
+        Scheme.read(format, quantizer, mode, "auto") for format in formats for mode in activations
+    ]
+    for scheme in found:
+        _check_scored(scheme)
+    return tuple(found)
+
+
+def _check_scored(scheme: Scheme) -> None:
+    how = scheme.quantizer
+    if how.needs_data or how.rotation or scheme.calibration is not None:
+        raise OptionError(
+            f"quantizer {str(how)!r} is not scored, only those that need no data and do not "
+            "rotate: `fp4graph ablate` measures it"
+        )
+    if scheme.activations is Activations.INT8:
+        raise OptionError("activations 'int8' are not scored: `fp4graph ablate` measures them")
+
+
 class Sensitivity:
     """Scores of a model's block linears on a text.
 
@@ -134,10 +169,7 @@ class Sensitivity:
         if loaded.is_random:
             raise StudyError(f"{loaded.name} has random weights: its accuracy means nothing")
         for scheme in schemes:
-            if scheme.rotation or scheme.calibration is not None:
-                raise OptionError(
-                    f"quantizer {str(scheme.quantizer)!r}: only those without data or @"
-                )
+            _check_scored(scheme)
         check_length(loaded.model, windows.ids.shape[1])
         self._windows = windows
         self._samples = samples

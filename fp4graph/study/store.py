@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fp4graph.errors import StudyError
@@ -19,48 +19,115 @@ CREATE TABLE IF NOT EXISTS trials (
     key TEXT PRIMARY KEY,       -- hash of `identity`
     identity TEXT NOT NULL,     -- JSON: everything that the result depends on
     result TEXT NOT NULL        -- JSON
-)
+);
+CREATE TABLE IF NOT EXISTS runs (
+    run INTEGER PRIMARY KEY,
+    facts TEXT NOT NULL         -- JSON: date, command, machine, names of model and text
+);
+CREATE TABLE IF NOT EXISTS origins (
+    key TEXT PRIMARY KEY,       -- of a trial
+    run INTEGER NOT NULL        -- that measured it
+);
+CREATE TABLE IF NOT EXISTS names (
+    key TEXT PRIMARY KEY,       -- of a trial
+    name TEXT NOT NULL          -- what the user calls it
+);
 """
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A trial as the store has it.
+
+    Attributes:
+        identity: everything that the result depends on.
+        result: a row as JSON has it, of whatever protocol.
+        name: what the user calls it; empty without a name.
+        run: what is known of the run that measured it: date, command, machine, names; may be empty.
+    """
+
+    identity: dict[str, Any]
+    result: dict[str, Any]
+    name: str
+    run: dict[str, Any]
+
+    @property
+    def row(self) -> Row:
+        """The result, by today's protocol."""
+        return Row(**self.result, name=self.name)
 
 
 class Store:
     """Trials by identity. Safe against kill -9 (WAL journal) and for several processes at once.
 
     Args:
-        path: the sqlite file; made if it is not there.
+        path: the sqlite file, made if it is not there; None for memory.
 
     Raises:
         StudyError: the file cannot be opened or written, or is no sqlite file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=60, isolation_level=None)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute(_SCHEMA)
+            self._db.executescript(_SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise StudyError(f"cannot open the results in {path}: {error}") from None
 
     def get(self, identity: dict[str, Any]) -> Row | None:
         """Return a trial's row, or None if it has not been run."""
-        query = "SELECT result FROM trials WHERE key = ?"
+        query = (
+            "SELECT result, name FROM trials LEFT JOIN names ON names.key = trials.key "
+            "WHERE trials.key = ?"
+        )
         found = self._execute(query, (_key(identity),)).fetchone()
-        return None if found is None else Row.of(json.loads(found[0]))
+        return None if found is None else Row(**json.loads(found[0]), name=found[1] or "")
 
-    def put(self, identity: dict[str, Any], row: Row) -> None:
-        """Keep a trial's row; the first one to arrive stays."""
+    def begin(self, facts: dict[str, Any]) -> int:
+        """Write down that a run begins, and return its number."""
+        done = self._execute("INSERT INTO runs (facts) VALUES (?)", (json.dumps(facts),))
+        assert done.lastrowid is not None
+        return done.lastrowid
+
+    def put(self, identity: dict[str, Any], row: Row, run: int | None = None) -> None:
+        """Keep a trial's row, of a run that has begun; the first one to arrive stays."""
+        key, result = _key(identity), asdict(row)
+        del result["name"]
         self._execute(
             "INSERT OR IGNORE INTO trials VALUES (?, ?, ?)",
-            (_key(identity), _canonical(identity), json.dumps(asdict(row))),
+            (key, _canonical(identity), json.dumps(result)),
         )
+        if run is not None:
+            self._execute("INSERT OR IGNORE INTO origins VALUES (?, ?)", (key, run))
+        if row.name:
+            self.name(identity, row.name)
 
-    def all(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        """Return every trial, its identity and its result, in the order in which they ended."""
-        query = "SELECT identity, result FROM trials ORDER BY rowid"
+    def name(self, identity: dict[str, Any], name: str) -> None:
+        """Call a trial by a name, instead of what it was called before."""
+        self._execute("INSERT OR REPLACE INTO names VALUES (?, ?)", (_key(identity), name))
+
+    def all(self) -> list[Stored]:
+        """Return every trial in the order in which they ended."""
+        query = (
+            "SELECT identity, result, name, facts FROM trials "
+            "LEFT JOIN names ON names.key = trials.key "
+            "LEFT JOIN origins ON origins.key = trials.key "
+            "LEFT JOIN runs ON runs.run = origins.run ORDER BY trials.rowid"
+        )
+        return [
+            Stored(json.loads(identity), json.loads(result), name or "", json.loads(facts or "{}"))
+            for identity, result, name, facts in self._execute(query, ()).fetchall()
+        ]
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Return the facts of every run, in the order in which they began."""
+        query = "SELECT run, facts FROM runs ORDER BY run"
         found = self._execute(query, ()).fetchall()
-        return [(json.loads(identity), json.loads(result)) for identity, result in found]
+        return [{"run": run, **json.loads(facts)} for run, facts in found]
 
     def close(self) -> None:
         """Close the file."""

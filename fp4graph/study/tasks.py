@@ -11,15 +11,16 @@ import torch
 
 from fp4graph import Fp4GraphError, OptionError, StudyError, backend
 from fp4graph.study.compiled import compiled, forward_replaced
+from fp4graph.study.progress import SILENT
 from fp4graph.study.statistics import draws
-from fp4graph.study.trial import DENSE
+from fp4graph.study.trial import DENSE, mode_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from fp4graph import Activations
     from fp4graph.models import LoadedModel
+    from fp4graph.study.progress import Progress
     from fp4graph.study.trial import Direction, Trial
 
     Key = tuple[str, str, str]  # task, metric, filter
@@ -45,11 +46,12 @@ class TaskRow:
             a group it comes from the harness's rule for groups. None where it cannot be told.
         questions: how many.
         note: what does not count and why; empty where everything does.
+        name: what the user calls the trial; empty without a name.
     """
 
     selector: str
     format: str | None
-    activations: Activations
+    activations: str
     quantizer: str
     direction: Direction
     task: str
@@ -60,6 +62,17 @@ class TaskRow:
     difference_se: float | None
     questions: int
     note: str = ""
+    name: str = ""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the dense model's."""
+        return self.format is None
+
+    @property
+    def mode(self) -> str:
+        """The field's name for its activations, as in `Row.mode`."""
+        return mode_of(self.activations)
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,7 @@ def evaluate_tasks(
     limit: int | None = None,
     include: Path | None = None,
     batch_size: int = 4,
+    progress: Progress = SILENT,
 ) -> Iterator[TaskRow]:
     """Yield a row for each trial, task, metric and filter, the dense model's first.
 
@@ -96,11 +110,12 @@ def evaluate_tasks(
 
     Args:
         loaded: the model.
-        plan: trials whose codes need no calibration.
+        plan: the trials.
         tasks: names that lm-evaluation-harness knows: tasks, groups, tags.
         limit: the first questions of each task alone.
         include: folder of further tasks.
         batch_size: questions at a time.
+        progress: is told about each trial.
 
     Raises:
         OptionError: lm-evaluation-harness is not installed, or does not know a task.
@@ -110,13 +125,17 @@ def evaluate_tasks(
     if loaded.is_random:
         raise StudyError(f"{loaded.name} has random weights: its accuracy means nothing")
     harness = _Harness(loaded, tasks, limit, include, batch_size)
+    todo = list(dict.fromkeys((DENSE, *plan)))
+    progress.start(len(todo), "models")
     dense = harness.answers(DENSE)
-    for trial in dict.fromkeys((DENSE, *plan)):
+    for trial in todo:
         found = dense if trial == DENSE else harness.answers(trial)
         keys = dict.fromkeys((*dense, *found))  # a metric may depend on what was answered
         rows = [_row(trial, key, found.get(key, _NONE), dense.get(key, _NONE)) for key in keys]
-        yield from rows
-        yield from harness.groups(trial, rows)
+        progress.advance(str(trial))
+        for row in (*rows, *harness.groups(trial, rows)):
+            progress.ended(row.task, row)
+            yield row
 
 
 class _Harness:
@@ -211,6 +230,7 @@ class _Harness:
                     difference=float(differences[key]),
                     difference_se=float(error) if _is_number(error) else None,
                     questions=sum(row.questions for row in mine if row.task in inside),
+                    name=trial.name,
                 )
 
 
@@ -273,6 +293,7 @@ def _row(trial: Trial, key: Key, found: _Answers, dense: _Answers) -> TaskRow:
         difference_se=error,
         questions=len(both),
         note="; ".join(notes),
+        name=trial.name,
     )
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from fp4graph import Activations, Calibration, OptionError, Policy, Report, Scheme, Selector
-from fp4graph.formats import get_format
+from fp4graph import Activations, OptionError, Policy, Scheme, Selector
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from fp4graph import Report
 
 Direction = Literal["only", "except"]
-Calibrations = Mapping[tuple[str, str], Calibration]
-"""Codes found with data, by the names of format and quantizer."""
 _ALL = Selector("all")
 
 
@@ -24,58 +22,67 @@ class Trial:
     """One model to score.
 
     Attributes:
-        selector: which linears; `none` in the dense model.
-        scheme: how they run; None for the dense model.
+        select: a selector with the scheme that it runs in, or several: a mix; none of it in the
+            dense model.
         direction: `only` puts the selection in FP4, `except` all block linears but the selection.
+        name: what a user calls it; no part of what it is.
     """
 
-    selector: Selector
-    scheme: Scheme | None
+    select: Policy
     direction: Direction = "only"
+    name: str = field(default="", compare=False)
 
     @classmethod
     def of(
         cls,
         selector: str,
-        format: str,
+        format: str = "nvfp4",
         activations: str = "none",
         direction: Direction = "only",
         quantizer: str = "rtn",
     ) -> Trial:
-        """Read a trial from texts."""
-        return cls(Selector(selector), Scheme.of(format, quantizer, activations), direction)
+        """Read a trial from texts; `selector` may be a mapping in JSON."""
+        return cls(Policy.of(selector, Scheme.of(format, quantizer, activations)), direction)
 
     def __str__(self) -> str:
-        if self.scheme is None:
+        if self == DENSE:
             return "the dense model"
-        return f"{self.direction} {self.selector} in {self.scheme}"
+        ways = " and ".join(map(str, self.select.schemes))
+        return f"{self.direction} {self.select.text} in {ways}"
 
     @property
     def policy(self) -> Policy:
         """What runs how."""
-        if self.scheme is None or self.direction == "only":
-            return Policy(((self.selector, self.scheme),))
-        return Policy(((_ALL, self.scheme), (self.selector, None)))
+        if self.direction == "only":
+            return self.select
+        ((selector, scheme),) = self.select.entries
+        return Policy(((_ALL, scheme), (selector, None)))
 
     @property
     def base(self) -> Policy | None:
         """What trials of this direction have in common, None for the dense model."""
-        return None if self.direction == "only" else Policy(((_ALL, self.scheme),))
+        if self.direction == "only":
+            return None
+        return Policy(((_ALL, self.select.entries[0][1]),))
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The trial as rows and keys have it."""
-        scheme = self.scheme
+        """The trial as rows and keys have it; of a mix, what is in it with commas between."""
+        ways = self.select.schemes
         return {
-            "selector": str(self.selector),
-            "format": scheme and scheme.format.name,
-            "activations": scheme.activations if scheme else Activations.NONE,
-            "quantizer": str(scheme.quantizer) if scheme else "rtn",
+            "selector": self.select.text,
+            "format": _listed(str(way.format) for way in ways) if ways else None,
+            "activations": _listed(str(way.activations) for way in ways) or str(Activations.NONE),
+            "quantizer": _listed(str(way.quantizer) for way in ways) or "rtn",
             "direction": self.direction,
         }
 
 
-DENSE = Trial(Selector("none"), None)
+def _listed(names: Iterable[str]) -> str:
+    return ",".join(dict.fromkeys(names))
+
+
+DENSE = Trial(Policy(((Selector("none"), None),)))
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Row:
 
     Attributes:
         selector: see `Trial`, and so are `format`, `activations`, `quantizer` and `direction`.
+            Of a mix it is the mapping in JSON, and the others have commas in them.
         ppl: perplexity; None where it is beyond float64.
         dnll: mean NLL less the dense model's on the same tokens, nats.
         dnll_se: its standard error, windows being independent; None with one window.
@@ -108,11 +116,12 @@ class Row:
         noise_se: that difference's standard error.
         probe: share of the probe's questions that are answered right; None without a probe.
         probe_same: share of them where the choice is the dense model's.
+        name: what the user calls the trial; empty without a name.
     """
 
     selector: str
     format: str | None
-    activations: Activations
+    activations: str
     quantizer: str
     direction: Direction
     ppl: float | None
@@ -138,11 +147,27 @@ class Row:
     noise_se: float | None = None
     probe: float | None = None
     probe_same: float | None = None
+    name: str = ""
 
-    @classmethod
-    def of(cls, result: Mapping[str, Any]) -> Row:
-        """Read a row from what JSON holds of it."""
-        return cls(**{**result, "activations": Activations(result["activations"])})
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the dense model's."""
+        return self.format is None
+
+    @property
+    def mode(self) -> str:
+        """The field's name for its activations: `W4A16`, or several with commas between."""
+        return mode_of(self.activations)
+
+    @property
+    def label(self) -> str:
+        """What is in FP4, for people: its name if it has one."""
+        return "dense" if self.is_dense else self.name or set_of(self)
+
+
+def mode_of(activations: str) -> str:
+    """Return the field's name for activation modes, commas between: `W4A16`, `W4A16,W4A4`."""
+    return ",".join(Activations(each).mode for each in activations.split(","))
 
 
 class _OfTrial(Protocol):
@@ -157,42 +182,23 @@ def set_of(row: _OfTrial) -> str:
     return f"all but {row.selector}" if row.direction == "except" else row.selector
 
 
-def schemes(
-    formats: Sequence[str],
-    activations: Sequence[str],
-    quantizers: Sequence[str] = ("rtn",),
-    calibrations: Calibrations | None = None,
-) -> list[Scheme]:
-    """Return every combination.
+def trials(
+    selectors: Mapping[Selector, str], ways: Sequence[Scheme], directions: Sequence[Direction]
+) -> list[Trial]:
+    """Return every combination; `except` brings `all` to compare with.
 
     Args:
-        formats: of the weights.
-        activations: `none`, `same`, `int8`.
-        quantizers: how codes are found.
-        calibrations: codes found with data.
-
-    Raises:
-        OptionError: a format, activation mode or quantizer that does not exist, or a quantizer
-            that a format has no use for.
+        selectors: each with its name, or with an empty one.
+        ways: how they run.
+        directions: see `Trial`.
     """
-    found = []
-    for format, mode, how in itertools.product(formats, activations, quantizers):
-        calibration = (calibrations or {}).get((str(get_format(format)), how))
-        found.append(Scheme.of(format, how, mode, calibration=calibration))
-    return found
-
-
-def trials(
-    selectors: Sequence[Selector], ways: Sequence[Scheme], directions: Sequence[Direction]
-) -> list[Trial]:
-    """Return the dense model, then every combination; `except` brings `all` to compare with."""
-    plan = [DENSE]
+    plan = []
     for scheme, direction in itertools.product(ways, directions):
-        names = [_ALL, *selectors] if direction == "except" else selectors
+        names = {_ALL: "", **selectors} if direction == "except" else selectors
         plan += [
-            Trial(each, scheme, "only" if each == _ALL else direction)
-            for each in names
-            if each != DENSE.selector
+            Trial(Policy(((each, scheme),)), "only" if each == _ALL else direction, name)
+            for each, name in names.items()
+            if str(each) != "none"
         ]
     return list(dict.fromkeys(plan))
 

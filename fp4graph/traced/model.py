@@ -9,7 +9,12 @@ import torch
 from torch import fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fp4graph.dynamo import make_room_for_graphs, pin_to_owners, raiser
+from fp4graph.dynamo import (
+    make_room_for_graphs,
+    pin_to_owners,
+    raiser,
+    trace_modules_again,
+)
 from fp4graph.errors import Fp4GraphError, StudyError
 from fp4graph.graph.names import unreached
 from fp4graph.graph.regions import copy_graph
@@ -67,6 +72,7 @@ class TracedModel:
         self._ran: set[TracedGraph] = set()
         self._left: tuple[int, Left] | None = None  # by how many graphs there were
         make_room_for_graphs()
+        trace_modules_again(model)
         self._compiled = torch.compile(model, backend=self._capture, dynamic=False)
 
     def settle(self, *args: Any, **kwargs: Any) -> Any:

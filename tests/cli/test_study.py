@@ -66,7 +66,7 @@ def test_calibrate_then_ablate(tiny_folder: Path, tmp_path: Path) -> None:
         (None, "rtn"),
         ("mxfp4", "gptq"),
     ]
-    assert json.loads((tmp_path / "o" / "run.json").read_text())["corpus"] == "pydoc-second"
+    assert json.loads((tmp_path / "o" / "runs.jsonl").read_text())["corpus"] == "pydoc-second"
     both = rows(run(*common, "--quantizer", "rtn,gptq"))
     assert [row["quantizer"] for row in both] == ["rtn", "rtn", "gptq"]
     same = run(*common, "--corpus", "pydoc-first")
@@ -83,7 +83,7 @@ def test_the_protocol_of_wikitext2_takes_the_whole_text(tiny_folder: Path, tmp_p
     assert result.exit_code == 2, "160 tokens fill no window of 2048"
     assert "160 tokens in windows of 2048" in result.stderr
     assert run(*arguments, "--seq-len", "64").exit_code == 0
-    assert json.loads((tmp_path / "o" / "run.json").read_text())["windows"] == 2
+    assert json.loads((tmp_path / "o" / "runs.jsonl").read_text())["windows"] == 2
 
 
 def test_outliers_by_role(tiny_folder: Path) -> None:
@@ -112,7 +112,9 @@ def test_scores_and_sums_beside_what_was_measured(tiny_folder: Path, tmp_path: P
     folder, out = str(tiny_folder), str(tmp_path)
     ablate = ["ablate", folder, *text, "--out", out]
     assert run(*ablate, "--select", "q").exit_code == 0
-    assert "no set to compare" in run("additivity", folder, out).stdout
+    lacking = run("additivity", folder, out)
+    assert lacking.exit_code == 2
+    assert "there is no trial of a single linear; `ablate --plan grid`" in lacking.stderr
     assert run(*ablate, "--plan", "grid").exit_code == 0
     assert run(*ablate, "--plan", "roles", "--direction", "both").exit_code == 0
     assert run(*ablate, "--plan", "roles", "--tokens", "80").exit_code == 0, "another text"
@@ -146,4 +148,4 @@ def test_results_that_are_not_there(tiny_folder: Path, tmp_path: Path) -> None:
         assert f"there are no results in {tmp_path}" in result.stderr
     assert run("additivity", str(tiny_folder), str(tmp_path)).exit_code == 2
     result = run("outliers", str(tiny_folder), "--picture", str(tmp_path / "a.jpg"))
-    assert "expected a name that ends with .png" in result.stderr
+    assert "expected a name that ends with .png, .svg, .pdf" in result.stderr

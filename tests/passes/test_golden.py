@@ -53,7 +53,7 @@ def smoothed(weights: dict[str, nn.Parameter]) -> Calibration:
     s = torch.rand(64) + 0.5
     packed = {path: fp4graph.quantize(each * s, "nvfp4") for path, each in weights.items()}
     prints = {path: fingerprint(each) for path, each in weights.items()}
-    return Calibration(fp4graph.NVFP4, how, packed, dict.fromkeys(packed, s), prints, {})
+    return Calibration(dict.fromkeys(packed, how), packed, dict.fromkeys(packed, s), prints, {})
 
 
 def passes_for(made: type[GraphPass], case: Case, built: Built) -> list[GraphPass]:
@@ -83,7 +83,7 @@ def test_given_becomes_result(made: type[GraphPass], case: Case) -> None:
         linears = {site.tag.fqn: built.inputs[site.weight] for _, site in sites(built.gm)}
         found = smoothed(linears)
         for node, site in list(sites(built.gm)):
-            scheme = Scheme.of("nvfp4", found.quantizer, None, "reference", found)
+            scheme = Scheme.of("nvfp4", found.ways[0][1], None, "reference", found)
             mark(node, replace(site, scheme=scheme))
     run_passes(built.gm, built.inputs, passes_for(made, case, built))
     assert differences(built.gm, case.result) == []

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from support.models import tiny, tokens
+from support.trials import Counted, row
 from support.trials import plan as plan_of
-from support.trials import row
 
 import fp4graph
 from fp4graph import OptionError, SelectorError, StudyError
@@ -25,30 +25,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Silent:
-    """Progress that only counts."""
-
-    def __init__(self) -> None:
-        self.total = self.done = 0
-        self.cached: list[bool] = []
-
-    def start(self, total: int) -> None:
-        self.total = total
-
-    def advance(self) -> None:
-        self.done += 1
-
-    def trial(self, trial: Trial, row: Row, *, cached: bool) -> None:
-        self.cached.append(cached)
-
-
 def ablation(path: Path, model: torch.nn.Module | None = None) -> Ablation:
     loaded = LoadedModel("tiny", model or tiny("llama").requires_grad_(False), object())
     return Ablation(loaded, Windows(tokens(16, batch=4), first=1), Store(path / "t.sqlite"), path)
 
 
 def run(path: Path, plan: list[Trial], model: torch.nn.Module | None = None) -> list[Row]:
-    return list(ablation(path, model).run(plan, Silent()))
+    return list(ablation(path, model).run(plan, Counted()))
 
 
 def test_plan_is_dense_first_then_every_combination_once() -> None:
@@ -128,13 +111,13 @@ def test_w4a4_differs_from_w4a16(tmp_path: Path) -> None:
 def test_what_is_in_the_store_is_not_run_again(tmp_path: Path) -> None:
     plan = plan_of("q", "v")
     first = run(tmp_path, plan)
-    progress = Silent()
+    progress = Counted()
     again = list(ablation(tmp_path).run(plan, progress))
     assert again == first
-    assert (progress.total, progress.done, progress.cached) == (0, 0, [True] * 3)
-    more = Silent()
+    assert (progress.total, progress.done, progress.kept) == (0, 0, [True] * 3)
+    more = Counted()
     list(ablation(tmp_path).run([*plan, Trial.of("k", "nvfp4")], more))
-    assert more.cached == [True, True, True, False]
+    assert more.kept == [True, True, True, False]
     assert more.total == more.done == 2 * 4, "the dense model once more, and the new trial"
 
 
@@ -161,9 +144,9 @@ def test_with_activations_in_fp4_a_trial_is_of_one_arithmetic(
         return logits
 
     monkeypatch.setattr(Ablation, "_logits", last_digit)
-    progress = Silent()
+    progress = Counted()
     list(ablation(tmp_path).run(plan, progress))
-    assert progress.cached == [True, True, False]
+    assert progress.kept == [True, True, False]
 
 
 def test_check_finds_misfits_before_the_first_trial(tmp_path: Path) -> None:
@@ -175,7 +158,7 @@ def test_check_finds_misfits_before_the_first_trial(tmp_path: Path) -> None:
 
 
 def test_random_weights_are_refused(tmp_path: Path) -> None:
-    loaded = LoadedModel("qwen2.5-0.5b-random", tiny("llama"), None)
+    loaded = LoadedModel("tiny", tiny("llama"), None, is_random=True)
     with pytest.raises(StudyError, match="random weights"):
         Ablation(loaded, Windows(tokens(), 1), Store(tmp_path / "t.sqlite"), tmp_path)
 
@@ -237,7 +220,7 @@ def test_rows_have_these_keys(tmp_path: Path) -> None:
         "selector format activations quantizer direction ppl dnll dnll_se kl kl_se top1 "
         "linears parameters bytes_dense bytes_packed dnll_per_mb dnll_low dnll_high kl_p50 kl_p90 "
         "kl_p99 kl_per_mb dnll_per_mparam kl_per_mparam noise noise_se "
-        "probe probe_same"
+        "probe probe_same name"
     )
     dense, q = map(asdict, rows)
     assert list(dense) == list(q) == keys.split()
@@ -251,9 +234,9 @@ def test_rows_have_these_keys(tmp_path: Path) -> None:
 
 def test_after_the_budget_no_trial_begins_and_the_next_run_goes_on(tmp_path: Path) -> None:
     plan = plan_of("q", "v", "down")
-    first = list(ablation(tmp_path).run(plan, Silent(), seconds=0))
+    first = list(ablation(tmp_path).run(plan, Counted(), seconds=0))
     assert len(first) <= 1
-    rest = list(ablation(tmp_path).run(plan, Silent()))
+    rest = list(ablation(tmp_path).run(plan, Counted()))
     assert [row.selector for row in rest] == ["none", "q", "v", "down"]
-    again = list(ablation(tmp_path).run(plan, Silent(), seconds=0))
+    again = list(ablation(tmp_path).run(plan, Counted(), seconds=0))
     assert again == rest

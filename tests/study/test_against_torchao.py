@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from support.trials import Counted
 from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 
@@ -28,12 +29,6 @@ TRIALS = [
     Trial.of("v", "mxfp4"),
     Trial.of("down", "mxfp4"),
 ]
-
-
-class Silent:
-    def start(self, total: int) -> None: ...
-    def advance(self) -> None: ...
-    def trial(self, trial: Trial, row: object, *, cached: bool) -> None: ...
 
 
 def torchao(weight: Tensor, format: str) -> Tensor:
@@ -58,14 +53,14 @@ def test_damage_agrees_with_torchao_and_down_is_worst(
 ) -> None:
     windows = cut(models.corpus("pydoc"), smollm2.tokenizer, TOKENS, SEQ_LEN)
     study = Ablation(smollm2, windows, Store(tmp_path / "t.sqlite"), tmp_path)
-    dense, *rows = study.run([DENSE, *TRIALS], Silent())
+    dense, *rows = study.run([DENSE, *TRIALS], Counted())
     base = nll(smollm2.model, windows.ids)
     assert dense.ppl == pytest.approx(float(np.exp(base.mean())), rel=1e-5)
     for trial, row in zip(TRIALS, rows, strict=True):
         weights = {
             name: p
             for name, p in smollm2.model.named_parameters()
-            if f".{trial.selector}_proj." in name
+            if f".{trial.select.text}_proj." in name
         }
         assert len(weights) == row.linears == 30
         kept = {name: p.detach().clone() for name, p in weights.items()}

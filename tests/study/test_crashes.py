@@ -86,7 +86,7 @@ def test_kill_9_ten_times(
     assert finish(start(tiny_folder, tmp_path)) == undisturbed
     assert kept(tmp_path) == TRIALS
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"trials.sqlite", "ablation.jsonl", "ablation.png", "run.json"}
+    assert left == {"trials.sqlite", "ablation.jsonl", "ablation.png", "runs.jsonl"}
 
 
 def test_two_at_once_on_one_store(

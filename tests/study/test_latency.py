@@ -11,23 +11,11 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 from support.models import tiny, tokens
+from support.trials import Counted
 
 from fp4graph import OptionError, SelectorError
-from fp4graph.study import latency
-from fp4graph.study.latency import Variant, measure, paired_ratio
+from fp4graph.study.latency import Variant, _Runner, measure, paired_ratio
 from fp4graph.study.trial import DENSE, Trial
-
-
-class Silent:
-    def __init__(self) -> None:
-        self.total = self.done = 0
-
-    def start(self, total: int) -> None:
-        self.total = total
-
-    def advance(self, what: str) -> None:
-        self.done += 1
-
 
 VARIANTS = [
     Variant(DENSE, "eager"),
@@ -43,10 +31,10 @@ VARIANTS = [
 def test_measures_every_variant(family: str) -> None:
     model = tiny(family).requires_grad_(False)
     variants = VARIANTS if family == "llama" else VARIANTS[:2]
-    progress = Silent()
+    progress = Counted()
     rows = measure(model, variants, prompt_tokens=8, new_tokens=5, rounds=3, progress=progress)
     assert progress.done == progress.total == len(variants) * 4
-    assert [row.selector for row in rows] == [str(variant.trial.selector) for variant in variants]
+    assert [row.selector for row in rows] == [variant.trial.select.text for variant in variants]
     for row in rows:
         assert row.recompiles == 0
         assert row.graph_breaks == 0
@@ -68,7 +56,7 @@ def test_measures_every_variant(family: str) -> None:
 def test_a_variant_generates_what_generate_does() -> None:
     model = tiny("llama").requires_grad_(False)
     prompt = tokens(8)
-    runner = latency._Runner(model, VARIANTS[0], prompt, 6)
+    runner = _Runner(model, VARIANTS[0], prompt, 6)
     expected = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert runner.tokens == expected[0, 8:].tolist()
     assert runner.report.graphs > 0
@@ -76,7 +64,7 @@ def test_a_variant_generates_what_generate_does() -> None:
 
 def test_misfits_are_errors() -> None:
     model = tiny("llama").requires_grad_(False)
-    options = {"prompt_tokens": 4, "new_tokens": 3, "rounds": 1, "progress": Silent()}
+    options = {"prompt_tokens": 4, "new_tokens": 3, "rounds": 1, "progress": Counted()}
     with pytest.raises(SelectorError, match="matches nothing"):
         measure(model, [*VARIANTS, Variant(Trial.of("qkv", "nvfp4"), "eager")], **options)
     assert options["progress"].total == 0  # nothing was compiled

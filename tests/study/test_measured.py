@@ -15,7 +15,7 @@ from fp4graph.linears.tags import LinearTag, Role
 from fp4graph.study.ablate import PROTOCOL
 from fp4graph.study.additivity import pairs, sets
 from fp4graph.study.correlation import correlate
-from fp4graph.study.measured import Measured, measured, setting_of
+from fp4graph.study.measured import Measured, measured
 from fp4graph.study.store import Store
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def test_trials_by_what_they_have_in_fp4(tmp_path: Path) -> None:
     assert {paths: each.kl for paths, each in found[0].trials.items()} == {
         q: 1.0, ALL - q: 2.0, ALL: 3.0
     }  # fmt: skip
-    assert setting_of(found[0]) == {
-        "text": "t", "format": "nvfp4", "activations": "none", "quantizer": "rtn"
-    }  # fmt: skip
+    setting = found[0]
+    how = (setting.text, setting.corpus, setting.format, setting.activations, setting.quantizer)
+    assert how == ("t", "text t", "nvfp4", "none", "rtn")
 
 
 def test_nothing_is_mixed(tmp_path: Path) -> None:
@@ -120,5 +120,5 @@ def test_correlations_with_their_intervals(tmp_path: Path) -> None:
 
 
 def test_an_empty_setting_has_no_sets() -> None:
-    nothing = Measured("t", "nvfp4", "none", "rtn", {})
+    nothing = Measured("t", "text t", "nvfp4", "none", "rtn", {})
     assert sets(nothing) == pairs(nothing) == []

@@ -104,6 +104,6 @@ def test_large_sets_come_first_then_blocks_far_apart() -> None:
     sizes = dict.fromkeys(grid, 1) | {DENSE: 99, plan[-2]: 8, plan[-1]: 56}
     ordered = by_information(plan, sizes)
     assert ordered[:3] == [DENSE, plan[-1], plan[-2]]
-    blocks = [int(str(trial.selector).partition("=")[2]) for trial in ordered[3:]]
+    blocks = [int(trial.select.text.partition("=")[2]) for trial in ordered[3:]]
     assert sorted(blocks) == list(range(8))
     assert all(abs(a - b) >= 2 for a, b in pairwise(blocks[:4]))

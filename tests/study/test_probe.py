@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.models import byte_tokenizer, tiny, tokens
+from support.trials import Counted
 
 from fp4graph import CorpusError
 from fp4graph.models import LoadedModel
@@ -63,31 +64,19 @@ def test_trials_have_the_probe_beside_the_text(tmp_path: Path) -> None:
     model = tiny("llama").requires_grad_(False)
     probe = Probe(tokens(16, batch=6, seed=3), ((4, 9),) * 6, (0, 0, 1, 1, 2, 2), (0, 1, 0))
     windows = Windows(tokens(16, batch=4), first=1)
-    ticks: list[int] = []
-
-    class Count:
-        def start(self, total: int) -> None:
-            self.total = total
-
-        def advance(self) -> None:
-            ticks.append(1)
-
-        def trial(self, *_: object, **__: object) -> None:
-            pass
-
-    count = Count()
+    count = Counted()
     loaded = LoadedModel("tiny", model, object())
     store = Store(tmp_path / "t.sqlite")
     ablation = Ablation(loaded, windows, store, tmp_path, probe=probe)
     dense, mlp = ablation.run([DENSE, Trial.of("mlp", "mxfp4", "same")], count)
-    assert len(ticks) == count.total == 2 * (4 + 6)
+    assert count.done == count.total == 2 * (4 + 6)
     assert dense.probe_same == 1
     run = lambda row: model(probe.ids[row : row + 1]).logits  # noqa: E731
     with torch.no_grad():
         assert dense.probe == probe.accuracy(probe.choices(run, lambda: None))
     assert mlp.probe in (0, 1 / 3, 2 / 3, 1)
     plain = Ablation(loaded, windows, store, tmp_path)
-    (row,) = plain.run([DENSE], Count())
+    (row,) = plain.run([DENSE])
     assert row.probe is None, "another identity"
 
 

@@ -128,4 +128,6 @@ def test_refuses_what_it_cannot_score() -> None:
     with pytest.raises(StudyError, match="its logits hold NaN"):
         Sensitivity(broken, WINDOWS, [Scheme.of()])
     with pytest.raises(StudyError, match="random weights"):
-        Sensitivity(LoadedModel("tiny", tiny("llama"), None), WINDOWS, [Scheme.of()])
+        Sensitivity(
+            LoadedModel("tiny", tiny("llama"), None, is_random=True), WINDOWS, [Scheme.of()]
+        )

@@ -249,7 +249,7 @@ def test_the_command(tiny_folder: Path, folder: Path) -> None:
 def test_what_cannot_be_run(model: LoadedModel, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="knows no task 'no_such_task'"):
         next(evaluate_tasks(model, [Trial.of("all", "nvfp4")], ["no_such_task"]))
-    random = LoadedModel("tiny", model.model, None)
+    random = LoadedModel("tiny", model.model, None, is_random=True)
     with pytest.raises(StudyError, match="random weights"):
         next(evaluate_tasks(random, [], ["numbers"]))
     text = CHOICE.format(name="gone", data=tmp_path / "no.jsonl")

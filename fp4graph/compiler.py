@@ -16,6 +16,7 @@ from fp4graph.dynamo import (
     make_room_for_graphs,
     pin_to_owners,
     raiser,
+    trace_modules_again,
 )
 from fp4graph.errors import Fp4GraphError, OptionError, RefusalError, SelectorError
 from fp4graph.graph.names import model_lists, named_linears, parameter_names, unreached
@@ -92,6 +93,10 @@ class Backend:
         self._failed: Fp4GraphError | None = None
         self.watch = CallWatch(self._raise_again, self._check_call, self.runs)
         make_room_for_graphs()
+        trace_modules_again(model)
+
+    def __repr__(self) -> str:
+        return f"<fp4graph backend: {self.policy}; {self.report.summary}>"
 
     def __call__(
         self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
@@ -306,20 +311,23 @@ def backend(
         raise OptionError(f"on_refusal={on_refusal!r}: expected 'raise' or 'keep'")
     if isinstance(inner, str) and inner not in NAMES:
         raise OptionError(f"inner={inner!r}: expected {', '.join(NAMES)} or a backend function")
-    scheme = Scheme.of(format, quantizer, activations, kernel, _codes(calibration, quantizer))
+    scheme = Scheme.read(format, quantizer, activations, kernel)
+    codes = _codes(calibration)
+    policy = Policy.of(select, scheme, codes)
+    if codes and not any(each.calibration for each in policy.schemes):
+        made = " and ".join(f"{each} by {how}" for each, how in codes[0].ways)
+        asked = " and ".join(f"{each.format} by {each.quantizer}" for each in policy.schemes)
+        raise OptionError(f"{asked} is asked for, and the calibration has {made}")
     report = Report() if report is None else report
-    return Backend(Policy.of(select, scheme), inner, on_refusal, model, report)
+    return Backend(policy, inner, on_refusal, model, report)
 
 
-def _codes(given: object, quantizer: str) -> Calibration | None:
-    """Return a calibration as it is given, or as its file holds it."""
+def _codes(given: object) -> tuple[Calibration, ...]:
+    """Return a calibration as it is given, or as its file holds it; none where none is given."""
     found = Calibration.load(given) if isinstance(given, str | Path) else given
     if found is None:
-        return None
+        return ()
     if not isinstance(found, Calibration):
         problem = "expected a Calibration or the file that holds one"
         raise OptionError(f"calibration={given!r}: {problem}")
-    if quantizer not in ("rtn", str(found.quantizer)):
-        problem = f"the calibration was made with {str(found.quantizer)!r}"
-        raise OptionError(f"quantizer {quantizer!r} is asked for, and {problem}")
-    return found
+    return (found,)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
 
+from fp4graph.errors import ModelError
 from fp4graph.kernels import parse_target
 from fp4graph.policy import Policy, Select
 from fp4graph.scheme import Scheme
 from fp4graph.traced.model import TracedModel
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from fp4graph.formats import BlockFormat
     from fp4graph.report import Report
 
@@ -40,7 +41,8 @@ def explain(
         activations: as in `backend`.
         kernel: as in `backend`.
         device: a device to choose kernels for that need not be here, `cpu` or one such as
-            `cuda:sm_90` (see `fp4graph inspect --help`); None for where the weights are.
+            `cuda:sm_90` (see `fp4graph inspect --help`); None for where the weights are, and for
+            this CPU if they are on the meta device.
         kwargs: further inputs of the model.
 
     Returns:
@@ -49,10 +51,29 @@ def explain(
     Raises:
         SelectorError: bad text, a term that matches nothing, or a part of a fused weight.
         OptionError: an option or a device that does not exist.
+        ModelError: no module; or one whose linears Dynamo does not show.
     """
-    policy = Policy.of(select, Scheme.of(format, quantizer, activations, kernel))
+    other: object = model  # the annotation is no promise
+    if not isinstance(other, nn.Module):
+        hint = ": fp4graph.models.load(name).model is one" if isinstance(other, str) else ""
+        raise ModelError(f"model={other!r} is no torch.nn.Module{hint}")
+    policy = Policy.of(select, Scheme.read(format, quantizer, activations, kernel))
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        device = device or "cpu"
+        args, kwargs = tree_map_only(torch.Tensor, _to_meta, (args, kwargs))
     target = None if device is None else parse_target(device)
     traced = TracedModel(model)
     with torch.no_grad():
         traced(*args, **kwargs)
-    return traced.plan(policy, target)
+    report = traced.plan(policy, target)
+    if not len(report) and any(isinstance(each, nn.Linear) for each in model.modules()):
+        raise ModelError(
+            f"{type(model).__name__} has linears, and no traced graph has one: Dynamo skips code "
+            "of torch's own, for good where it once did; call it within a module or function of "
+            "your own"
+        )
+    return report
+
+
+def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("meta")

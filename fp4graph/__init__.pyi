@@ -1,0 +1,76 @@
+from . import errors, formats, kernels, models, quantizers, study
+from .calibration.calibrate import calibrate
+from .compiler import backend
+from .errors import (
+    CalibrationError,
+    CorpusError,
+    Fp4GraphError,
+    GradientError,
+    ModelError,
+    OptionError,
+    RecompileError,
+    RefusalError,
+    SelectorError,
+    StudyError,
+    WeightError,
+)
+from .explanation import explain
+from .formats import (
+    MXFP4,
+    NVFP4,
+    BlockFormat,
+    PackedWeight,
+    dequantize,
+    get_format,
+)
+from .linears.selector import Selector
+from .policy import Policy
+from .quantizers import Calibration, quantize
+from .report import LinearRow, Report
+from .scheme import Activations, Scheme
+from .traced.model import TracedModel
+from .traced.replay import Replay
+from .traced.tap import LinearTap
+
+__version__: str
+
+__all__ = [
+    "MXFP4",
+    "NVFP4",
+    "Activations",
+    "BlockFormat",
+    "Calibration",
+    "CalibrationError",
+    "CorpusError",
+    "Fp4GraphError",
+    "GradientError",
+    "LinearRow",
+    "LinearTap",
+    "ModelError",
+    "OptionError",
+    "PackedWeight",
+    "Policy",
+    "RecompileError",
+    "RefusalError",
+    "Replay",
+    "Report",
+    "Scheme",
+    "Selector",
+    "SelectorError",
+    "StudyError",
+    "TracedModel",
+    "WeightError",
+    "__version__",
+    "backend",
+    "calibrate",
+    "dequantize",
+    "errors",
+    "explain",
+    "formats",
+    "get_format",
+    "kernels",
+    "models",
+    "quantize",
+    "quantizers",
+    "study",
+]
