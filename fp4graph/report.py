@@ -89,7 +89,7 @@ class LinearRow:
         return cls.of(tag, bytes_dense, f"{what}{reason}")
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """The rows of all graphs that a backend compiled; a later graph's row replaces an earlier's.
 
@@ -239,6 +239,9 @@ class Report:
 
     def __str__(self) -> str:
         return str(self.table())
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.summary}>"
 
     def _repr_html_(self) -> str:
         return self.by_role().html()

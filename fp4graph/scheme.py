@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from fp4graph.errors import OptionError
-from fp4graph.formats import NVFP4, BlockFormat, get_format
+from fp4graph.formats import FORMATS, NVFP4, BlockFormat, get_format
 from fp4graph.kernels import check_name
 from fp4graph.quantizers import RTN, Quantizer, check_quantizer
 
@@ -118,7 +119,7 @@ class Scheme:
         Raises:
             OptionError: a value that does not exist.
         """
-        weight_format = get_format(format)
+        weight_format = _format(format)
         check_name(kernel)
         found = Quantizer.parse(quantizer, weight_format)
         return cls(weight_format, found, Activations.of(activations), kernel)
@@ -177,3 +178,18 @@ class Scheme:
             return f"{self.format} {self.activations.mode}, activations within {INT8_ERROR:.1%}"
         how = "" if self.quantizer == RTN else f", {self.quantizer}"
         return f"{self.format} {self.activations.mode}{how}"
+
+
+def _format(given: str | BlockFormat) -> BlockFormat:
+    """Return a format by its name.
+
+    Raises:
+        OptionError: no such format; says which one is near.
+    """
+    try:
+        return get_format(given)
+    except OptionError as error:
+        near = difflib.get_close_matches(str(given).lower(), FORMATS, n=1)
+        if not near:
+            raise
+        raise OptionError(f"{error}; did you mean {near[0]!r}?") from None

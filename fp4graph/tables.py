@@ -77,7 +77,7 @@ class TextTable:
 
     def __str__(self) -> str:
         out = StringIO()
-        Console(file=out, width=_AS_TEXT, highlight=False).print(self)
+        Console(file=out, width=_AS_TEXT, highlight=False, force_jupyter=False).print(self)
         return out.getvalue()
 
     def html(self) -> str:

@@ -69,10 +69,9 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     heights = [_height(kind, group) for kind, _, group in panels]
     figure = Figure(figsize=(width, 0.8 + sum(heights)), layout="constrained")
     grid = figure.add_gridspec(len(panels), 1, height_ratios=heights)
-    scale = color_scale(row.kl for row in rows if cell_of(row.selector))
     for place, (kind, setting, group) in enumerate(panels):
         if kind == "role,block":
-            _heat_maps(figure, grid, place, setting, group, scale)
+            _heat_maps(figure, grid, place, setting, group)
             continue
         axis = figure.add_subplot(grid[place])
         {"role": _roles, "block": _lines, "other": _bars}[kind](axis, group)
@@ -116,23 +115,19 @@ def _said(kind: str, setting: Setting, format: str = "") -> str:
 
 
 def _heat_maps(
-    figure: Figure,
-    grid: GridSpec,
-    place: int,
-    setting: Setting,
-    group: Sequence[Row],
-    scale: object,
+    figure: Figure, grid: GridSpec, place: int, setting: Setting, group: Sequence[Row]
 ) -> None:
     formats = _formats(group)
     inner = grid[place].subgridspec(len(formats), 1)
     factor, name = unit(row.kl for row in group)
+    scale = color_scale((row.kl for row in group), from_zero=setting[2] == "only")
     for number, format in enumerate(formats):
         axis = figure.add_subplot(inner[number])
         own = [row for row in group if row.format == format]
         found = {cell: row for row in own if (cell := cell_of(row.selector))}
         cells = {cell: row.kl for cell, row in found.items()}
         nothing = [cell for cell, row in found.items() if is_nothing(row.kl, row.kl_se)]
-        heat_map(axis, cells, f"KL, {name}nats", scale, factor, nothing)  # type: ignore[arg-type]
+        heat_map(axis, cells, f"KL, {name}nats", scale, factor, nothing)
         axis.set_title(_said("role,block", setting, format) + unmeasured(cells), fontsize=10)
 
 

@@ -29,10 +29,10 @@ COLORS = ("#0072B2", "#E69F00", "#000000", "#56B4E9", "#D55E00", "#F0E442", "#CC
 """Okabe and Ito's, which the red-green-blind tell apart, in an order that prints well too."""
 MARKERS = "osD^vPX*"
 HATCHES = ("", "///", "...", "xx", "\\\\\\", "++", "oo", "--")
-MAP = "cividis_r"
+MAP = "YlGnBu"
 UNMEASURED = "////"
 _DPI = 120
-_WIDEST = 16.0  # inches
+_WIDEST = 18.0  # inches
 _CELL = 0.46  # inches that a number in a cell takes
 _MARGIN = 2.6  # inches for names and colour bar
 _SPREAD = 20.0  # of values, from which on colours go by their logarithm
@@ -75,13 +75,20 @@ def in_model_order(roles: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(roles), key=lambda role: (order.get(role, len(order)), role))
 
 
-def color_scale(values: Iterable[float]) -> Normalize:
-    """Return what turns values into colours: by their logarithm if they spread."""
+def color_scale(values: Iterable[float], *, from_zero: bool = True) -> Normalize:
+    """Return what turns values into colours: by their logarithm if they spread.
+
+    Args:
+        values: none of them negative.
+        from_zero: whether the lightest colour is 0, and not the smallest value.
+    """
     known = [value for value in values if value > 0 and math.isfinite(value)]
     if not known:
         return Normalize(0.0, 1.0)
     low, high = min(known), max(known)
-    return LogNorm(low, high) if high > _SPREAD * low else Normalize(0.0, high)
+    if high > _SPREAD * low:
+        return LogNorm(low, high)
+    return Normalize(0.0 if from_zero else low, high)
 
 
 def unit(values: Iterable[float]) -> tuple[float, str]:
@@ -122,8 +129,8 @@ def heat_map(
     axis.set_facecolor("#eeeeee")
     axis.patch.set_hatch(UNMEASURED)
     axis.patch.set_edgecolor("#999999")
-    lowest = norm.vmin if isinstance(norm, LogNorm) else 0.0
-    shown_RB = np.maximum(grid_RB, lowest or 0.0)
+    lowest = norm.vmin or 0.0
+    shown_RB = np.maximum(grid_RB, lowest)
     image = axis.imshow(shown_RB, aspect="auto", cmap=MAP, norm=norm, interpolation="nearest")
     axis.set_yticks(range(len(roles)), roles)
     step = max(1, math.ceil(len(blocks) / 32))
@@ -140,12 +147,16 @@ def heat_map(
             mark = "~" if (role, block) in marked else ""
             if np.isnan(value) or not (fits or mark):
                 continue
-            text = mark + (f"{value * factor:.2g}" if fits else "")
-            dark = norm(max(value, lowest or 0.0)) > 0.5
+            text = mark + (_short(value * factor) if fits else "")
+            dark = norm(max(value, lowest)) > 0.5
             axis.text(
                 block, row, text, ha="center", va="center", fontsize=6.5,
                 color="white" if dark else "black",
             )  # fmt: skip
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def unmeasured(cells: Cells) -> str:

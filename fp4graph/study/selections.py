@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Cell = tuple[str, int]
 """A role and a block."""
-_ROLES = set(map(str, Role))
+_ORDER = {str(role): place for place, role in enumerate(Role)}
 _CELL = re.compile(r"(\w+),blocks=(\d+)")
 
 
@@ -29,7 +29,7 @@ def kind_of(selector: str) -> str:
         return "role,block"
     if re.fullmatch(r"blocks=\d+", selector):
         return "block"
-    return "role" if selector in _ROLES else "other"
+    return "role" if selector in _ORDER else "other"
 
 
 def shortest(chosen: Iterable[Cell], every: Iterable[Cell]) -> str:
@@ -57,7 +57,7 @@ def shortest(chosen: Iterable[Cell], every: Iterable[Cell]) -> str:
 def _clauses(cells: set[Cell], every: set[Cell]) -> list[str]:
     """Return a clause for each role and run of blocks; roles with the same blocks share one."""
     roles: dict[str, list[int]] = defaultdict(list)
-    for role, block in sorted(cells, key=lambda cell: cell[1]):
+    for role, block in sorted(cells, key=lambda cell: (_ORDER.get(cell[0], len(_ORDER)), cell)):
         roles[role].append(block)
     by_blocks: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for role, blocks in roles.items():

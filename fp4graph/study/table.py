@@ -107,7 +107,7 @@ class Table(Sequence[Any]):
 
     def __str__(self) -> str:
         out = StringIO()
-        Console(file=out, width=_AS_TEXT, highlight=False).print(self)
+        Console(file=out, width=_AS_TEXT, highlight=False, force_jupyter=False).print(self)
         return out.getvalue()
 
     __repr__ = __str__

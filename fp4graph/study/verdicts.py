@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _LARGE = 0.3  # of the damage: as many linears as make up so much are named
 _SMALL = 0.1  # and as many as cost no more than this are called safe
+_ROUNDING = 1e-12
+_NAMED = 6  # linears that are named at most
 _MANY = 20  # cells from which on shares are worth a sentence
 _CLOSE = 0.15  # by which sums may be wrong and still be added up
 _GOOD, _FAIR = 0.9, 0.7  # correlations of ranks
@@ -104,14 +106,18 @@ def of_cells(cells: Mapping[Cell, float], what: str) -> list[str]:
     if total <= 0:
         return []
     sums = list(accumulate(cells[cell] for cell in ordered))
-    worst = ordered[: 1 + next(i for i, each in enumerate(sums) if each >= _LARGE * total)]
-    rest = [total - each for each in sums]
-    kept = next(i for i, each in enumerate(rest) if each <= _SMALL * total) + 1
-    safe = ordered[kept:]
-    said = [
-        f"{_named(worst)} {'makes' if len(worst) == 1 else 'make'} up "
-        f"{sums[len(worst) - 1] / total:.0%} of the {what} ({nats(total)} in all)"
+    worst = ordered[
+        : 1 + next(i for i, each in enumerate(sums) if each >= _LARGE * total - _ROUNDING)
     ]
+    rest = [total - each for each in sums]
+    kept = next(i for i, each in enumerate(rest) if each <= _SMALL * total + _ROUNDING) + 1
+    safe = ordered[kept:]
+    share = f"{sums[len(worst) - 1] / total:.0%} of the {what} ({nats(total)} in all)"
+    if len(worst) > _NAMED:
+        first = f"the {len(worst)} most damaging of {len(cells)} linears"
+        said = [f"{first}, {_named(worst[:_NAMED])} before others, make up {share}"]
+    else:
+        said = [f"{_named(worst)} {'makes' if len(worst) == 1 else 'make'} up {share}"]
     if safe:
         said.append(
             f"the {len(safe)} least damaging of {len(cells)} linears cost "
