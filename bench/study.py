@@ -115,7 +115,7 @@ def blocks(results: Results) -> str:
             rows.append((name(setting), f"{whole:.4f}", *(f"{x:.0%}" for x in ends(kl)), most))
     title = "SmolLM2-135M: where the damage is"
     label = "share of the sum of KL"
-    draw_cells({"": shares}, label, title, DOCS / "images/blocks.png")
+    draw_cells({"": shares}, label, title, DOCS / "images/blocks.png", "setting")
     heads = ["", "sum of KL", f"first {ENDS}", f"last {ENDS}", "the worst, with their KL"]
     return table(heads, rows)
 

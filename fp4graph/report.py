@@ -202,7 +202,7 @@ class Report:
         groups = list(kinds.values())
         columns = [
             Column("role", [str(role) for role, *_ in kinds], "text"),
-            Column("blocks", [_blocks(group) for group in groups], "text"),
+            Column("blocks", [_blocks(group) for group in groups], "label"),
             Column("linears", [str(len(group)) for group in groups]),
         ]
         return self._view(columns, groups, plans)

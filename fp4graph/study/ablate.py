@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from fp4graph import (
@@ -28,10 +27,11 @@ from fp4graph.fingerprint import fingerprint
 from fp4graph.machine import processor
 from fp4graph.models import check_length
 from fp4graph.passes.base import skipped
-from fp4graph.study.evaluate import DenseReference, Scores, Windows
+from fp4graph.study.evaluate import DenseReference, Windows
 from fp4graph.study.forecast import Forecast, share
 from fp4graph.study.progress import SILENT
-from fp4graph.study.statistics import halves, interval, mean_and_error
+from fp4graph.study.scored import row_of
+from fp4graph.study.statistics import halves
 from fp4graph.study.trial import DENSE, Row, Trial
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class Ablation:
             self._traced.settle(**self._inputs(0))
         start = time.perf_counter()
         logits = self._logits(0)[0]
+        self._keys: dict[Trial, dict[str, Any]] = {}
         self._arithmetic = f"{fingerprint(logits) % 2**64:016x}"
         self._window_s = time.perf_counter() - start
         self._vocabulary = logits.shape[-1]
@@ -141,8 +142,11 @@ class Ablation:
         whole = self._window_s * len(self._rows)
         in_part = self._replay.refusal is None
         seconds = (whole * (share(trial, self._traced.tags) if in_part else 1) for trial in missing)
-        size = len(self._windows.ids) * self._windows.scored * self._vocabulary * 4
-        return Forecast(len(plan), len(self._windows.ids), tuple(seconds), size)
+        tokens = len(self._windows.ids) * self._windows.scored
+        logits = tokens * self._vocabulary * torch.float32.itemsize
+        packed = sum(row.bytes_packed or 0 for row in self.report())
+        dense = sum(each.nbytes for each in self._loaded.model.parameters())
+        return Forecast(len(plan), len(self._windows.ids), tuple(seconds), logits, dense, packed)
 
     def run(
         self, plan: Sequence[Trial], progress: Progress = SILENT, seconds: float = math.inf
@@ -235,6 +239,11 @@ class Ablation:
         return self._identity
 
     def _key(self, trial: Trial) -> dict[str, Any]:
+        if trial not in self._keys:
+            self._keys[trial] = self._new_key(trial)
+        return self._keys[trial]
+
+    def _new_key(self, trial: Trial) -> dict[str, Any]:
         facts, schemes = trial.facts, trial.select.schemes
         found = dict.fromkeys(each.calibration.digest() for each in schemes if each.calibration)
         codes = {"calibration": ",".join(found)} if found else {}
@@ -258,7 +267,7 @@ class Ablation:
     def _measure(self, trial: Trial, dense: _Dense, progress: Progress) -> Row:
         reference = dense.reference
         if trial == DENSE:
-            row = _row(trial, reference.scores, reference.scores, Report())
+            row = row_of(trial, reference.scores, reference.scores, Report())
             noise, noise_se = halves(reference.scores.nll)
             row = replace(row, noise=noise, noise_se=noise_se)
             return self._probed(row, dense.choices, dense.choices)
@@ -269,7 +278,7 @@ class Ablation:
         if not report.selected:
             raise StudyError("no linear was rewritten")
         run = self._replay.run if in_part else self._logits
-        row = _row(trial, reference.score(run, progress.advance), reference.scores, report)
+        row = row_of(trial, reference.score(run, progress.advance), reference.scores, report)
         return self._probed(row, self._answer(run, progress), dense.choices)
 
     def _probed(self, row: Row, choices: Integers | None, dense: Integers | None) -> Row:
@@ -285,41 +294,3 @@ class _Dense:
 
     reference: DenseReference
     choices: Integers | None
-
-
-def _row(trial: Trial, scores: Scores, dense: Scores, report: Report) -> Row:
-    dnll, dnll_se = mean_and_error(scores.nll - dense.nll)
-    dnll_low, dnll_high = interval(scores.nll - dense.nll)
-    kl, kl_se = mean_and_error(scores.kl)
-    kl_p50, kl_p90, kl_p99 = map(float, np.percentile(scores.kl, (50, 90, 99)))
-    rows = report.selected
-    bytes_dense = sum(row.bytes_dense for row in rows)
-    bytes_packed = sum(row.bytes_packed or 0 for row in rows)
-    parameters = sum(row.parameters for row in rows)
-    saved = max(bytes_dense - bytes_packed, 0)
-    return Row(
-        **trial.facts,
-        ppl=scores.perplexity,
-        dnll=dnll,
-        dnll_se=dnll_se,
-        dnll_low=dnll_low,
-        dnll_high=dnll_high,
-        kl=kl,
-        kl_se=kl_se,
-        kl_p50=kl_p50,
-        kl_p90=kl_p90,
-        kl_p99=kl_p99,
-        top1=float(scores.same.mean()),
-        linears=len(rows),
-        parameters=parameters,
-        bytes_dense=bytes_dense,
-        bytes_packed=bytes_packed,
-        dnll_per_mb=_per_million(dnll, saved),
-        kl_per_mb=_per_million(kl, saved),
-        dnll_per_mparam=_per_million(dnll, parameters),
-        kl_per_mparam=_per_million(kl, parameters),
-    )
-
-
-def _per_million(value: float, count: int) -> float | None:
-    return value / (count / 1e6) if count else None

@@ -25,12 +25,16 @@ class Forecast:
         windows: of the text.
         seconds: of each trial that is not kept, in their order, told from one window's time.
         logits: bytes of the dense model's log probabilities, kept while trials run.
+        dense: bytes of the model's weights.
+        packed: bytes that come on top of them where all block linears are in FP4.
     """
 
     trials: int
     windows: int
     seconds: tuple[float, ...]
     logits: int
+    dense: int
+    packed: int
 
     def done_in(self, budget: float) -> int:
         """Return how many trials will have ended after a number of seconds, kept ones included."""
@@ -43,8 +47,9 @@ class Forecast:
         if not self.seconds:
             return f"{text}: nothing to run"
         return (
-            f"{text}, {self.windows} windows each: about {duration(sum(self.seconds))}, and "
-            f"{self.logits / 1e9:.1f} GB for the dense model's log probabilities"
+            f"{text}, {self.windows} windows each: about {duration(sum(self.seconds))}; "
+            f"{self.dense / 1e9:.1f} GB of weights in memory, up to {self.packed / 1e9:.1f} GB of "
+            f"packed ones, {self.logits / 1e9:.1f} GB on disk for the dense model's predictions"
         )
 
 

@@ -118,8 +118,13 @@ def windows_of(loaded: LoadedModel, tokens: Tensor | Windows) -> Windows:
     return windows or Windows(ids.cpu(), first=1)
 
 
+def short(corpus: str) -> str:
+    """Return what a corpus is called in titles: of a file its name."""
+    return corpus if corpus.startswith("hf:") else Path(corpus).name
+
+
 def title_of(loaded: LoadedModel, windows: Windows, corpus: str) -> str:
     """Return what a study is called: model, text, tokens, dtype."""
     dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-    text = corpus or f"text {windows.digest()}"
+    text = short(corpus) or f"text {windows.digest()}"
     return f"{loaded.name}, {text}, {windows.ids.numel()} tokens, {dtype}"

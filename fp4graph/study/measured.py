@@ -63,7 +63,7 @@ def measured(store: Store, revision: str, tags: Sequence[LinearTag]) -> list[Mea
         setting = {key: identity[key] for key in sorted(identity.keys() - _OF_A_TRIAL)}
         key = json.dumps(setting)
         if key not in found:
-            corpus = stored.run.get("corpus", f"text {identity['text']}")
+            corpus = stored.run.get("corpus") or f"text {identity['text']}"
             how = (identity["text"], corpus, row.format, row.activations, row.quantizer)
             found[key] = Measured(*how, {})
         policy = Policy.read(row.selector, Scheme())

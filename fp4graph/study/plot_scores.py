@@ -38,7 +38,11 @@ _FEWEST = 5
 
 
 def draw_cells(
-    panels: Mapping[str, Mapping[tuple[str, int], float]], label: str, title: str, path: Path
+    panels: Mapping[str, Mapping[tuple[str, int], float]],
+    label: str,
+    title: str,
+    path: Path,
+    rows: str = "role",
 ) -> None:
     """Draw heat maps of role by block into a PNG, SVG or PDF, one below the other.
 
@@ -47,6 +51,7 @@ def draw_cells(
         label: what they are.
         title: of the picture.
         path: the file.
+        rows: what the rows are.
 
     Raises:
         OptionError: the file's name ends otherwise.
@@ -64,7 +69,7 @@ def draw_cells(
     factor, name = unit(values) if "nats" in label else (1.0, "")
     label = label.replace("nats", f"{name}nats")
     for axis, (heading, cells) in zip(axes[:, 0], drawn.items(), strict=True):
-        heat_map(axis, cells, label, color_scale(values), factor)
+        heat_map(axis, cells, label, color_scale(values), factor, rows=rows)
         axis.set_title(heading + unmeasured(cells), fontsize=10)
     title_over(figure, title)
     save(figure, path)
@@ -124,11 +129,16 @@ def draw_points(
             low = min(min(x, y) for x, y, _ in shown)
             high = max(max(x, y) for x, y, _ in shown)
             axis.plot([low, high], [low, high], color="#777777", linewidth=0.8, linestyle="--")
-    handles = [
-        Line2D([], [], marker=marker, ls="", color=color, label=kind)
-        for kind, (color, marker) in styles.items()
-    ]
-    figure.legend(handles=handles, loc="outside right", fontsize=9)
+    handles = (
+        []
+        if len(styles) < 2
+        else [
+            Line2D([], [], marker=marker, ls="", color=color, label=kind)
+            for kind, (color, marker) in styles.items()
+        ]
+    )
+    if handles:
+        figure.legend(handles=handles, loc="outside right", fontsize=9)
     title_over(figure, title)
     save(figure, path)
 

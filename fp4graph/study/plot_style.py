@@ -70,9 +70,9 @@ def title_over(figure: Figure, title: str) -> None:
 
 
 def in_model_order(roles: Iterable[str]) -> list[str]:
-    """Return names of roles as a model has them, from q to down; other names behind."""
+    """Return names of roles as a model has them, from q to down; other names behind, as given."""
     order = {str(role): place for place, role in enumerate(Role)}
-    return sorted(dict.fromkeys(roles), key=lambda role: (order.get(role, len(order)), role))
+    return sorted(dict.fromkeys(roles), key=lambda role: order.get(role, len(order)))
 
 
 def color_scale(values: Iterable[float], *, from_zero: bool = True) -> Normalize:
@@ -112,6 +112,7 @@ def heat_map(
     norm: Normalize,
     factor: float = 1.0,
     nothing: Iterable[tuple[str, int]] = (),
+    rows: str = "role",
 ) -> None:
     """Draw values by role and block, that are never negative; what is not measured is hatched.
 
@@ -122,6 +123,7 @@ def heat_map(
         norm: see `color_scale`; several panels may share one.
         factor: what the numbers in cells, and on the colour bar, are multiplied by.
         nothing: cells that are within two errors of 0; they get a `~`.
+        rows: what the rows are.
     """
     roles = in_model_order(role for role, _ in cells)
     blocks = list(range(max(block for _, block in cells) + 1))
@@ -136,7 +138,7 @@ def heat_map(
     step = max(1, math.ceil(len(blocks) / 32))
     axis.set_xticks(blocks[::step], [str(block) for block in blocks[::step]])
     axis.set_xlabel("block")
-    axis.set_ylabel("role")
+    axis.set_ylabel(rows)
     ticks = FuncFormatter(lambda value, _: f"{value * factor:.3g}")
     axis.figure.colorbar(image, ax=axis, label=label, shrink=0.9, format=ticks)
     marked = set(nothing)

@@ -12,6 +12,7 @@ from fp4graph.files import write_text
 from fp4graph.study import verdicts, views
 from fp4graph.study.ablate import PROTOCOL
 from fp4graph.study.export import export
+from fp4graph.study.given import short
 from fp4graph.study.plan import DIRECTIONS
 from fp4graph.study.plot import draw
 from fp4graph.study.selections import kind_of
@@ -179,6 +180,6 @@ def _studies(stored: Iterable[Stored]) -> dict[str, tuple[str, list[Row]]]:
 def title_of(run: dict[str, Any], identity: dict[str, Any]) -> str:
     """Return what a study is called: model, text, tokens, dtype."""
     model = run.get("model_name") or f"model {identity['model']}"
-    corpus = run.get("corpus") or f"text {identity['text']}"
+    corpus = short(run.get("corpus") or "") or f"text {identity['text']}"
     tokens = f", {run['scored_tokens']} tokens" if "scored_tokens" in run else ""
     return f"{model}, {corpus}{tokens}, {str(identity['dtype']).removeprefix('torch.')}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -185,7 +186,8 @@ class _Harness:
         forward = compiled(model, made, dynamic=True)
         try:
             self._load()
-            with forward_replaced(model, forward):
+            quiet = patch("lm_eval.evaluator.get_git_commit_hash")  # else git writes to stderr
+            with forward_replaced(model, forward), quiet:
                 lm = HFLM(
                     pretrained=model, tokenizer=self._loaded.tokenizer, backend="causal",
                     batch_size=self._batch_size,

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from fp4graph.study.outliers import by_role
-from fp4graph.study.selections import cell_of, shortest
+from fp4graph.study.selections import cell_of, kind_of, shortest
 from fp4graph.study.views import is_nothing
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _LARGE = 0.3  # of the damage: as many linears as make up so much are named
 _SMALL = 0.1  # and as many as cost no more than this are called safe
-_ROUNDING = 1e-12
+_ROUNDING = 1e-9
 _NAMED = 6  # linears that are named at most
 _MANY = 20  # cells from which on shares are worth a sentence
 _CLOSE = 0.15  # by which sums may be wrong and still be added up
@@ -72,6 +72,7 @@ def _of_setting(rows: Sequence[Row], direction: str) -> list[str]:
     }
     if len(cells) >= _MANY:
         said += of_cells(cells, "damage of single linears")
+        said += _of_ratios([row.kl / total for row in rows if (total := _sum(row, cells))])
     others = [row for row in rows if not cell_of(row.selector) and row.selector != "all"]
     if len(others) > 1 and direction == "only":
         worst, least = (pick(others, key=lambda row: row.kl) for pick in (max, min))
@@ -83,6 +84,19 @@ def _of_setting(rows: Sequence[Row], direction: str) -> list[str]:
     if unclear:
         said.append(f"{len(unclear)} of {len(rows)} trials cost nothing that this text can show")
     return said
+
+
+def _sum(row: Row, cells: Mapping[Cell, float]) -> float | None:
+    """Return what the linears of a role, a block or `all` cost alone; None if not all are known."""
+    kind, name = kind_of(row.selector), row.selector
+    own = [
+        kl
+        for (role, block), kl in cells.items()
+        if (kind == "role" and role == name)
+        or (kind == "block" and f"blocks={block}" == name)
+        or name == "all"
+    ]
+    return sum(own) if len(own) == row.linears else None
 
 
 def _of_one(row: Row) -> str:
@@ -165,14 +179,18 @@ def of_sensitivity(rows: Sequence[SensitivityRow]) -> list[str]:
 
 def of_sets(rows: Sequence[SetRow]) -> list[str]:
     """Say whether damages add up."""
-    ratios = [row.kl / row.kl_sum for row in rows if row.kl_sum > 0]
+    return _of_ratios([row.kl / row.kl_sum for row in rows if row.kl_sum > 0])
+
+
+def _of_ratios(ratios: Sequence[float]) -> list[str]:
     if not ratios:
         return []
     low, high = min(ratios), max(ratios)
     off = max(abs(low - 1), abs(high - 1))
     text = f"sets cost {low:.2f} to {high:.2f} times the sum of their linears' own KL"
     if off <= _CLOSE:
-        return [f"{text}: sums are right to {math.ceil(off * 100)} %, so damages may be added up"]
+        right = math.ceil(off * 100 - _ROUNDING)
+        return [f"{text}: sums are right to {right} %, so damages may be added up"]
     return [f"{text}: sums are wrong by up to {off:.0%}; measure a mix before you rely on it"]
 
 

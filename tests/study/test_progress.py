@@ -109,14 +109,17 @@ def test_what_is_given_is_told() -> None:
 
 
 def test_a_forecast_counts_what_a_budget_is_enough_for() -> None:
-    forecast = Forecast(10, 4, (5.0, 5.0, 10.0, 10.0), 2_000_000_000)
+    sizes = 2_000_000_000, 1_000_000_000, 150_000_000
+    forecast = Forecast(10, 4, (5.0, 5.0, 10.0, 10.0), *sizes)
     assert str(forecast) == (
-        "10 trials, 6 of them kept from before, 4 windows each: about 0:00:30, and 2.0 GB for the "
-        "dense model's log probabilities"
+        "10 trials, 6 of them kept from before, 4 windows each: about 0:00:30; 1.0 GB of weights "
+        "in memory, up to 0.1 GB of packed ones, 2.0 GB on disk for the dense model's predictions"
     )
     assert forecast.done_in(12.0) == 6 + 2
     assert forecast.done_in(0.1) == 6 + 1, "one trial is always begun"
-    assert str(Forecast(3, 4, (), 0)) == "3 trials, 3 of them kept from before: nothing to run"
+    assert (
+        str(Forecast(3, 4, (), 0, 0, 0)) == "3 trials, 3 of them kept from before: nothing to run"
+    )
 
 
 def test_plans_are_named_for_people() -> None:

@@ -87,3 +87,15 @@ def test_whether_scores_tell() -> None:
 )
 def test_nats(value: float, text: str) -> None:
     assert verdicts.nats(value) == text
+
+
+def test_a_grid_beside_sets_says_whether_damages_add_up() -> None:
+    grid = [row(f"{role},blocks={block}", kl, kl_se=1e-6) for (role, block), kl in CELLS.items()]
+    sets = [
+        row("q", 0.029, kl_se=1e-6, linears=30), row("blocks=3", 0.003, kl_se=1e-6, linears=3),
+        row("all", 0.081, kl_se=1e-6, linears=90),
+    ]  # fmt: skip
+    said = verdicts.of_ablation([*grid, *sets])
+    assert any("sets cost 0.90 to 1.00 times" in each and "right to 10 %" in each for each in said)
+    few = verdicts.of_ablation([*grid[:40], sets[0], sets[2]])
+    assert not any("sets cost" in each for each in few), "linears of q are lacking"
