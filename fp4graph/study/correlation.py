@@ -61,8 +61,8 @@ class Correlation:
     pearson_high: float
 
     @property
-    def mode(self) -> str:
-        """The field's name for its activations, as in `Row.mode`."""
+    def activation_mode(self) -> str:
+        """The field's name for its activations, as in `OfTrial`."""
         return mode_of(self.activations)
 
 

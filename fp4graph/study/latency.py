@@ -24,7 +24,7 @@ from fp4graph.private import counters
 from fp4graph.study.compiled import compiled
 from fp4graph.study.progress import SILENT
 from fp4graph.study.statistics import bootstrap
-from fp4graph.study.trial import DENSE, mode_of
+from fp4graph.study.trial import DENSE, OfTrial
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fp4graph.study.progress import Progress
-    from fp4graph.study.trial import Trial
+    from fp4graph.study.trial import Direction, Trial
 
 _WARM_UPS = 2
 
@@ -62,11 +62,12 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class LatencyRow:
+class LatencyRow(OfTrial):
     """What was measured of a variant; the fields are the keys of the JSON lines.
 
     Attributes:
-        selector: of its trial, and so are `format`, `quantizer`, `activations` and `name`.
+        selector: of its trial, and so are `format`, `quantizer`, `activations`, `direction` and
+            `name`.
         inner: see `Variant`, and so is `mode`.
         ttft_s: time to first token, median over rounds, seconds.
         prefill_tokens_per_s: prompt tokens over `ttft_s`.
@@ -104,21 +105,7 @@ class LatencyRow:
     activations: str
     rounds: int
     name: str = ""
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether it is the dense model's."""
-        return self.format is None
-
-    @property
-    def activation_mode(self) -> str:
-        """The field's name for its activations, as in `Row.mode`."""
-        return mode_of(self.activations)
-
-    @property
-    def label(self) -> str:
-        """What is in FP4, for people: its name if it has one."""
-        return "dense" if self.is_dense else self.name or self.selector
+    direction: Direction = "only"
 
 
 class _Runner:

@@ -84,7 +84,7 @@ def _panels(rows: Sequence[Row]) -> list[Panel]:
     found: dict[tuple[str, Setting], list[Row]] = defaultdict(list)
     for row in rows:
         if not row.is_dense:
-            setting = row.mode, row.quantizer, row.direction
+            setting = row.activation_mode, row.quantizer, row.direction
             found[kind_of(row.selector), setting].append(row)
     return sorted(
         ((kind, setting, group) for (kind, setting), group in found.items()),

@@ -14,7 +14,7 @@ from fp4graph import Fp4GraphError, OptionError, StudyError, backend
 from fp4graph.study.compiled import compiled, forward_replaced
 from fp4graph.study.progress import SILENT
 from fp4graph.study.statistics import draws
-from fp4graph.study.trial import DENSE, mode_of
+from fp4graph.study.trial import DENSE, OfTrial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +32,7 @@ _NO_METRIC = "bypass"  # the harness's name for a task that is run and not score
 
 
 @dataclass(frozen=True)
-class TaskRow:
+class TaskRow(OfTrial):
     """A trial on a task; the fields are the keys of the JSON lines.
 
     Attributes:
@@ -64,16 +64,6 @@ class TaskRow:
     questions: int
     note: str = ""
     name: str = ""
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether it is the dense model's."""
-        return self.format is None
-
-    @property
-    def mode(self) -> str:
-        """The field's name for its activations, as in `Row.mode`."""
-        return mode_of(self.activations)
 
 
 @dataclass(frozen=True)

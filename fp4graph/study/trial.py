@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from fp4graph import Activations, OptionError, Policy, Scheme, Selector
 
@@ -85,8 +85,39 @@ def _listed(names: Iterable[str]) -> str:
 DENSE = Trial(Policy(((Selector("none"), None),)))
 
 
+class OfTrial:
+    """What every row of a trial says of it, from its fields."""
+
+    selector: str
+    format: str | None
+    activations: str
+    quantizer: str
+    direction: Direction
+    name: str
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is the dense model's."""
+        return self.format is None
+
+    @property
+    def activation_mode(self) -> str:
+        """The field's name for its activations: `W4A16`, or several with commas between."""
+        return mode_of(self.activations)
+
+    @property
+    def label(self) -> str:
+        """What is in FP4, for people: its name if it has one."""
+        return "dense" if self.is_dense else self.name or set_of(self)
+
+
+def set_of(row: OfTrial) -> str:
+    """Return what is in FP4, for people."""
+    return f"all but {row.selector}" if row.direction == "except" else row.selector
+
+
 @dataclass(frozen=True)
-class Row:
+class Row(OfTrial):
     """What a trial measured; the fields are the keys of the JSON lines.
 
     Attributes:
@@ -149,37 +180,10 @@ class Row:
     probe_same: float | None = None
     name: str = ""
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether it is the dense model's."""
-        return self.format is None
-
-    @property
-    def mode(self) -> str:
-        """The field's name for its activations: `W4A16`, or several with commas between."""
-        return mode_of(self.activations)
-
-    @property
-    def label(self) -> str:
-        """What is in FP4, for people: its name if it has one."""
-        return "dense" if self.is_dense else self.name or set_of(self)
-
 
 def mode_of(activations: str) -> str:
     """Return the field's name for activation modes, commas between: `W4A16`, `W4A16,W4A4`."""
     return ",".join(Activations(each).mode for each in activations.split(","))
-
-
-class _OfTrial(Protocol):
-    @property
-    def selector(self) -> str: ...
-    @property
-    def direction(self) -> Direction: ...
-
-
-def set_of(row: _OfTrial) -> str:
-    """Return what is in FP4, for people."""
-    return f"all but {row.selector}" if row.direction == "except" else row.selector
 
 
 def trials(

@@ -50,7 +50,9 @@ def of_ablation(rows: Sequence[Row], left: int = 0) -> list[str]:
     settings: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         if not row.is_dense:
-            settings[row.format or "", row.mode, row.quantizer, row.direction].append(row)
+            settings[row.format or "", row.activation_mode, row.quantizer, row.direction].append(
+                row
+            )
     said = []
     for (format, mode, quantizer, direction), found in settings.items():
         how = f"{format} {mode}" + ("" if quantizer == "rtn" else f" {quantizer}")

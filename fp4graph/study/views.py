@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fp4graph.study.outliers import by_role
-from fp4graph.study.trial import set_of
 from fp4graph.tables import Column, TextTable, digits_for, nats
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from fp4graph.study.outliers import OutlierRow, Outliers
     from fp4graph.study.sensitivity import SensitivityRow
     from fp4graph.study.tasks import TaskRow
-    from fp4graph.study.trial import Row
+    from fp4graph.study.trial import OfTrial, Row
 
 SHOWN = 40
 ENDS = 12
@@ -31,17 +30,13 @@ def is_nothing(value: float, error: float | None) -> bool:
     return error is not None and abs(value) < _ERRORS * error
 
 
-def _how(rows: Sequence[Row | TaskRow]) -> list[Column]:
+def _how(rows: Sequence[OfTrial]) -> list[Column]:
     """Return the columns of how each row's linears run; empty for the dense model."""
-    dense = [row.format is None for row in rows]
+    modes = ["" if row.is_dense else row.activation_mode for row in rows]
     return [
         Column("format", [row.format or "" for row in rows], "text"),
-        Column("mode", ["" if d else row.mode for row, d in zip(rows, dense, strict=True)], "text"),
-        Column(
-            "quantizer",
-            ["" if d else row.quantizer for row, d in zip(rows, dense, strict=True)],
-            "text",
-        ),
+        Column("mode", modes, "text"),
+        Column("quantizer", ["" if row.is_dense else row.quantizer for row in rows], "text"),
     ]
 
 
@@ -164,7 +159,7 @@ def of_correlations(rows: Sequence[Correlation], title: str) -> TextTable:
         Column("linears", [str(row.linears) for row in rows], rank=4),
         Column("without", [row.without or "" for row in rows], "text"),
         Column("format", [row.format for row in rows], "text"),
-        Column("mode", [row.mode for row in rows], "text"),
+        Column("mode", [row.activation_mode for row in rows], "text"),
         Column("quantizer", [row.quantizer for row in rows], "text"),
         Column("text", [row.corpus for row in rows], "text"),
     ]
@@ -223,9 +218,7 @@ def of_latency(rows: Sequence[LatencyRow], title: str) -> TextTable:
     times = [row.per_token_ms for row in rows]
     columns = [
         Column("FP4 in", [row.label for row in rows], "label"),
-        Column("format", [row.format or "" for row in rows], "text"),
-        Column("mode", ["" if row.is_dense else row.activation_mode for row in rows], "text"),
-        Column("quantizer", ["" if row.is_dense else row.quantizer for row in rows], "text"),
+        *_how(rows),
         Column("decode ratio", [_ratio(row.ratio, "decode") for row in rows]),
         Column("prefill ratio", [_ratio(row.ratio, "prefill") for row in rows], rank=1),
         Column("tok/s", [f"{row.decode_tokens_per_s:.2f}" for row in rows], rank=2),
@@ -265,7 +258,7 @@ def of_tasks(rows: Sequence[TaskRow], title: str) -> TextTable:
         for value, error in zip(above, errors, strict=True)
     ]
     columns = [
-        Column("FP4 in", ["dense" if r.is_dense else r.name or set_of(r) for r in rows], "label"),
+        Column("FP4 in", [row.label for row in rows], "label"),
         *_how(rows),
         Column("task", [row.task for row in rows], "text"),
         Column("metric", [row.metric for row in rows], "text"),
