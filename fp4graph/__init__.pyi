@@ -1,6 +1,7 @@
 from . import errors, formats, kernels, models, quantizers, study
 from .calibration.calibrate import calibrate
 from .compiler import backend
+from .conversion import convert, report_of
 from .errors import (
     CalibrationError,
     CorpusError,
@@ -63,6 +64,7 @@ __all__ = [
     "__version__",
     "backend",
     "calibrate",
+    "convert",
     "dequantize",
     "errors",
     "explain",
@@ -72,5 +74,6 @@ __all__ = [
     "models",
     "quantize",
     "quantizers",
+    "report_of",
     "study",
 ]

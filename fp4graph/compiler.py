@@ -311,6 +311,20 @@ def backend(
         raise OptionError(f"on_refusal={on_refusal!r}: expected 'raise' or 'keep'")
     if isinstance(inner, str) and inner not in NAMES:
         raise OptionError(f"inner={inner!r}: expected {', '.join(NAMES)} or a backend function")
+    policy = policy_of(select, format, quantizer, activations, kernel, calibration)
+    report = Report() if report is None else report
+    return Backend(policy, inner, on_refusal, model, report)
+
+
+def policy_of(
+    select: Select,
+    format: str | BlockFormat,
+    quantizer: str,
+    activations: str | None,
+    kernel: str,
+    calibration: Calibration | str | Path | None,
+) -> Policy:
+    """Read what runs how; arguments and errors as in `backend`."""
     scheme = Scheme.read(format, quantizer, activations, kernel)
     codes = _codes(calibration)
     policy = Policy.of(select, scheme, codes)
@@ -318,8 +332,7 @@ def backend(
         made = " and ".join(f"{each} by {how}" for each, how in codes[0].ways)
         asked = " and ".join(f"{each.format} by {each.quantizer}" for each in policy.schemes)
         raise OptionError(f"{asked} is asked for, and the calibration has {made}")
-    report = Report() if report is None else report
-    return Backend(policy, inner, on_refusal, model, report)
+    return policy
 
 
 def _codes(given: object) -> tuple[Calibration, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 
 import psutil
@@ -27,3 +28,11 @@ def available(device: torch.device) -> int:
 def fits(size: int, device: torch.device) -> bool:
     """Whether `size` bytes are at most a third of what a device has free."""
     return size <= _SHARE * available(device)
+
+
+def give_back_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it, in pieces that grow block by block."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)

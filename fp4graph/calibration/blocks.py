@@ -7,8 +7,6 @@ looped models: what comes into all its uses decides its codes.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +18,7 @@ from fp4graph.fingerprint import fingerprint
 from fp4graph.graph.match import match_linear
 from fp4graph.graph.regions import copy_graph, regions
 from fp4graph.graph.site import LinearSite, site_of
+from fp4graph.memory import give_back_memory
 from fp4graph.passes.base import run_passes
 from fp4graph.passes.select import SelectLinears
 from fp4graph.private import SET_GRAD_ENABLED
@@ -101,7 +100,7 @@ class Blocks:
             values = iter(seen(*args, *live))
             for each in inputs:
                 each.add(*(next(values) for _ in each.nodes))
-        _give_back_memory()
+        give_back_memory()
         return linears
 
     @torch.no_grad()
@@ -117,7 +116,7 @@ class Blocks:
             self._live[batch] = _shared(run(*_replaced(args, changed), *live), self._live[:batch])
         for batch, (args, live) in enumerate(zip(self._args, self._dense_live, strict=False)):
             self._dense_live[batch] = _shared(run(*args, *live), self._live)
-        _give_back_memory()
+        give_back_memory()
 
     def error(self, number: int) -> Callable[[Mapping[str, Tensor], int], Tensor]:
         """Return the error of a block's output, as a function of its weights.
@@ -317,14 +316,6 @@ def _shared(values: Args, before: Sequence[Args]) -> Args:
         first if isinstance(first, Tensor) and torch.equal(first, each) else each
         for first, each in zip(firsts, values, strict=True)
     )
-
-
-def _give_back_memory() -> None:
-    """Give freed memory back to the system: glibc keeps it, in pieces that grow block by block."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(0)
 
 
 def _floats(values: Any) -> list[Tensor]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
     from torch._ops import OpOverload
@@ -95,6 +95,9 @@ class Kernel:
         plan: says how a problem is served.
         int8_ops: for each format an op on the same tensors that rounds activations to 8 bits in
             groups, an approximation; empty where there is none.
+        unpack: gives a packed weight back, to the bit, from those tensors, the problem and the
+            weight's per-tensor scale; None where it cannot, or need not.
+        keeps_plain: whether those tensors are the packed weight's own.
         saves_memory: whether what is kept is smaller than the dense weight.
         note: what a user should know of it, for the report.
     """
@@ -107,6 +110,8 @@ class Kernel:
     refuses: Callable[[Problem], str | None] = _no_refusal
     plan: Callable[[Problem], Plan] = _as_it_is
     int8_ops: Mapping[str, OpOverload[..., Tensor]] = field(default_factory=dict)
+    unpack: Callable[[Sequence[Tensor], Problem, Tensor | None], PackedWeight] | None = None
+    keeps_plain: bool = False
     saves_memory: bool = True
     note: str = ""
 

@@ -110,5 +110,6 @@ REFERENCE = Kernel(
     name="reference",
     ops={base: define("reference", format, _meaning(format)) for base, format in READ.items()},
     prepack=_prepack,
+    keeps_plain=True,
     note="dequantised at each call, which is slower than dense",
 )

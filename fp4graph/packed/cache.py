@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fp4graph.errors import WeightError
 from fp4graph.fingerprint import fingerprint
-from fp4graph.quantizers import matrix_name, quantize
+from fp4graph.packed.packing import pack
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -87,18 +86,7 @@ class PackEntry:
             self._fingerprint = fingerprint(weight)
 
     def _prepack(self, w_NK: Tensor, expert: int | None = None) -> tuple[Tensor, ...]:
-        calibration = self.scheme.calibration
-        if calibration is not None:
-            name, how = matrix_name(self.fqn, expert), (self.scheme.format, self.scheme.quantizer)
-            packed = calibration.get(name, w_NK, *how).to(w_NK.device)
-            packed = packed.rows(*self.index) if self.index else packed
-        else:
-            w_NK = w_NK[self.index[0]] if self.index else w_NK
-            try:
-                packed = quantize(w_NK, self.scheme.format, self.scheme.quantizer)
-            except WeightError as error:
-                which = self.fqn if expert is None else f"{self.fqn}, expert {expert}"
-                raise WeightError(f"{which}: {error}") from None
+        packed = pack(w_NK, self.scheme, self.fqn, expert=expert, rows=self.rows)
         return self.kernel.prepack(packed, self.problem)
 
 

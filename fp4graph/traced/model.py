@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fp4graph.graph.names import NamedLinear
+    from fp4graph.graph.site import LinearSite
     from fp4graph.kernels import Target
     from fp4graph.linears.tags import LinearTag
     from fp4graph.policy import Policy
@@ -142,6 +143,21 @@ class TracedModel:
         report.include(self._unreached(policy))
         return report
 
+    def sites(self, policy: Policy, target: Target | None = None) -> list[LinearSite]:
+        """Return the linears that a policy runs in FP4, each once, with rows and kernels."""
+        found: dict[str, LinearSite] = {}
+        for graph in self.graphs:
+            for site in graph.planned(policy, self.tags, target):
+                if site.kernel is not None:
+                    found.setdefault(site.tag.fqn, site)
+        return list(found.values())
+
+    def release(self) -> None:
+        """Let go of the model's weights: Dynamo keeps what it compiled, and that holds them."""
+        for graph in self.graphs:
+            graph.release()
+        self.graphs = []
+
     def _unreached(self, policy: Policy | None) -> Iterator[LinearRow]:
         """Yield rows of linears in frames that Dynamo runs as they are, or that the call left."""
         if self._left is None or self._left[0] != len(self.graphs):
@@ -187,6 +203,11 @@ class TracedGraph:
         self._example_inputs = tuple(example_inputs)
         self.run: Callable[..., Any] = gm.forward
 
+    def release(self) -> None:
+        """Forget the values of its inputs; it runs no more."""
+        self._example_inputs = ()
+        self.run = raiser(StudyError("the traced graph was released"))
+
     @property
     def weights(self) -> Iterator[Tensor]:
         """The weights of its linears, as the model holds them."""
@@ -206,10 +227,19 @@ class TracedGraph:
 
     def plan(self, policy: Policy, universe: Tags, target: Target | None) -> list[LinearRow]:
         """Say what `rewrite` would do; refusals become rows."""
+        return rows(self._planned(policy, universe, target))
+
+    def planned(
+        self, policy: Policy, universe: Tags, target: Target | None
+    ) -> Iterator[LinearSite]:
+        """Yield what is known of each linear once kernels are chosen."""
+        yield from (site for _, site in sites(self._planned(policy, universe, target)))
+
+    def _planned(self, policy: Policy, universe: Tags, target: Target | None) -> fx.GraphModule:
         copy = copy_graph(self.tagged)
         passes = plan_passes(policy, "keep", universe, target)
         run_passes(copy, self._example_inputs, passes, recompile=False)
-        return rows(copy)
+        return copy
 
     def rewrite(
         self, policy: Policy | None, on_refusal: OnRefusal, universe: Tags

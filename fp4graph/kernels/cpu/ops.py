@@ -13,6 +13,8 @@ from fp4graph.kernels.contract import Kernel, Plan, Problem
 from fp4graph.kernels.cpu.library import Missing, load
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     Op = torch._ops.OpOverload[..., Tensor]
 
 _LIBRARY = torch.library.Library("fp4graph", "FRAGMENT")
@@ -97,6 +99,15 @@ def _refuses(problem: Problem) -> str | None:
     return found.reason if isinstance(found, Missing) else None
 
 
+def _unpack(
+    tensors: Sequence[Tensor], problem: Problem, per_tensor_scale: Tensor | None
+) -> PackedWeight:
+    shape, format = (problem.out_features, problem.in_features), problem.format
+    qdata, scale = unpack_tiles(tensors[0], shape, format)
+    scale = scale.view(format.scale_codec.dtype)
+    return PackedWeight(qdata, scale, per_tensor_scale, shape, format)
+
+
 def _plan(problem: Problem) -> Plan:
     padded = (-(-problem.out_features // 16) * 16, problem.in_features)
     return Plan("panels of 16 rows", "panels, which many rows share once decoded", padded)
@@ -107,6 +118,7 @@ CPU = Kernel(
     ops={base: _define(f"cpu_{base}") for base in FORMATS},
     int8_ops={base: _define(f"cpu_int8_{base}") for base in FORMATS},
     prepack=lambda packed, _: pack_tiles(packed),
+    unpack=_unpack,
     backends=("cpu",),
     refuses=_refuses,
     plan=_plan,
