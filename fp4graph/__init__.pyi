@@ -24,7 +24,9 @@ from .formats import (
     dequantize,
     get_format,
 )
+from .hf_quantizer import FP4Config
 from .linears.selector import Selector
+from .loading import load
 from .policy import Policy
 from .quantizers import Calibration, quantize
 from .report import LinearRow, Report
@@ -43,6 +45,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "CorpusError",
+    "FP4Config",
     "Fp4GraphError",
     "GradientError",
     "LinearRow",
@@ -71,6 +74,7 @@ __all__ = [
     "formats",
     "get_format",
     "kernels",
+    "load",
     "models",
     "quantize",
     "quantizers",

@@ -20,7 +20,7 @@ from fp4graph.report import REFUSED, LinearRow, Report
 from fp4graph.traced.model import TracedModel
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from fp4graph.formats import BlockFormat
@@ -78,6 +78,23 @@ def convert(
         raise OptionError(f"on_refusal={on_refusal!r}: expected 'raise' or 'keep'")
     policy = policy_of(select, format, quantizer, activations, kernel, calibration)
     found, report = plan(model, policy, inputs)
+    for site in check_refused(model, found, report, on_refusal):
+        module = model.get_submodule(site.tag.fqn)
+        replace_linear(model, site.tag.fqn, packed_linear(module, site))
+        del module
+        give_back_memory()
+    attach(model, report)
+    return report
+
+
+def check_refused(
+    model: nn.Module, found: Sequence[LinearSite], report: Report, on_refusal: OnRefusal
+) -> list[LinearSite]:
+    """Return the linears that can be replaced by modules; the others get their reason in a row.
+
+    Raises:
+        RefusalError: there are such, and `on_refusal` is "raise".
+    """
     refused = {}
     for site in found:
         reason = _obstacle(model, site)
@@ -88,12 +105,12 @@ def convert(
         raise refusal([*missing, *refused.items()])
     for path, reason in refused.items():
         report.include([_dense(report.rows_by_path[path], reason)])
-    for site in found:
-        if site.tag.fqn not in refused:
-            _replace(model, site)
-            give_back_memory()
+    return [site for site in found if site.tag.fqn not in refused]
+
+
+def attach(model: nn.Module, report: Report) -> None:
+    """Let a model know its report."""
     setattr(model, _REPORT, report)
-    return report
 
 
 def report_of(model: nn.Module) -> Report:
@@ -180,10 +197,13 @@ def _dense(row: LinearRow, reason: str) -> LinearRow:
 
 
 @torch.no_grad()
-def _replace(model: nn.Module, site: LinearSite) -> None:
-    """Put an `FP4Linear` wherever a linear's module stands."""
+def packed_linear(module: nn.Module, site: LinearSite, *, prepare: bool = True) -> FP4Linear:
+    """Return what comes in the place of a linear's module; `prepare` as in `FP4Linear`.
+
+    Raises:
+        WeightError: the weight holds NaN or Inf; names the linear.
+    """
     assert site.scheme is not None
-    module = model.get_submodule(site.tag.fqn)
     stored: Any = module.weight
     bias: Any = getattr(module, "bias", None)
     w_NK = stored.detach().T if site.transposed else stored.detach()
@@ -193,10 +213,22 @@ def _replace(model: nn.Module, site: LinearSite) -> None:
     packed = pack(w_NK, site.scheme, site.tag.fqn, rows=site.rows)
     if site.rows is not None:
         rest, bias = _rest(w_NK, bias, site.rows)
-    new = FP4Linear(packed, site.scheme, stored.dtype, bias, smooth, site.rows, rest)
+    facts = (site.scheme, stored.dtype, bias, smooth, site.rows, rest)
+    return FP4Linear(packed, *facts, prepare=prepare)
+
+
+def replace_linear(model: nn.Module, path: str, new: FP4Linear) -> None:
+    """Put a module in the place of another, wherever that stands.
+
+    A head that was tied to the embeddings is so no more, and transformers is told.
+    """
+    tied = getattr(model, "all_tied_weights_keys", {})
+    if tied.pop(f"{path}.weight", None) is not None and not tied:
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    old = model.get_submodule(path)
     for parent in model.modules():
         for name, child in list(parent._modules.items()):
-            if child is module:
+            if child is old:
                 parent._modules[name] = new
 
 

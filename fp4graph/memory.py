@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 
 import psutil
@@ -36,3 +37,20 @@ def give_back_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
         if trim is not None:
             trim(0)
+
+
+def let_go(tensor: torch.Tensor) -> None:
+    """Let the system take back the pages of a tensor that is mapped from a file.
+
+    A checkpoint's pages count as this process's memory until all of it is read. Nothing is lost: a
+    page that is read again comes from the file.
+    """
+    if sys.platform == "linux" and tensor.device.type == "cpu":
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > start:  # an older kernel knows no such advice, and says so by an error
+            advise = ctypes.CDLL(None).madvise
+            advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PAGE_OUT)
+
+
+_PAGE_OUT = 21  # MADV_PAGEOUT of linux/mman.h, since 5.4

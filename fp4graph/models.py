@@ -16,10 +16,11 @@ import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from fp4graph.errors import CorpusError, ModelError
+from fp4graph.errors import CorpusError, Fp4GraphError, ModelError
 from fp4graph.files import read_text
 from fp4graph.fingerprint import fingerprint
 from fp4graph.gguf import copy_of, load_gguf
+from fp4graph.hf_quantizer import METHOD, packed_policy
 from fp4graph.pretrained import check_dense, read_checkpoint
 from fp4graph.skeleton import check_memory, parameters_of, skeleton
 
@@ -154,16 +155,19 @@ def load(
     transformers.utils.logging.disable_progress_bar()
     if name in RANDOM_MODELS:
         config = RANDOM_MODELS[name]()
-        with _named(name):
+        with named(name):
             check_memory(parameters_of(skeleton(config, dtype)), dtype, device)
         torch.manual_seed(seed)
         with torch.device(device):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         return LoadedModel(name, _frozen(model), None, is_random=True)
-    folder, gguf = _locate(name)
-    with _named(name):
+    folder, gguf = locate(name)
+    with named(name):
         if gguf is None or copy_of(Path(folder) / gguf).is_dir():
-            check_memory(parameters_of(_outline(folder, gguf, dtype)), dtype, device)
+            hull = _outline(folder, gguf, dtype)
+            check_memory(parameters_of(hull), dtype, device)
+            if packed_policy(hull.config) is not None:
+                _check_dense_config(hull.config)
         if gguf is not None:
             model, tokenizer = load_gguf(Path(folder) / gguf, dtype, allow_weights)
             problem = ""
@@ -172,6 +176,11 @@ def load(
             tokenizer, problem = _tokenizer(folder)
         check_dense(model)
     return LoadedModel(name, _frozen(model).to(device), tokenizer, no_tokenizer=problem)
+
+
+def tokenizer_of(folder: str, gguf: str | None) -> Any | None:
+    """Return the tokenizer of what `locate` found; None if none works."""
+    return _tokenizer(folder if gguf is None else str(copy_of(Path(folder) / gguf)))[0]
 
 
 def _tokenizer(folder: str) -> tuple[Any | None, str]:
@@ -185,12 +194,13 @@ def _tokenizer(folder: str) -> tuple[Any | None, str]:
     return tokenizer, ""
 
 
-def outline(name: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def outline(name: str, dtype: torch.dtype = torch.float32, *, packed: bool = False) -> LoadedModel:
     """Return a model without its weights, on the meta device; nothing of them is read.
 
     Args:
         name: as in `load`.
         dtype: of all weights.
+        packed: whether it may be a folder of packed weights, whose linears are dense here.
 
     Raises:
         ModelError: nothing loads by that name, and says what was tried; its weights are quantised
@@ -198,12 +208,26 @@ def outline(name: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """
     if name in RANDOM_MODELS:
         return LoadedModel(name, skeleton(RANDOM_MODELS[name](), dtype), None, is_random=True)
-    folder, gguf = _locate(name)
-    with _named(name):
+    folder, gguf = locate(name)
+    with named(name):
         model = _outline(folder, gguf, dtype)
-        if gguf is None and getattr(model.config, "quantization_config", None):
-            raise ModelError("its weights are quantised already: give the dense checkpoint")
+        if gguf is None and not (packed and packed_policy(model.config) is not None):
+            _check_dense_config(model.config)
         return LoadedModel(name, model, None)
+
+
+def _check_dense_config(config: Any) -> None:
+    """Check that a checkpoint does not say of itself that it is quantised.
+
+    Raises:
+        ModelError: it does.
+    """
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    what = "its linears are packed" if method == METHOD else "its weights are quantised already"
+    raise ModelError(f"{what}: give the dense checkpoint")
 
 
 def _outline(folder: str, gguf: str | None, dtype: torch.dtype) -> nn.Module:
@@ -216,7 +240,7 @@ def _outline(folder: str, gguf: str | None, dtype: torch.dtype) -> nn.Module:
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def named(name: str) -> Iterator[None]:
     """Let errors say which model it is; what transformers raises become errors of ours.
 
     Raises:
@@ -226,6 +250,8 @@ def _named(name: str) -> Iterator[None]:
         yield
     except ModelError as error:
         raise ModelError(f"{name}: {error}") from None
+    except Fp4GraphError:
+        raise
     except Exception as error:  # transformers raises anything, with pages of text
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if not Path(name).exists() and name not in (SMOLLM2, *RANDOM_MODELS):
@@ -238,8 +264,8 @@ _EXPECTED = (
 )
 
 
-def _locate(name: str) -> tuple[str, str | None]:
-    """Return (folder or hub id, GGUF file in it or None).
+def locate(name: str) -> tuple[str, str | None]:
+    """Return where a model lies: (folder or hub id, GGUF file in it or None).
 
     Raises:
         ModelError: there is no such folder or file, or it holds no model; a built-in name that is

@@ -23,7 +23,7 @@ _SHOWN = 3
 
 
 def read_checkpoint(
-    source: str | Path, dtype: torch.dtype, allow: Sequence[str] = (), **options: Any
+    source: str | Path, dtype: torch.dtype | str, allow: Sequence[str] = (), **options: Any
 ) -> Any:
     """Load a causal language model of transformers, each of its weights from the checkpoint.
 
@@ -32,7 +32,7 @@ def read_checkpoint(
 
     Args:
         source: folder or hub id.
-        dtype: of all weights.
+        dtype: of all weights; `auto`: the checkpoint's own.
         allow: patterns of names (`fnmatch`) that may be missing, unexpected or of another shape.
             What is drawn for them is the same each time.
         options: further ones of `from_pretrained`.

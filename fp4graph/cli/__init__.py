@@ -13,6 +13,7 @@ from fp4graph.cli.ablate import ablate_command
 from fp4graph.cli.additivity import additivity_command
 from fp4graph.cli.calibrate import calibrate_command
 from fp4graph.cli.common import readable_errors
+from fp4graph.cli.convert import convert_command
 from fp4graph.cli.doctor import doctor_command
 from fp4graph.cli.export import export_command
 from fp4graph.cli.inspect import inspect_command
@@ -54,6 +55,7 @@ main.add_command(ablate_command)
 main.add_command(show_command)
 main.add_command(export_command)
 main.add_command(calibrate_command)
+main.add_command(convert_command)
 main.add_command(outliers_command)
 main.add_command(sensitivity_command)
 main.add_command(additivity_command)

@@ -59,17 +59,18 @@ def inspect_command(
 ) -> None:
     """Sum up the linears of MODEL by role: blocks, shape, and what SELECT would make of them.
 
-    MODEL is a Hub id, a folder, a GGUF file, smollm2-135m, or qwen2.5-SIZE-random. The model is
-    traced on the meta device: no weight is read, nothing is computed.
+    MODEL is a Hub id, a folder, a GGUF file, smollm2-135m, or qwen2.5-SIZE-random; of a folder that
+    `convert` wrote it is what runs there. The model is traced on the meta device: no weight is
+    read, nothing is computed.
     """
     from fp4graph.kernels import parse_target
 
     if select and mix:
         raise OptionError("give --select or --mix, just one")
     texts, files = (select,) if select else (), (mix,) if mix else ()
-    what = selected(texts, files, ())[0][0] if select or mix else "all"
+    what = selected(texts, files, ())[0][0] if select or mix else None
     scheme = fp4graph.Scheme.read(format_name, quantizer, activations, kernel)
-    fp4graph.Policy.of(what, scheme)  # before the model is made
+    fp4graph.Policy.of(what or "all", scheme)  # before the model is made
     on_gpu = device is not None and parse_target(device).backend != "cpu"
     dtype = dtype or ("bfloat16" if on_gpu else "float32")
     report = _report(model, dtype, what, scheme, device)
@@ -82,16 +83,18 @@ def inspect_command(
 
 
 def _report(
-    model: str, dtype: str, what: Select, scheme: fp4graph.Scheme, device: str | None
+    model: str, dtype: str, what: Select | None, scheme: fp4graph.Scheme, device: str | None
 ) -> Report:
     """Trace a model without weights; one whose code looks at values is loaded after all."""
     import torch
+
+    from fp4graph.hf_quantizer import packed_policy
 
     def explained(module: torch.nn.Module) -> Report:
         return fp4graph.explain(
             module,
             torch.arange(_LENGTH, device="cpu")[None],
-            select=what,
+            select=policy,
             format=scheme.format,
             quantizer=str(scheme.quantizer),
             activations=str(scheme.activations),
@@ -100,7 +103,11 @@ def _report(
             use_cache=False,
         )
 
-    outline = fp4graph.models.outline(model, getattr(torch, dtype))
+    outline = fp4graph.models.outline(model, getattr(torch, dtype), packed=True)
+    packed = packed_policy(outline.model.config)
+    if packed is not None and what is not None:
+        raise OptionError(f"{model} is packed already, and says itself what runs how")
+    policy = packed or what or "all"
     with stderr.status(f"tracing {model}"):
         try:
             return explained(outline.model)

@@ -39,6 +39,7 @@ class FP4Linear(nn.Module):
         smooth: what the weight's columns were multiplied by, float32 [K], or None.
         rows: of a fused weight the rows that `packed` has, ascending; None for all.
         rest: the dense linear of the other rows.
+        prepare: whether to lay the weight out at once; else `prepare` is called before its use.
     """
 
     qdata: Tensor | None
@@ -56,6 +57,8 @@ class FP4Linear(nn.Module):
         smooth: Tensor | None = None,
         rows: Sequence[int] | None = None,
         rest: nn.Linear | None = None,
+        *,
+        prepare: bool = True,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape
@@ -68,20 +71,29 @@ class FP4Linear(nn.Module):
         self.register_buffer("smooth", smooth)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.rest = rest
-        places = None
-        if rest is not None and rows is not None:
+        self._rows = () if rows is None else tuple(rows)
+        if rest is not None:
             self.out_features += rest.out_features
-            others = sorted(set(range(self.out_features)) - set(rows))
-            places = torch.tensor([*rows, *others], device=packed.qdata.device).argsort()
-        self.register_buffer("places", places, persistent=False)
         self._layouts = 0
         self._host: PackedWeight | None = None
-        self.prepare()
+        if prepare:
+            self.prepare()
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
         return (self._tensors()[0] if self.qdata is None else self.qdata).device
+
+    @property
+    def weight(self) -> Tensor:
+        """A stand-in on the meta device with the dense weight's shape and dtype, and no values.
+
+        Models ask for these, and initialise what has none; the values are `packed.dequantize()`.
+        """
+        shape = self.out_features, self.in_features
+        found = torch.empty(shape, dtype=self.dtype, device="meta")
+        found._is_hf_initialized = True  # type: ignore[attr-defined]
+        return found
 
     @property
     def packed(self) -> PackedWeight:
@@ -115,6 +127,10 @@ class FP4Linear(nn.Module):
         for number, tensor in enumerate(tensors):
             self.register_buffer(f"{_LAYOUT}{number}", tensor, persistent=False)
         self._layouts = len(tensors)
+        if self._rows:
+            others = sorted(set(range(self.out_features)) - set(self._rows))
+            places = torch.tensor([*self._rows, *others], device=self.device).argsort()
+            self.register_buffer("places", places, persistent=False)
         if not self.kernel.keeps_plain:
             if self.kernel.unpack is None:
                 self._host = plain.to(torch.device("cpu"))

@@ -145,7 +145,7 @@ def test_options_that_do_not_go_together(model: Any) -> None:
 def test_int8_activations_are_measured(model: Any) -> None:
     table = study.ablate(model, IDS, "all", activations=["none", "int8"])
     weights, both = table[1:]
-    assert both.mode == "W4A8"
+    assert both.activation_mode == "W4A8"
     assert 0 < abs(both.kl - weights.kl) < 0.1 * weights.kl
 
 

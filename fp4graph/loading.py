@@ -1,0 +1,105 @@
+"""Models by name with their linears in FP4: the dense model never exists."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from fp4graph.errors import ModelError, OptionError
+from fp4graph.gguf import copy_of, load_gguf
+from fp4graph.hf_quantizer import FP4Config, packed_policy
+from fp4graph.models import locate, named
+from fp4graph.pretrained import read_checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from fp4graph.policy import Select
+
+
+def load(
+    name: str,
+    select: Select | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    allow_weights: Sequence[str] = (),
+    **options: Any,
+) -> nn.Module:
+    """Load a causal language model of transformers with its selected linears in FP4.
+
+    A tensor of the checkpoint is read, quantised and freed before the next.
+
+    Args:
+        name: as in `fp4graph.models.load`: a folder, a GGUF file or a hub id, of dense weights; or
+            a folder that `save` or `save_pretrained` wrote of a packed model.
+        select: as in `convert`; None takes what a packed folder says of itself.
+        dtype: of what stays dense; None: the checkpoint's own.
+        device: where to put it; None: the CPU.
+        allow_weights: as in `fp4graph.models.load`.
+        options: `format`, `quantizer`, `activations`, `kernel`, `on_refusal` and `calibration`, as
+            in `convert`.
+
+    Returns:
+        the model, in evaluation mode, without gradients; `report_of(model)` has its rows.
+
+    Raises:
+        ModelError: nothing loads by that name; a checkpoint whose weights are not the model's.
+        OptionError: no `select` for a dense checkpoint, or one for a packed one; see `convert`.
+        SelectorError, RefusalError, WeightError, CalibrationError: see `convert`.
+    """
+    folder, gguf = locate(name)
+    with named(name):
+        if gguf is not None:
+            file = Path(folder) / gguf
+            if not copy_of(file).is_dir():
+                load_gguf(file, torch.float32, allow_weights)
+            folder = str(copy_of(file))
+        given: dict[str, Any] = {} if device is None else {"device_map": {"": device}}
+        packed = packed_policy(transformers.AutoConfig.from_pretrained(folder)) is not None
+        if packed and (select is not None or options):
+            raise OptionError("its linears are packed already: it says itself what runs how")
+        if not packed and select is None:
+            raise OptionError("its weights are dense: say what runs in FP4, select=")
+        config = None if select is None else FP4Config(select, **options)
+        if config is not None:
+            given["quantization_config"] = config
+        try:
+            model: nn.Module = read_checkpoint(folder, dtype or "auto", allow_weights, **given)
+        except RuntimeError:
+            if config is not None and config.failure.error is not None:
+                raise config.failure.error from None
+            raise
+    return model.eval().requires_grad_(False)
+
+
+def save(model: Any, folder: Path, tokenizer: Any = None) -> None:
+    """Write a packed model and its tokenizer into a new folder, whole or not at all.
+
+    Raises:
+        ModelError: the folder is there already, or cannot be written.
+    """
+    if folder.exists():
+        raise ModelError(f"{folder} is there already: give the name of a new folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        try:
+            model.save_pretrained(draft)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(draft)
+            draft.chmod(0o755)
+            draft.rename(folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except Exception as error:  # safetensors raises its own where a disk is full
+        if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
+            raise ModelError(f"cannot write {folder}: {error}") from None
+        raise
