@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from fp4graph.policy import Policy, Select
     from fp4graph.quantizers import Calibration
 
+METHOD = "fp4graph"
+"""What configurations call it."""
 _LENGTH = 8
 _REPORT = "fp4graph_report"
 
@@ -84,7 +86,31 @@ def convert(
         del module
         give_back_memory()
     attach(model, report)
+    config = getattr(model, "config", None)
+    if config is not None:  # so that save_pretrained writes what loads again
+        config.quantization_config = facts(policy, on_refusal, smoothed(model))
     return report
+
+
+def facts(policy: Policy, on_refusal: OnRefusal, smoothed: Sequence[str]) -> dict[str, Any]:
+    """Return what a configuration holds of packed linears: the policy, each entry whole."""
+    select = {str(selector): scheme and scheme.options for selector, scheme in policy.entries}
+    return {
+        "quant_method": METHOD,
+        "select": select,
+        "on_refusal": on_refusal,
+        "smoothed": list(smoothed),
+        "saved": True,
+    }
+
+
+def smoothed(model: nn.Module) -> list[str]:
+    """Return the paths of packed linears whose inputs are divided."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, FP4Linear) and module.smooth is not None
+    ]
 
 
 def check_refused(

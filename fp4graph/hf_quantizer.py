@@ -16,7 +16,16 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fp4graph.compiler import policy_of
-from fp4graph.conversion import attach, check_refused, packed_linear, plan, replace_linear
+from fp4graph.conversion import (
+    METHOD,
+    attach,
+    check_refused,
+    facts,
+    packed_linear,
+    plan,
+    replace_linear,
+    smoothed,
+)
 from fp4graph.errors import Fp4GraphError, OptionError
 from fp4graph.formats import PackedWeight
 from fp4graph.memory import give_back_memory, let_go
@@ -31,8 +40,6 @@ if TYPE_CHECKING:
     from fp4graph.passes.pipeline import OnRefusal
     from fp4graph.policy import Select
     from fp4graph.quantizers import Calibration
-
-METHOD = "fp4graph"
 
 
 class Failure:
@@ -98,16 +105,7 @@ class FP4Config(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `config.json` holds: the policy as a mapping, each entry whole."""
-        select = {
-            str(selector): scheme and scheme.options for selector, scheme in self._policy.entries
-        }
-        return {
-            "quant_method": METHOD,
-            "select": select,
-            "on_refusal": self.on_refusal,
-            "smoothed": list(self.smoothed),
-            "saved": True,
-        }
+        return facts(self._policy, self.on_refusal, self.smoothed)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the same: nothing is left out."""
@@ -188,10 +186,7 @@ class FP4Quantizer(HfQuantizer):
                 module.prepare()
             else:  # a weight that the checkpoint has under another name alone, as tied heads are
                 replace_linear(model, path, packed_linear(module, site))
-        linears = [(p, m) for p, m in model.named_modules() if isinstance(m, FP4Linear)]
-        self.quantization_config.smoothed = tuple(
-            path for path, module in linears if module.smooth is not None
-        )
+        self.quantization_config.smoothed = tuple(smoothed(model))
         if not self.pre_quantized:
             for parameter in model.parameters():  # else the file stays mapped, all of it
                 parameter.data = parameter.data.clone()

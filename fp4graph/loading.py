@@ -55,6 +55,7 @@ def load(
         OptionError: no `select` for a dense checkpoint, or one for a packed one; see `convert`.
         SelectorError, RefusalError, WeightError, CalibrationError: see `convert`.
     """
+    transformers.utils.logging.disable_progress_bar()
     folder, gguf = locate(name)
     with named(name):
         if gguf is not None:

@@ -16,11 +16,12 @@ import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from fp4graph.conversion import METHOD
 from fp4graph.errors import CorpusError, Fp4GraphError, ModelError
 from fp4graph.files import read_text
 from fp4graph.fingerprint import fingerprint
 from fp4graph.gguf import copy_of, load_gguf
-from fp4graph.hf_quantizer import METHOD, packed_policy
+from fp4graph.hf_quantizer import packed_policy
 from fp4graph.pretrained import check_dense, read_checkpoint
 from fp4graph.skeleton import check_memory, parameters_of, skeleton
 

@@ -163,6 +163,19 @@ def test_a_model_on_the_meta_device_is_explained() -> None:
     assert all(row.layout for row in gpu.selected)
 
 
+def test_what_a_call_on_meta_leaves_out_has_the_usual_reason() -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    report = fp4graph.explain(Partly().to("meta"), torch.zeros(2, 64), select="path:*")
+    assert "this call did not reach it" in report.rows_by_path["idle"].reason
+
+
 def test_code_that_looks_at_values_is_loaded_after_all(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,8 @@ def test_from_pretrained_and_back(
     model = auto.from_pretrained(dense, quantization_config=FP4Config(select, **options))
     assert torch.equal(logits(model), logits(want))
     assert list(fp4graph.report_of(model)) == list(report)
+    want.save_pretrained(tmp_path / "converted")
+    assert torch.equal(logits(auto.from_pretrained(tmp_path / "converted")), logits(want))
     model.save_pretrained(packed)
     again = auto.from_pretrained(packed)
     assert torch.equal(logits(again), logits(want))

@@ -99,7 +99,9 @@ def unreached(model: nn.Module, reached: Container[Tensor]) -> Iterator[tuple[Na
 
 def why_unreached(model: nn.Module, linear: NamedLinear) -> str:
     """Say why a linear is in no graph, as far as the modules above it show."""
-    if linear.weight.device.type == "meta":
+    if linear.weight.device.type == "meta" and any(
+        each.device.type != "meta" for each in model.parameters()
+    ):
         return "its weight is on the meta device between calls (offloaded), so no graph holds it"
     path, modules = linear.tag.fqn, dict(model.named_modules())
     while True:
