@@ -99,11 +99,12 @@ def unreached(model: nn.Module, reached: Container[Tensor]) -> Iterator[tuple[Na
 
 def why_unreached(model: nn.Module, linear: NamedLinear) -> str:
     """Say why a linear is in no graph, as far as the modules above it show."""
-    if linear.weight.device.type == "meta" and any(
-        each.device.type != "meta" for each in model.parameters()
-    ):
+    modules = dict(model.named_modules())
+    partly = any(each.device.type != "meta" for each in model.parameters())
+    hooked = any(hasattr(each, "_hf_hook") for each in modules.values())
+    if linear.weight.device.type == "meta" and (partly or hooked):
         return "its weight is on the meta device between calls (offloaded), so no graph holds it"
-    path, modules = linear.tag.fqn, dict(model.named_modules())
+    path = linear.tag.fqn
     while True:
         module = modules.get(path)  # None for a parameter of its own
         if getattr(getattr(module, "forward", None), "_torchdynamo_disable", False):

@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 
 import fp4graph
 from fp4graph.formats import BlockFormat, PackedWeight
-from fp4graph.packed import cache
+from fp4graph.packed import cache, packing
 from fp4graph.passes import choose
 
 GUARD = """
@@ -102,7 +102,7 @@ def pack_nothing() -> None:
         )
 
     choose.is_plain = lambda _: True
-    cache.quantize = quantize
+    packing.quantize = quantize
     cache.fingerprint = lambda _: 0
 
 
