@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from fp4graph.errors import OptionError
+from fp4graph.errors import CalibrationError, OptionError
 from fp4graph.formats import FORMATS, NVFP4, BlockFormat, get_format
 from fp4graph.kernels import check_name
 from fp4graph.quantizers import RTN, Quantizer, check_quantizer
@@ -127,18 +127,21 @@ class Scheme:
     def calibrated(self, calibrations: Sequence[Calibration]) -> Scheme:
         """Return the scheme with the calibration that has codes for its format and quantizer.
 
-        `rtn` stands for whatever a single calibration has for the format.
+        `rtn` stands for what a calibration has for the format.
 
         Raises:
             OptionError: the quantizer needs data, and none has it.
-            CalibrationError: the one calibration has nothing for the format.
+            CalibrationError: `rtn`, and no calibration has the format, or several have.
         """
         for each in calibrations:
             if (self.format, self.quantizer) in each.ways:
                 return replace(self, calibration=each)
-        if self.quantizer == RTN and len(calibrations) == 1:
-            how = calibrations[0].quantizer_of(self.format)
-            return replace(self, quantizer=how, calibration=calibrations[0])
+        if self.quantizer == RTN and calibrations:
+            able = [c for c in calibrations if any(self.format == each for each, _ in c.ways)]
+            if len(able) > 1:
+                raise CalibrationError(f"several calibrations have {self.format}: say quantizer=")
+            chosen = (able or calibrations)[0]
+            return replace(self, quantizer=chosen.quantizer_of(self.format), calibration=chosen)
         check_quantizer(self.quantizer, self.format)
         return self
 

@@ -164,16 +164,16 @@ def table_of(rows: Sequence[Row], title: str, left: int = 0) -> Table:
 
 
 def _studies(stored: Iterable[Stored]) -> dict[str, tuple[str, list[Row]]]:
-    """Return the trials of each model and text, with a title."""
+    """Return the trials of each model and text, with a title; last whose trial ended last."""
     found: dict[str, tuple[str, list[Row]]] = {}
     for each in stored:
         if each.identity.get("protocol") != PROTOCOL:
             continue
         common = {key: each.identity[key] for key in each.identity.keys() - _OF_A_TRIAL}
         key = json.dumps(common, sort_keys=True)
-        if key not in found:
-            found[key] = title_of(each.run, each.identity), []
-        found[key][1].append(each.row)
+        title, rows = found.pop(key, (title_of(each.run, each.identity), []))
+        rows.append(each.row)
+        found[key] = title, rows
     return found
 
 

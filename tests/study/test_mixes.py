@@ -164,3 +164,7 @@ def test_one_calibration_of_several_formats_and_quantizers(tmp_path: Path) -> No
     table = fp4graph.study.ablate(model, tokens(16, batch=4), by_gptq, calibration=out)
     assert table[1].quantizer == "gptq,learned,scale-search"
     assert table[1].linears == 12
+    other = fp4graph.calibrate(model, BATCHES, "q", quantizer="gptq:scale-search")
+    mix = {"q": "nvfp4", "down": {"format": "mxfp4", "quantizer": "learned"}}
+    with pytest.raises(CalibrationError, match="several calibrations have nvfp4: say quantizer="):
+        Group((mix,)).read([found, other])

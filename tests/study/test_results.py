@@ -120,3 +120,18 @@ def test_a_store_of_before_has_no_names(tmp_path: Path) -> None:
     assert "model m, text t" in str(table)
     write(store, tmp_path)
     assert len(lines(tmp_path / "ablation.jsonl")) == 1
+
+
+def test_the_picture_is_of_what_was_measured_last(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(
+        "fp4graph.study.results.draw", lambda rows, title, path: titles.append(title)
+    )
+    store = Store(tmp_path / "trials.sqlite")
+    for number, text in enumerate("aba"):
+        identity = {"protocol": 2, "model": "m", "text": text, "dtype": "torch.float32"}
+        store.put({**identity, "selector": str(number)}, row("q", 1.0))
+    write(store, tmp_path)
+    assert titles == ["model m, text a, float32"]
