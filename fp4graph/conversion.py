@@ -13,9 +13,10 @@ from fp4graph.compiler import policy_of
 from fp4graph.errors import Fp4GraphError, ModelError, OptionError
 from fp4graph.kernels import target_of
 from fp4graph.memory import give_back_memory
-from fp4graph.packed.linear import FP4Linear
-from fp4graph.packed.packing import pack
+from fp4graph.packed.experts import FP4Experts
+from fp4graph.packed.module import PackedModule
 from fp4graph.passes.choose import refusal
+from fp4graph.replacement import obstacle, packed_module, put
 from fp4graph.report import REFUSED, LinearRow, Report
 from fp4graph.traced.model import TracedModel
 
@@ -81,9 +82,7 @@ def convert(
     policy = policy_of(select, format, quantizer, activations, kernel, calibration)
     found, report = plan(model, policy, inputs)
     for site in check_refused(model, found, report, on_refusal):
-        module = model.get_submodule(site.tag.fqn)
-        replace_linear(model, site.tag.fqn, packed_linear(module, site))
-        del module
+        put(model, site, packed_module(model, site))
         give_back_memory()
     attach(model, report)
     config = getattr(model, "config", None)
@@ -109,7 +108,7 @@ def smoothed(model: nn.Module) -> list[str]:
     return [
         path
         for path, module in model.named_modules()
-        if isinstance(module, FP4Linear) and module.smooth is not None
+        if isinstance(module, PackedModule) and module.smooth is not None
     ]
 
 
@@ -123,7 +122,7 @@ def check_refused(
     """
     refused = {}
     for site in found:
-        reason = _obstacle(model, site)
+        reason = obstacle(model, site)
         if reason is not None:
             refused[site.tag.fqn] = reason
     missing = [(row.path, row.reason.removeprefix(REFUSED)) for row in report.refused]
@@ -135,8 +134,11 @@ def check_refused(
 
 
 def attach(model: nn.Module, report: Report) -> None:
-    """Let a model know its report."""
+    """Let a model know its report, and how transformers saves it."""
     setattr(model, _REPORT, report)
+    if any(isinstance(module, FP4Experts) for module in model.modules()):
+        # else it takes stacks apart as it would dense ones, names and tensors
+        model._weight_conversions = []  # type: ignore[assignment]
 
 
 def report_of(model: nn.Module) -> Report:
@@ -201,73 +203,8 @@ def _meta(value: Any) -> Any:
     return value.to("meta") if isinstance(value, Tensor) else value
 
 
-def _obstacle(model: nn.Module, site: LinearSite) -> str | None:
-    """Return why a linear cannot be replaced by a module; None if it can."""
-    try:
-        module = model.get_submodule(site.tag.fqn)
-    except AttributeError:
-        return "no module of its own computes it"
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or len(list(module.children())):
-        return f"a {type(module).__name__} computes it, which is more than a linear"
-    if site.tag.shape != tuple(weight.T.shape if site.transposed else weight.shape):
-        return f"its weight is {list(weight.shape)}, and the graph has {list(site.tag.shape)}"
-    return None
-
-
 def _dense(row: LinearRow, reason: str) -> LinearRow:
     return replace(
         row, selected=False, kernel=None, bytes_packed=None, layout=None, tile=None, rows=None,
         reason=f"{REFUSED}{reason}",
     )  # fmt: skip
-
-
-@torch.no_grad()
-def packed_linear(module: nn.Module, site: LinearSite, *, prepare: bool = True) -> FP4Linear:
-    """Return what comes in the place of a linear's module; `prepare` as in `FP4Linear`.
-
-    Raises:
-        WeightError: the weight holds NaN or Inf; names the linear.
-    """
-    assert site.scheme is not None
-    stored: Any = module.weight
-    bias: Any = getattr(module, "bias", None)
-    w_NK = stored.detach().T if site.transposed else stored.detach()
-    rest, smooth = None, None
-    if site.scheme.calibration is not None:
-        smooth = site.scheme.calibration.smooth.get(site.tag.fqn)
-    packed = pack(w_NK, site.scheme, site.tag.fqn, rows=site.rows)
-    if site.rows is not None:
-        rest, bias = _rest(w_NK, bias, site.rows)
-    facts = (site.scheme, stored.dtype, bias, smooth, site.rows, rest)
-    return FP4Linear(packed, *facts, prepare=prepare)
-
-
-def replace_linear(model: nn.Module, path: str, new: FP4Linear) -> None:
-    """Put a module in the place of another, wherever that stands.
-
-    A head that was tied to the embeddings is so no more, and transformers is told.
-    """
-    tied = getattr(model, "all_tied_weights_keys", {})
-    if tied.pop(f"{path}.weight", None) is not None and not tied:
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    old = model.get_submodule(path)
-    for parent in model.modules():
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
-
-
-def _rest(
-    w_NK: Tensor, bias: Tensor | None, rows: tuple[int, ...]
-) -> tuple[nn.Linear, Tensor | None]:
-    """Return the dense linear of all other rows of a fused weight, and the bias of these."""
-    chosen = torch.zeros(len(w_NK), dtype=torch.bool, device=w_NK.device)
-    chosen[list(rows)] = True
-    with torch.device("meta"):
-        rest = nn.Linear(w_NK.shape[1], len(w_NK) - len(rows), bias is not None)
-    rest.weight = nn.Parameter(w_NK[~chosen].contiguous(), requires_grad=False)
-    if bias is None:
-        return rest, None
-    rest.bias = nn.Parameter(bias[~chosen].contiguous(), requires_grad=False)
-    return rest, bias[chosen].contiguous()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -21,16 +20,14 @@ from fp4graph.conversion import (
     attach,
     check_refused,
     facts,
-    packed_linear,
     plan,
-    replace_linear,
     smoothed,
 )
 from fp4graph.errors import Fp4GraphError, OptionError
-from fp4graph.formats import PackedWeight
 from fp4graph.memory import give_back_memory, let_go
-from fp4graph.packed.linear import FP4Linear
+from fp4graph.packed.module import PackedModule
 from fp4graph.policy import Policy
+from fp4graph.replacement import hollow_module, packed_module, put
 from fp4graph.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -140,40 +137,12 @@ class FP4Quantizer(HfQuantizer):
         self._sites = {site.tag.fqn: site for site in kept}
         if self.pre_quantized:
             for site in kept:
-                replace_linear(model, site.tag.fqn, self._hull(model, site))
-
-    def _hull(self, model: nn.Module, site: LinearSite) -> FP4Linear:
-        """Return a linear on the meta device, whose values are yet to come."""
-        assert site.scheme is not None
-        module = model.get_submodule(site.tag.fqn)
-        N, K = site.tag.shape
-        N = N if site.rows is None else len(site.rows)
-        format = site.scheme.format
-        groups = -(-K // format.block_size)
-        meta = torch.device("meta")
-        packed = PackedWeight(
-            torch.empty(N, groups * format.block_size // 2, dtype=torch.uint8, device=meta),
-            torch.empty(N, groups, dtype=format.scale_codec.dtype, device=meta),
-            torch.empty((), dtype=torch.float32, device=meta)
-            if format.has_per_tensor_scale
-            else None,
-            (N, K),
-            format,
-        )
-        smooth, rest, dtype = None, None, module.weight.dtype
-        if site.tag.fqn in self.quantization_config.smoothed:
-            smooth = torch.empty(K, dtype=torch.float32, device=meta)
-        bias: Any = getattr(module, "bias", None)
-        if site.rows is not None:
-            others = site.tag.shape[0] - N
-            rest = nn.Linear(K, others, bias is not None, device=meta, dtype=dtype)
-            bias = None if bias is None else bias[:N]
-        return FP4Linear(packed, site.scheme, dtype, bias, smooth, site.rows, rest)  # type: ignore[arg-type]
+                smoothed = site.tag.fqn in config.smoothed
+                put(model, site, hollow_module(model, site, smoothed=smoothed))
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor of the checkpoint is the weight of a linear that is selected."""
-        path, _, name = param_name.rpartition(".")
-        return not self.pre_quantized and name == "weight" and path in self._sites
+        return not self.pre_quantized and param_name.removesuffix(".weight") in self._sites
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return what is done to such a tensor."""
@@ -181,11 +150,12 @@ class FP4Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for path, site in self._sites.items():
-            module = model.get_submodule(path)
-            if isinstance(module, FP4Linear):
+            parent, _, name = path.rpartition(".")
+            module = getattr(model.get_submodule(parent), name)
+            if isinstance(module, PackedModule):
                 module.prepare()
             else:  # a weight that the checkpoint has under another name alone, as tied heads are
-                replace_linear(model, path, packed_linear(module, site))
+                put(model, site, packed_module(model, site))
         self.quantization_config.smoothed = tuple(smoothed(model))
         if not self.pre_quantized:
             for parameter in model.parameters():  # else the file stays mapped, all of it
@@ -209,7 +179,7 @@ class FP4Quantizer(HfQuantizer):
 
 
 class _Quantize(ConversionOps):
-    """Puts an `FP4Linear` in a dense linear's place as soon as its weight is there."""
+    """Puts a `PackedModule` in a dense linear's place as soon as its weight is there."""
 
     def __init__(self, config: FP4Config, sites: dict[str, LinearSite]) -> None:
         self._config = config
@@ -222,17 +192,17 @@ class _Quantize(ConversionOps):
         model = kwargs["model"]
         for name, values in input_dict.items():
             weight = values[0] if isinstance(values, list) else values
-            path = name.removesuffix(".weight")
-            module = model.get_submodule(path)
-            module.weight = nn.Parameter(weight, requires_grad=False)
+            site = self._sites[name.removesuffix(".weight")]
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(weight, requires_grad=False))
             try:
-                new = packed_linear(module, self._sites[path], prepare=False)
+                new = packed_module(model, site, prepare=False)
             except Fp4GraphError as error:
                 self._config.failure.error = error
                 raise
             for each in (*new.parameters(), *new.buffers()):
                 each._is_hf_initialized = True  # type: ignore[attr-defined] # else drawn at random
-            replace_linear(model, path, new)
+            put(model, site, new)
             let_go(weight)
             kwargs["missing_keys"].discard(name)
         return {}

@@ -19,6 +19,7 @@ import fp4graph
 from fp4graph import ModelError, OptionError, RefusalError, SelectorError, WeightError
 from fp4graph.kernels.cpu import CPU
 from fp4graph.packed.linear import FP4Linear
+from fp4graph.scheme import Scheme
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -133,6 +134,7 @@ def test_copies_and_pickles(tmp_path: Path) -> None:
     assert torch.equal(logits(again), want)
     assert len(fp4graph.report_of(again)) == len(fp4graph.report_of(model))
     assert torch.equal(logits(model), want), "and the model itself is as it was"
+    assert not [key for key in model.state_dict() if "layout" in key]
 
 
 def test_to_another_dtype_the_weight_keeps_its_bits() -> None:
@@ -232,10 +234,11 @@ def test_calibrated_codes(quantizer: str, tmp_path: Path) -> None:
 
 def test_refusals_leave_the_model_as_it_was() -> None:
     model = fresh("mixtral")
-    with pytest.raises(RefusalError, match="experts"):
-        fp4graph.convert(model, "attn,expert")
+    options: dict[str, Any] = {"kernel": "dequantized"}
+    with pytest.raises(RefusalError, match="it keeps no experts"):
+        fp4graph.convert(model, "attn,expert", **options)
     assert not any(isinstance(each, FP4Linear) for each in model.modules())
-    report = fp4graph.convert(model, "attn,expert", on_refusal="keep")
+    report = fp4graph.convert(model, "attn,expert", on_refusal="keep", **options)
     assert report.refused
     assert {row.role for row in report.selected} == {"q", "k", "v", "o"}
     assert logits(model).isfinite().all()
@@ -250,3 +253,32 @@ def test_refusals_leave_the_model_as_it_was() -> None:
         other.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(WeightError, match=r"layers\.1\.mlp\.up_proj"):
         fp4graph.convert(other)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_code_that_reads_the_weight_gets_the_product(transposed: bool) -> None:
+    """As Mamba's `dt_proj.weight @ x` does: nothing but products comes of what stands there."""
+    torch.manual_seed(0)
+    w, x = torch.randn(48, 32), torch.randn(5, 32)
+    packed = fp4graph.quantize(w)
+    module = FP4Linear(packed, Scheme(), torch.float32, bias=torch.randn(48), transposed=transposed)
+    want = packed.dequantize(torch.float32)
+    weight = module.weight.T if transposed else module.weight
+    assert module.weight.shape == (want.T.shape if transposed else want.shape)
+    pairs = [
+        (weight @ x.T, want @ x.T),
+        (weight @ x[0], want @ x[0]),
+        (x @ weight.t(), x @ want.T),
+        (torch.nn.functional.linear(x, weight, module.bias), module(x)),
+        (torch.addmm(module.bias, x, weight.mT), module(x)),
+    ]
+    for number, (got, good) in enumerate(pairs):
+        assert torch.allclose(got, good, atol=1e-4), number
+    for wrong in (
+        lambda: weight[0],
+        lambda: torch.nn.functional.embedding(torch.tensor([0]), module.weight),
+        lambda: torch.cat((module.weight, module.weight)),
+        lambda: weight @ x,
+    ):
+        with pytest.raises(RefusalError, match="packed weights"):
+            wrong()

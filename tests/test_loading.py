@@ -95,16 +95,16 @@ def test_load_takes_what_it_needs(folder: Path, tmp_path: Path) -> None:
 def test_one_dense_weight_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fp4graph import hf_quantizer
 
-    real, alive = hf_quantizer.packed_linear, []
+    real, alive = hf_quantizer.packed_module, []
     weights: list[ref[torch.Tensor]] = []
 
-    def counting(module: nn.Module, site: Any, **options: Any) -> FP4Linear:
-        weights.append(ref(module.weight))  # type: ignore[arg-type]
+    def counting(model: nn.Module, site: Any, **options: Any) -> FP4Linear:
+        weights.append(ref(model.get_submodule(site.tag.fqn).weight))  # type: ignore[arg-type]
         gc.collect()
         alive.append(sum(weight() is not None for weight in weights))
-        return real(module, site, **options)
+        return real(model, site, **options)
 
-    monkeypatch.setattr(hf_quantizer, "packed_linear", counting)
+    monkeypatch.setattr(hf_quantizer, "packed_module", counting)
     fp4graph.load(str(folder), "all | lm_head")
     assert alive == [1] * 15
 
@@ -136,8 +136,8 @@ def test_faults_are_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightError, match=r"layers\.1\.mlp\.up_proj"):
         fp4graph.load(str(tmp_path / "nan"), "all")
     tiny("mixtral").save_pretrained(tmp_path / "experts")
-    with pytest.raises(RefusalError, match="experts"):
-        fp4graph.load(str(tmp_path / "experts"), "expert")
+    with pytest.raises(RefusalError, match="it keeps no experts"):
+        fp4graph.load(str(tmp_path / "experts"), "expert", kernel="dequantized")
     with pytest.raises(OptionError, match="on_refusal"):
         FP4Config(on_refusal="no")  # type: ignore[arg-type]
     packed = tmp_path / "packed"

@@ -11,12 +11,12 @@ from torch import nn
 from torch.fx import Node
 
 from fp4graph.graph.weight_source import entry_of, follow, source_of
+from fp4graph.kernels.grouped import GROUPED
 
 _LINEAR = {torch.nn.functional.linear, torch.ops.aten.linear.default}
 _MATMUL = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm"}
 _ADDMM = {torch.addmm, "addmm"}
 _BMM = {torch.bmm, "bmm"}
-_GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}  # of torch and of transformers
 
 # the arguments of each by all their names, in order
 _LINEAR_ARGUMENTS = (("input",), ("weight",), ("bias",))
@@ -93,7 +93,7 @@ def match_linear(node: Node) -> LinearForm | None:
     if node.target in _BMM:
         form = _form(node, (*_bind(node, _MATMUL_ARGUMENTS), None), stored_NK=False)
         return form and replace(form, batched=True)
-    if called(node) in _GROUPED:
+    if called(node) in GROUPED:
         return _grouped(node)
     return None
 
@@ -150,7 +150,7 @@ def called(node: Node) -> str:
 
 def is_linear(node: Node) -> bool:
     """Whether the node is a linear by its own name, whatever its weight is."""
-    return node.target in _LINEAR or called(node) in _GROUPED
+    return node.target in _LINEAR or called(node) in GROUPED
 
 
 def _bind(node: Node, names: tuple[tuple[str, ...], ...], rest: int = 0) -> tuple[object, ...]:

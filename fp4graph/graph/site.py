@@ -53,6 +53,11 @@ class LinearSite:
     kernel: Kernel | None = None
     entry: PackEntry | None = None
 
+    @property
+    def is_stack(self) -> bool:
+        """Whether its weight is a stack of experts."""
+        return len(self.tag.shape) == 3
+
 
 def mark(node: Node, site: LinearSite) -> None:
     """Write a site on its node."""

@@ -96,8 +96,7 @@ class Kernel:
         int8_ops: for each format an op on the same tensors that rounds activations to 8 bits in
             groups, an approximation; empty where there is none.
         unpack: gives a packed weight back, to the bit, from those tensors, the problem and the
-            weight's per-tensor scale; None where it cannot, or need not.
-        keeps_plain: whether those tensors are the packed weight's own.
+            weight's per-tensor scale; None where it cannot.
         saves_memory: whether what is kept is smaller than the dense weight.
         note: what a user should know of it, for the report.
     """
@@ -111,7 +110,6 @@ class Kernel:
     plan: Callable[[Problem], Plan] = _as_it_is
     int8_ops: Mapping[str, OpOverload[..., Tensor]] = field(default_factory=dict)
     unpack: Callable[[Sequence[Tensor], Problem, Tensor | None], PackedWeight] | None = None
-    keeps_plain: bool = False
     saves_memory: bool = True
     note: str = ""
 

@@ -47,7 +47,7 @@ DEQUANTIZED = Kernel(
     prepack=REFERENCE.prepack,
     backends=("cpu",),  # elsewhere it would fill the device with dense weights
     refuses=lambda problem: "it keeps no experts" if problem.experts > 1 else None,
-    keeps_plain=True,
+    unpack=REFERENCE.unpack,
     saves_memory=False,
     note="dequantised once, which saves no memory and no time",
 )

@@ -12,6 +12,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     Op = torch._ops.OpOverload[..., Tensor]
 
+GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
+"""What torch and transformers call `(x, weights, offs) -> y` of experts."""
+
 _LIBRARY = torch.library.Library("fp4graph", "FRAGMENT")
 
 

@@ -19,7 +19,7 @@ from fp4graph.formats import FORMATS, MXFP4_FITTED, BlockFormat, PackedWeight, g
 from fp4graph.kernels.contract import Kernel, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     Op = torch._ops.OpOverload[..., Tensor]
 
@@ -73,6 +73,13 @@ def _prepack(packed: PackedWeight, _: Problem) -> tuple[Tensor, ...]:
     return packed.qdata, scale, packed.per_tensor_scale
 
 
+def _unpack(
+    tensors: Sequence[Tensor], problem: Problem, per_tensor_scale: Tensor | None
+) -> PackedWeight:
+    qdata, scale = tensors[:2]
+    return packed_weight(problem.format, problem.in_features, qdata, scale, per_tensor_scale)
+
+
 def _fake_quantize(x: Tensor, format: str, rotation: int = 0) -> Tensor:
     return get_format(format).fake_quantize(rotate(x, rotation) if rotation else x)
 
@@ -110,6 +117,6 @@ REFERENCE = Kernel(
     name="reference",
     ops={base: define("reference", format, _meaning(format)) for base, format in READ.items()},
     prepack=_prepack,
-    keeps_plain=True,
+    unpack=_unpack,
     note="dequantised at each call, which is slower than dense",
 )
