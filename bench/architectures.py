@@ -12,6 +12,7 @@ block linears   rows in blocks that are no router, expert or adapter, and how ma
 no row          weights that a forward multiplies by and that have no row
 routers         rows of routers that `all` selected: none, or something is wrong
 equal           largest difference to the copy, relative to the largest logit
+converted       the same type converted: other linears than the compiled one's, and the difference
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch.overrides import TorchFunctionMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.architectures import TYPES, build, call
+from support.converted import compare
 from support.diffusion import DIFFUSION, build_diffusion
 
 import fp4graph
@@ -94,6 +96,7 @@ def examine(kind: str) -> dict[str, Any]:
         "refused": sorted({row.reason for row in rows if row.reason.startswith("refused")}),
         "difference": difference(out, expected),
         "damage": difference(expected, dense),
+        "converted": {} if kind in DIFFUSION else compare(kind),
     }
 
 
@@ -164,6 +167,10 @@ def page(every: list[dict[str, Any]]) -> str:
         f"equal to the rounded copy within {EQUAL:g}": sum(
             each["difference"] <= EQUAL for each in ran
         ),
+        "`convert` picks the linears that `backend` picks": sum(map(same_linears, ran)),
+        f"converted and compiled are equal within {EQUAL:g}": sum(
+            each["converted"]["difference"] <= EQUAL for each in ran
+        ),
     }
     lines = [
         "# Architectures",
@@ -201,12 +208,20 @@ def table(found: list[dict[str, Any]]) -> list[str]:
             continue
         notes = [f"no row: {', '.join(each['no_row'])}"] if each["no_row"] else []
         notes += each["refused"][:1]
+        if not same_linears(each):
+            notes.append("`convert` picks others")
         lines.append(
             f"| {each['type']} | {each['linears']} | {', '.join(each['other'])} | "
             f"{each['experts'] or ''} | {each['selected']} | {each['difference']:.0e} | "
             f"{'; '.join(notes).replace('|', '/')} |"
         )
     return lines
+
+
+def same_linears(each: dict[str, Any]) -> bool:
+    """Whether `convert` picked what the backend did."""
+    found = each["converted"]
+    return not found or not (found["only_compiled"] or found["only_converted"])
 
 
 def fp4graph_versions() -> str:

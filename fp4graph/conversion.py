@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from fp4graph.report import REFUSED, LinearRow, Report
 from fp4graph.traced.model import TracedModel
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from fp4graph.formats import BlockFormat
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fp4graph.policy import Policy, Select
     from fp4graph.quantizers import Calibration
 
+LOG = logging.getLogger("fp4graph.convert")
 METHOD = "fp4graph"
 """What configurations call it."""
 _LENGTH = 8
@@ -161,8 +163,7 @@ def plan(
 ) -> tuple[list[LinearSite], Report]:
     """Return the linears that a policy picks, with their kernels, and the rows of all.
 
-    The model is traced on the meta device, where no weight is read; one whose code cannot run there
-    is traced where it is.
+    A copy of the model is traced that takes no memory for its weights; its values are not needed.
     """
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
@@ -170,37 +171,62 @@ def plan(
     given = inputs or {
         "input_ids": torch.zeros(1, _LENGTH, dtype=torch.int64, device="cpu"), "use_cache": False
     }  # fmt: skip
-    try:
-        traced = TracedModel(_outline(model))
-        with torch.no_grad():
-            traced(**{name: _meta(value) for name, value in given.items()})
-    except Fp4GraphError:
-        raise
-    except Exception:  # models' own code: some makes tensors of its own, on no device but its own
-        traced = TracedModel(model)
-        with torch.no_grad():
-            traced(**{name: _moved(value, device) for name, value in given.items()})
+    traced = _traced(model, given)
     try:
         return traced.sites(policy, target), traced.plan(policy, target)
     finally:
         traced.release()
 
 
-def _outline(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose tensors are on the meta device."""
+def _traced(model: nn.Module, given: Mapping[str, Any]) -> TracedModel:
+    """Trace a model on the meta device, where nothing is computed; or on zeros.
+
+    What a model does may hang on values, which the meta device has not: which experts have tokens.
+    """
+    try:
+        traced = _called(_copied(model, _meta), {name: _meta(each) for name, each in given.items()})
+        if traced.is_whole:
+            return traced
+        traced.release()
+    except Fp4GraphError:
+        raise
+    except Exception:  # models' own code: some makes tensors of its own, on no device but its own
+        LOG.debug("not traced on meta", exc_info=True)
+    return _called(_copied(model, _zeros), {name: _on_cpu(each) for name, each in given.items()})
+
+
+def _called(model: nn.Module, given: Mapping[str, Any]) -> TracedModel:
+    traced = TracedModel(model)
+    with torch.no_grad():
+        traced(**given)
+    return traced
+
+
+def _copied(model: nn.Module, change: Callable[[Any], Any]) -> nn.Module:
+    """Return a copy of a model with other tensors."""
     tensors = (*model.parameters(), *model.buffers())
-    memo: dict[int, Any] = {id(tensor): _meta(tensor) for tensor in tensors}
+    memo: dict[int, Any] = {id(tensor): change(tensor) for tensor in tensors}
     return copy.deepcopy(model, memo).eval()
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _meta(value: Any) -> Any:
     if isinstance(value, nn.Parameter):
         return nn.Parameter(value.detach().to("meta"), requires_grad=False)
     return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def _zeros(value: Tensor) -> Tensor:
+    """Return zeros in a tensor's place; a parameter's take the memory of one."""
+    if isinstance(value, nn.Parameter):
+        zero = torch.zeros((), dtype=value.dtype, device="cpu").expand(value.shape)
+        return nn.Parameter(zero, requires_grad=False)
+    if value.device.type == "meta":
+        return torch.zeros(value.shape, dtype=value.dtype, device="cpu")
+    return value.detach().cpu().clone()
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _dense(row: LinearRow, reason: str) -> LinearRow:

@@ -25,9 +25,8 @@ from fp4graph.conversion import (
 )
 from fp4graph.errors import Fp4GraphError, OptionError
 from fp4graph.memory import give_back_memory, let_go
-from fp4graph.packed.module import PackedModule
 from fp4graph.policy import Policy
-from fp4graph.replacement import hollow_module, packed_module, put
+from fp4graph.replacement import Place, hollow_module, packed_at, packed_module, place_of, put
 from fp4graph.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -128,13 +127,17 @@ class FP4Quantizer(HfQuantizer):
 
     def __init__(self, quantization_config: FP4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._sites: dict[str, LinearSite] = {}
+        self._sites: dict[Place, LinearSite] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
         found, self._report = plan(model, config.policy)
         kept = check_refused(model, found, self._report, config.on_refusal)
-        self._sites = {site.tag.fqn: site for site in kept}
+        self._sites = {}
+        for site in kept:
+            place = place_of(model, site)
+            assert place is not None
+            self._sites[place] = site
         if self.pre_quantized:
             for site in kept:
                 smoothed = site.tag.fqn in config.smoothed
@@ -142,17 +145,18 @@ class FP4Quantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor of the checkpoint is the weight of a linear that is selected."""
-        return not self.pre_quantized and param_name.removesuffix(".weight") in self._sites
+        names = (place.parameter for place in self._sites)
+        return not self.pre_quantized and param_name in names
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return what is done to such a tensor."""
-        return _Quantize(self.quantization_config, self._sites)
+        sites = {place.parameter: site for place, site in self._sites.items()}
+        return _Quantize(self.quantization_config, sites)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        for path, site in self._sites.items():
-            parent, _, name = path.rpartition(".")
-            module = getattr(model.get_submodule(parent), name)
-            if isinstance(module, PackedModule):
+        for place, site in self._sites.items():
+            module = packed_at(model, place)
+            if module is not None:
                 module.prepare()
             else:  # a weight that the checkpoint has under another name alone, as tied heads are
                 put(model, site, packed_module(model, site))
@@ -192,7 +196,7 @@ class _Quantize(ConversionOps):
         model = kwargs["model"]
         for name, values in input_dict.items():
             weight = values[0] if isinstance(values, list) else values
-            site = self._sites[name.removesuffix(".weight")]
+            site = self._sites[name]
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.Parameter(weight, requires_grad=False))
             try:

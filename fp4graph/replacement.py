@@ -1,7 +1,12 @@
-"""Dense modules and parameters replaced by ones that own packed weights."""
+"""Dense linears replaced by modules that own packed weights.
+
+An `nn.Linear` that is called is replaced by an `FP4Linear`. Any other module keeps its own forward,
+and its parameter alone is replaced, for nothing is known of what it computes besides the product.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,42 +15,67 @@ from torch import Tensor, nn
 from fp4graph.formats import PackedWeight
 from fp4graph.packed.experts import FP4Experts
 from fp4graph.packed.linear import FP4Linear
+from fp4graph.packed.module import PackedModule
 from fp4graph.packed.packing import pack
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable
 
     from fp4graph.graph.site import LinearSite
-    from fp4graph.packed.module import PackedModule
 
 
-def obstacle(model: nn.Module, site: LinearSite) -> str | None:
-    """Return why a linear cannot be replaced by a module; None if it can."""
+@dataclass(frozen=True)
+class Place:
+    """Where a linear's weight is in a model.
+
+    Attributes:
+        owner: path of the module that holds it.
+        name: of the parameter in that.
+        is_linear: whether that is an `nn.Linear` which is called, and not just read.
+    """
+
+    owner: str
+    name: str
+    is_linear: bool
+
+    @property
+    def parameter(self) -> str:
+        """Its whole name."""
+        return f"{self.owner}.{self.name}".removeprefix(".")
+
+    def of(self, model: nn.Module) -> nn.Module:
+        """Return the module that holds it."""
+        return model.get_submodule(self.owner)
+
+
+def place_of(model: nn.Module, site: LinearSite) -> Place | None:
+    """Return where a linear's weight is; None where no parameter has its path."""
     path = site.tag.fqn
-    try:
-        found = _found(model, site)
-    except AttributeError:
-        return "no module of its own computes it"
-    weight = found if site.is_stack else getattr(found, "weight", None)
-    dims = 3 if site.is_stack else 2
-    if isinstance(found, nn.Module) and (not isinstance(weight, Tensor) or _has_children(found)):
-        return f"a {type(found).__name__} computes it, which is more than a linear"
-    if not isinstance(weight, Tensor) or weight.ndim != dims:
-        return f"{path} is no parameter of {dims} dimensions"
-    if site.tag.shape != tuple(weight.mT.shape if site.transposed else weight.shape):
-        return f"its weight is {list(weight.shape)}, and the graph has {list(site.tag.shape)}"
+    parent, _, last = path.rpartition(".")
+    for owner, name in ((path, "weight"), (parent, last)):
+        try:
+            module = model.get_submodule(owner)
+        except AttributeError:
+            continue
+        if module._parameters.get(name) is not None:
+            called = bool(site.caller) and f".{path}".endswith(f".{site.caller}")
+            is_linear = name == "weight" and type(module).forward is nn.Linear.forward
+            return Place(owner, name, called and is_linear)
     return None
 
 
-def _has_children(module: nn.Module) -> bool:
-    return len(list(module.children())) > 0
-
-
-def _found(model: nn.Module, site: LinearSite) -> Any:
-    """Return what is replaced: a linear's module, or a stack's parameter."""
-    if not site.is_stack:
-        return model.get_submodule(site.tag.fqn)
-    return model.get_parameter(site.tag.fqn)
+def obstacle(model: nn.Module, site: LinearSite) -> str | None:
+    """Return why a linear cannot be replaced; None if it can."""
+    place = place_of(model, site)
+    if place is None:
+        return "no parameter of the model has its path"
+    stored: Any = getattr(place.of(model), place.name)
+    known = (
+        site.tag.shape if not site.transposed else (*site.tag.shape[:-2], *site.tag.shape[:-3:-1])
+    )
+    if stored.numel() != torch.Size(known).numel() or stored.shape[-1] != known[-1]:
+        return f"its weight is {list(stored.shape)}, and the graph has {list(site.tag.shape)}"
+    return None
 
 
 @torch.no_grad()
@@ -56,16 +86,14 @@ def packed_module(model: nn.Module, site: LinearSite, *, prepare: bool = True) -
         WeightError: the weight holds NaN or Inf; names the linear.
     """
     assert site.scheme is not None
-    fqn, scheme = site.tag.fqn, site.scheme
-    found = _found(model, site)
-    stored: Tensor = (found if site.is_stack else found.weight).detach()
+    scheme, fqn = site.scheme, site.tag.fqn
+    stored = _stored(model, site)
+    oriented = _oriented(stored, site)
     smooth = scheme.calibration.smooth.get(fqn) if scheme.calibration is not None else None
-    oriented = stored.mT if site.transposed else stored
     if site.is_stack:
         weights = (pack(each, scheme, fqn, expert=e) for e, each in enumerate(oriented))
         return _experts(weights, stored, site, smooth, prepare=prepare)
-    bias: Any = getattr(found, "bias", None)
-    rest = None
+    bias, rest = _bias(model, site), None
     packed = pack(oriented, scheme, fqn, rows=site.rows)
     if site.rows is not None:
         rest, bias = _rest(oriented, bias, site.rows)
@@ -81,28 +109,75 @@ def hollow_module(model: nn.Module, site: LinearSite, *, smoothed: bool) -> Pack
         site: the linear.
         smoothed: whether its inputs are divided.
     """
-    assert site.scheme is not None
-    found = _found(model, site)
-    stored: Tensor = found if site.is_stack else found.weight
+    stored = _stored(model, site)
     *_, N, K = site.tag.shape
     smooth = torch.empty(K, device="meta", dtype=torch.float32) if smoothed else None
     if site.is_stack:
         weights = (_hollow((N, K), site) for _ in range(site.tag.shape[0]))
         return _experts(weights, stored, site, smooth, prepare=False)
-    bias: Any = getattr(found, "bias", None)
-    rest = None
+    assert site.scheme is not None
+    bias, rest = _bias(model, site), None
     if site.rows is not None:
         N = len(site.rows)
         others = site.tag.shape[0] - N
         rest = nn.Linear(K, others, bias is not None, device="meta", dtype=stored.dtype)
         bias = None if bias is None else bias[:N]
     facts = (site.scheme, stored.dtype, bias, smooth, site.rows, rest)
-    hollow = _hollow((N, K), site)
-    return FP4Linear(hollow, *facts, transposed=site.transposed, prepare=False)
+    packed = _hollow((N, K), site)
+    return FP4Linear(packed, *facts, transposed=site.transposed, prepare=False)
+
+
+def put(model: nn.Module, site: LinearSite, new: PackedModule) -> None:
+    """Put a module in the place of a linear.
+
+    A head that was tied to the embeddings is so no more, and transformers is told.
+    """
+    place = place_of(model, site)
+    assert place is not None
+    tied = getattr(model, "all_tied_weights_keys", {})
+    if tied.pop(place.parameter, None) is not None and not tied:
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    old = place.of(model)
+    if not place.is_linear:
+        delattr(old, place.name)
+        old.register_module(place.name, new)
+        return
+    for parent in model.modules():  # wherever that stands
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+
+
+def packed_at(model: nn.Module, place: Place) -> PackedModule | None:
+    """Return the module that stands in a place; None where it is still dense."""
+    owner = place.of(model)
+    found = owner if isinstance(owner, PackedModule) else owner._modules.get(place.name)
+    return found if isinstance(found, PackedModule) else None
+
+
+def _stored(model: nn.Module, site: LinearSite) -> Tensor:
+    place = place_of(model, site)
+    assert place is not None
+    found: Tensor = getattr(place.of(model), place.name)
+    return found.detach()
+
+
+def _bias(model: nn.Module, site: LinearSite) -> Tensor | None:
+    """Return the bias that the new module adds; other modules add theirs themselves."""
+    place = place_of(model, site)
+    assert place is not None
+    found: Tensor | None = place.of(model).bias if place.is_linear else None  # type: ignore[assignment]
+    return found
+
+
+def _oriented(stored: Tensor, site: LinearSite) -> Tensor:
+    """Return a weight as [N, K], or a stack as [E, N, K]."""
+    whole = stored.view(*site.tag.shape[:-2], -1, stored.shape[-1])
+    return whole.mT if site.transposed else whole
 
 
 def _experts(
-    weights: Iterator[PackedWeight],
+    weights: Iterable[PackedWeight],
     stored: Tensor,
     site: LinearSite,
     smooth: Tensor | None,
@@ -110,9 +185,17 @@ def _experts(
     prepare: bool,
 ) -> FP4Experts:
     assert site.scheme is not None
-    E, first, second = stored.shape
-    facts = ((E, first, second), site.scheme, stored.dtype, smooth)
-    return FP4Experts(weights, *facts, transposed=site.transposed, prepare=prepare)
+    E, N, K = site.tag.shape
+    return FP4Experts(
+        weights,
+        (E, N, K),
+        stored.shape,
+        site.scheme,
+        stored.dtype,
+        smooth,
+        transposed=site.transposed,
+        prepare=prepare,
+    )
 
 
 def _hollow(shape: tuple[int, int], site: LinearSite) -> PackedWeight:
@@ -127,27 +210,6 @@ def _hollow(shape: tuple[int, int], site: LinearSite) -> PackedWeight:
             shape,
             format,
         )
-
-
-def put(model: nn.Module, site: LinearSite, new: PackedModule) -> None:
-    """Put a module in the place of a linear's, wherever that stands, or of a stack's parameter.
-
-    A head that was tied to the embeddings is so no more, and transformers is told.
-    """
-    path = site.tag.fqn
-    tied = getattr(model, "all_tied_weights_keys", {})
-    if tied.pop(f"{path}.weight", None) is not None and not tied:
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    if site.is_stack:
-        owner, _, name = path.rpartition(".")
-        delattr(model.get_submodule(owner), name)
-        model.get_submodule(owner).register_module(name, new)
-        return
-    old = model.get_submodule(path)
-    for parent in model.modules():
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
 
 
 def _rest(

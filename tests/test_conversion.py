@@ -148,7 +148,7 @@ def test_to_another_dtype_the_weight_keeps_its_bits() -> None:
         if name.endswith("per_tensor_scale"):
             assert torch.equal(value, after[name])
     module = next(each for each in model.modules() if isinstance(each, FP4Linear))
-    assert module.dtype == module.bias.dtype == torch.bfloat16
+    assert module.dtype == torch.bfloat16
     cast = fresh("gpt2").to(torch.bfloat16)
     with torch.no_grad():
         assert model(IDS, use_cache=False).logits.dtype == torch.bfloat16
@@ -282,3 +282,42 @@ def test_code_that_reads_the_weight_gets_the_product(transposed: bool) -> None:
     ):
         with pytest.raises(RefusalError, match="packed weights"):
             wrong()
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.out = nn.Linear(64, 64)
+        self.scaled = Scaled()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scaled(self.out(self.attention(x, x, x, need_weights=False)[0]))
+
+
+class Scaled(nn.Linear):
+    """More than a linear, though it is one by its class."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(x)
+
+
+def test_a_module_keeps_what_it_computes_besides() -> None:
+    torch.manual_seed(0)
+    model, x = Attention().eval().requires_grad_(False), torch.randn(1, 5, 64)
+    with pytest.raises(RefusalError, match="read by multi_head_attention_forward"):
+        fp4graph.convert(model, "path:*", inputs={"x": x})
+    report = fp4graph.convert(model, "path:*", inputs={"x": x}, on_refusal="keep")
+    assert {row.path for row in report.selected} == {"out", "scaled"}
+    assert isinstance(model.out, FP4Linear)
+    assert isinstance(model.scaled, Scaled)
+    twin = copy.deepcopy(model)
+    twin.out = nn.Linear(64, 64)
+    with torch.no_grad():
+        y = model.out(model.attention(x, x, x, need_weights=False)[0])
+        w = model.scaled.weight.packed.dequantize(torch.float32)
+        want = 3 * torch.nn.functional.linear(y, w, model.scaled.bias)
+        assert torch.allclose(model(x), want, atol=1e-5)

@@ -143,7 +143,9 @@ def stack(*, transposed: bool) -> tuple[FP4Experts, torch.Tensor]:
     weights = [fp4graph.quantize(torch.randn(N, K)) for _ in range(E)]
     shape = (E, K, N) if transposed else (E, N, K)
     scheme = Scheme(FORMATS["nvfp4"])
-    made = FP4Experts(weights, shape, scheme, torch.float32, transposed=transposed)
+    made = FP4Experts(
+        weights, (E, N, K), torch.Size(shape), scheme, torch.float32, transposed=transposed
+    )
     w = torch.stack([each.dequantize(torch.float32) for each in weights])
     return made, w.mT if transposed else w
 
@@ -171,6 +173,8 @@ def test_multiplies_as_the_parameter_would(transposed: bool) -> None:
     for number, (got, want) in enumerate(pairs):
         assert torch.allclose(got, want, atol=1e-4), number
     assert made.shape == w.shape
+    assert len(list(made)) == E
+    assert made.view(-1, *w.shape[1:]).shape == w.shape
     assert nk[rows].shape == w_NK[rows].shape
     assert nk.mT.size(-1) == N if not transposed else K
 
@@ -185,6 +189,7 @@ def test_what_cannot_be_computed_is_an_error() -> None:
         lambda: linear(torch.randn(4, K + 1), made[0]),
         lambda: torch.bmm(torch.randn(2, 4, K), made.mT),
         lambda: made.transpose(0, 1),
+        lambda: made.view(-1, K),
         lambda: made[0][0],
         lambda: made[0:2],
     ):

@@ -150,8 +150,7 @@ def path_of(node: Node, placeholder: Node | None, known: tuple[str, ...], *, sha
         known: the weight's paths in the model, where the model is known.
         shared: whether the node was traced for another layer too, so that it knows no module.
     """
-    stack = {} if shared else node.meta.get("nn_module_stack") or {}
-    caller = _clean(next(reversed(stack.values()))[0]) if stack else ""
+    caller = caller_of(node, shared=shared)
     lifted = "" if placeholder is None else _source_path(placeholder)
     if len(known) > 1:
         called = (path for path in known if _ends_like(path, caller))
@@ -167,6 +166,17 @@ def path_of(node: Node, placeholder: Node | None, known: tuple[str, ...], *, sha
     if below and _kind(".".join(above)) == _kind(caller):
         return f"{caller}.{below}"
     return caller or lifted or node.name
+
+
+def caller_of(node: Node, *, shared: bool) -> str:
+    """Return the path of the module whose forward makes a call; empty where unknown.
+
+    Args:
+        node: the call.
+        shared: see `path_of`.
+    """
+    stack = {} if shared else node.meta.get("nn_module_stack") or {}
+    return _clean(next(reversed(stack.values()))[0]) if stack else ""
 
 
 def _kind(path: str) -> str:

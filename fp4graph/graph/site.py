@@ -38,6 +38,7 @@ class LinearSite:
         problem: what a kernel has to solve.
         kernel: who will compute it.
         entry: its packed weight.
+        caller: path of the module whose forward computes it; empty where unknown.
     """
 
     tag: LinearTag
@@ -52,6 +53,7 @@ class LinearSite:
     problem: Problem | None = None
     kernel: Kernel | None = None
     entry: PackEntry | None = None
+    caller: str = ""
 
     @property
     def is_stack(self) -> bool:

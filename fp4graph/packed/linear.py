@@ -49,24 +49,27 @@ class FP4Linear(PackedModule):
         transposed: bool = False,
         prepare: bool = True,
     ) -> None:
-        facts = (packed.shape, scheme, dtype, smooth)
+        N, K = packed.shape
+        N += 0 if rest is None else rest.out_features
+        facts = (packed.shape, torch.Size((K, N) if transposed else (N, K)), scheme, dtype, smooth)
         super().__init__([packed], *facts, stacked=None, prepare=prepare)
-        self.out_features, self.in_features = packed.shape
+        self.out_features, self.in_features = N, K
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.rest = rest
         self._transposed = transposed
         if rest is not None:
             assert rows is not None
-            self.out_features += rest.out_features
             others = sorted(set(range(self.out_features)) - set(rows))
             self._places = torch.tensor([*rows, *others], device="cpu").argsort().tolist()
             self._find_places()
 
     @property
-    def weight(self) -> StandIn:
-        """A stand-in for code that multiplies by it; its values are `packed.dequantize()`."""
+    def stand_in(self) -> StandIn:
+        """The weight as code meets it; its values are `packed.dequantize()`."""
         shape = self.out_features, self.in_features
         return StandIn(self, (), shape, last_is_k=not self._transposed)
+
+    weight = stand_in
 
     @property
     def packed(self) -> PackedWeight:
@@ -87,9 +90,11 @@ class FP4Linear(PackedModule):
         """Return `x` [..., K] times the weight, [..., N]."""
         return self._computed(x, self.bias, None if self.rest is None else self.rest.bias)
 
-    def times(self, x: Tensor, index: Index = None) -> Tensor:
-        """Return `x` [..., K] times the weight without the bias."""
-        return self._computed(x, None, None)
+    def times(self, x: Tensor, index: Index, bias: Tensor | None) -> Tensor:
+        """See `Multiplies`."""
+        if bias is None or self.rest is None:
+            return self._computed(x, bias, None)
+        return self._computed(x, None, None) + bias
 
     def grouped(self, x: Tensor, offs: Tensor) -> None:
         """It is no stack."""

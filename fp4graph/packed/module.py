@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fp4graph.formats import PackedWeight
 from fp4graph.kernels import ROTATE, Problem, choose, fake_quantize_op, target_of
+from fp4graph.packed.stand_in import Multiplied
 from fp4graph.scheme import Activations
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _LAYOUT = "_layout_"
 
 
-class PackedModule(nn.Module):
+class PackedModule(Multiplied, nn.Module):
     """One packed weight, or a stack of them.
 
     A `state_dict` has the plain layout; a stack's tensors have one more dimension in front.
@@ -34,7 +35,8 @@ class PackedModule(nn.Module):
 
     Args:
         weights: the weight, or those of a stack, which are laid out one after the other.
-        shape: [N, K] of each.
+        matrix: [N, K] of each.
+        stored: shape of the parameter in whose place it stands.
         scheme: how it runs.
         dtype: of inputs and results.
         smooth: what the weight's columns were multiplied by, float32 [K], or None.
@@ -50,7 +52,8 @@ class PackedModule(nn.Module):
     def __init__(
         self,
         weights: Iterable[PackedWeight],
-        shape: tuple[int, int],
+        matrix: tuple[int, int],
+        stored: torch.Size,
         scheme: Scheme,
         dtype: torch.dtype,
         smooth: Tensor | None,
@@ -62,7 +65,9 @@ class PackedModule(nn.Module):
         self.scheme = scheme
         self.dtype = dtype
         self.kernel: Kernel | None = None
-        self._shape, self._stacked = shape, stacked
+        self._shape, self._stacked = matrix, stacked
+        self._stored = stored
+        self._is_hf_initialized = True  # transformers draws no weights at random here
         self._layouts = 0
         self._host: list[PackedWeight] = []
         for name in ("qdata", "scale", "per_tensor_scale"):
@@ -72,6 +77,11 @@ class PackedModule(nn.Module):
             self._lay_out(weights)
         else:
             self._keep_plain(list(weights))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the dense weight."""
+        return self._stored
 
     @property
     def device(self) -> torch.device:

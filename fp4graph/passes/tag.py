@@ -11,7 +11,14 @@ from torch import nn
 
 from fp4graph.graph.flow import flow_of
 from fp4graph.graph.match import LinearForm, called, is_linear, match_linear
-from fp4graph.graph.names import model_lists, named_linears, names_here, parameter_names, path_of
+from fp4graph.graph.names import (
+    caller_of,
+    model_lists,
+    named_linears,
+    names_here,
+    parameter_names,
+    path_of,
+)
 from fp4graph.graph.regions import regions, unshare
 from fp4graph.graph.roles_by_flow import roles_by_dataflow
 from fp4graph.graph.siblings import mark_experts, side_by_side
@@ -176,6 +183,7 @@ class TagLinears:
                 dtype=node.meta["example_value"].dtype,
                 bytes_dense=value.nbytes,
                 unsupported=unsupported,
+                caller=caller_of(node, shared=region.shared),
             ),
         )
 

@@ -152,6 +152,15 @@ class TracedModel:
                     found.setdefault(site.tag.fqn, site)
         return list(found.values())
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every matrix of the model went into a graph, or the model is one graph."""
+        inputs = WeakIdKeyDictionary()
+        for graph in self.graphs:
+            inputs.update(dict.fromkeys(graph.parameters))
+        known = (each in inputs for each in self._model.parameters() if each.ndim > 1)
+        return len(self.graphs) == 1 or all(known)
+
     def release(self) -> None:
         """Let go of the model's weights: Dynamo keeps what it compiled, and that holds them."""
         for graph in self.graphs:
@@ -207,6 +216,11 @@ class TracedGraph:
         """Forget the values of its inputs; it runs no more."""
         self._example_inputs = ()
         self.run = raiser(StudyError("the traced graph was released"))
+
+    @property
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All of the model that it takes."""
+        return (each for each in self._example_inputs if isinstance(each, nn.Parameter))
 
     @property
     def weights(self) -> Iterator[Tensor]:
