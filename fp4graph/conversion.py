@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,6 @@ from fp4graph.traced.model import TracedModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from fp4graph.formats import BlockFormat
     from fp4graph.graph.site import LinearSite
@@ -89,18 +89,34 @@ def convert(
     attach(model, report)
     config = getattr(model, "config", None)
     if config is not None:  # so that save_pretrained writes what loads again
-        config.quantization_config = facts(policy, on_refusal, smoothed(model))
+        given = facts(policy, on_refusal, smoothed(model), origin(config.name_or_path))
+        config.quantization_config = given
     return report
 
 
-def facts(policy: Policy, on_refusal: OnRefusal, smoothed: Sequence[str]) -> dict[str, Any]:
-    """Return what a configuration holds of packed linears: the policy, each entry whole."""
+def origin(name: str) -> str:
+    """Return a model's name so that it means the same in another folder."""
+    return str(Path(name).absolute()) if name and Path(name).exists() else name
+
+
+def facts(
+    policy: Policy, on_refusal: OnRefusal, smoothed: Sequence[str], dense: str
+) -> dict[str, Any]:
+    """Return what a configuration holds of packed linears: the policy, each entry whole.
+
+    Args:
+        policy: what runs how.
+        on_refusal: as in `convert`.
+        smoothed: paths of linears whose inputs are divided.
+        dense: the model that was converted.
+    """
     select = {str(selector): scheme and scheme.options for selector, scheme in policy.entries}
     return {
         "quant_method": METHOD,
         "select": select,
         "on_refusal": on_refusal,
         "smoothed": list(smoothed),
+        "dense": dense,
         "saved": True,
     }
 

@@ -7,6 +7,7 @@ its linears run.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from fp4graph.conversion import (
     attach,
     check_refused,
     facts,
+    origin,
     plan,
     smoothed,
 )
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from fp4graph.passes.pipeline import OnRefusal
     from fp4graph.policy import Select
     from fp4graph.quantizers import Calibration
+
+
+_TENSOR_PARALLEL = logging.getLogger("transformers.distributed.tensor_parallel")
 
 
 class Failure:
@@ -60,6 +65,7 @@ class FP4Config(QuantizationConfigMixin):
         on_refusal: as in `fp4graph.convert`.
         calibration: codes found with data, or their file; what is saved has them.
         smoothed: paths of linears whose inputs are divided; only a saved configuration has it.
+        dense: what is converted, for studies that compare; None: the name that is loaded.
         kwargs: what transformers adds.
 
     Attributes:
@@ -81,6 +87,7 @@ class FP4Config(QuantizationConfigMixin):
         on_refusal: OnRefusal = "raise",
         calibration: Calibration | str | Path | None = None,
         smoothed: tuple[str, ...] = (),
+        dense: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = METHOD
@@ -93,6 +100,7 @@ class FP4Config(QuantizationConfigMixin):
         self.on_refusal = on_refusal
         self.failure = Failure()
         self.smoothed = tuple(smoothed)
+        self.dense = dense
 
     @property
     def policy(self) -> Policy:
@@ -101,21 +109,21 @@ class FP4Config(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `config.json` holds: the policy as a mapping, each entry whole."""
-        return facts(self._policy, self.on_refusal, self.smoothed)
+        return facts(self._policy, self.on_refusal, self.smoothed, self.dense or "")
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the same: nothing is left out."""
         return self.to_dict()
 
 
-def packed_policy(config: Any) -> Policy | None:
+def packed_config(config: Any) -> FP4Config | None:
     """Return what a model's configuration says of its packed linears; None if they are not."""
     found = getattr(config, "quantization_config", None) or {}
     found = found if isinstance(found, dict) else found.to_dict()
     if found.get("quant_method") != METHOD:
         return None
     made: FP4Config = FP4Config.from_dict(found)
-    return made.policy
+    return made
 
 
 @register_quantizer(METHOD)
@@ -131,6 +139,7 @@ class FP4Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
+        _TENSOR_PARALLEL.setLevel(logging.ERROR)  # its rules are for dense weights' names
         found, self._report = plan(model, config.policy)
         kept = check_refused(model, found, self._report, config.on_refusal)
         self._sites = {}
@@ -154,6 +163,7 @@ class FP4Quantizer(HfQuantizer):
         return _Quantize(self.quantization_config, sites)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        _TENSOR_PARALLEL.setLevel(logging.NOTSET)
         for place, site in self._sites.items():
             module = packed_at(model, place)
             if module is not None:
@@ -161,6 +171,9 @@ class FP4Quantizer(HfQuantizer):
             else:  # a weight that the checkpoint has under another name alone, as tied heads are
                 put(model, site, packed_module(model, site))
         self.quantization_config.smoothed = tuple(smoothed(model))
+        if self.quantization_config.dense is None:
+            name: str = model.config.name_or_path  # type: ignore[union-attr, assignment]
+            self.quantization_config.dense = origin(name)
         if not self.pre_quantized:
             for parameter in model.parameters():  # else the file stays mapped, all of it
                 parameter.data = parameter.data.clone()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
+from fp4graph.conversion import origin
 from fp4graph.errors import ModelError, OptionError
 from fp4graph.gguf import copy_of, load_gguf
-from fp4graph.hf_quantizer import FP4Config, packed_policy
-from fp4graph.models import locate, named
+from fp4graph.hf_quantizer import FP4Config, packed_config
+from fp4graph.models import LoadedModel, locate, named
 from fp4graph.pretrained import read_checkpoint
 
 if TYPE_CHECKING:
@@ -64,12 +66,12 @@ def load(
                 load_gguf(file, torch.float32, allow_weights)
             folder = str(copy_of(file))
         given: dict[str, Any] = {} if device is None else {"device_map": {"": device}}
-        packed = packed_policy(transformers.AutoConfig.from_pretrained(folder)) is not None
+        packed = packed_config(transformers.AutoConfig.from_pretrained(folder)) is not None
         if packed and (select is not None or options):
             raise OptionError("its linears are packed already: it says itself what runs how")
         if not packed and select is None:
             raise OptionError("its weights are dense: say what runs in FP4, select=")
-        config = None if select is None else FP4Config(select, **options)
+        config = None if select is None else FP4Config(select, dense=origin(name), **options)
         if config is not None:
             given["quantization_config"] = config
         try:
@@ -81,16 +83,50 @@ def load(
     return model.eval().requires_grad_(False)
 
 
+def dense_of(name: str) -> str | None:
+    """Return what a folder of packed weights was converted from, empty where it does not say.
+
+    None for a name of dense weights, whether there is such a model or not.
+    """
+    if not (Path(name) / "config.json").is_file():
+        return None
+    with named(name):
+        config = packed_config(transformers.AutoConfig.from_pretrained(name))
+    return None if config is None else config.dense or ""
+
+
+def load_packed(
+    name: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> LoadedModel:
+    """Load a folder of packed weights for a study.
+
+    Args:
+        name: the folder.
+        dtype: as in `load`.
+        device: as in `load`.
+
+    Raises:
+        ModelError: see `load`.
+    """
+    again = partial(load_packed, name, dtype, device)
+    return LoadedModel(name, load(name, dtype=dtype, device=device), None, again=again)
+
+
 def save(model: Any, folder: Path, tokenizer: Any = None) -> None:
     """Write a packed model and its tokenizer into a new folder, whole or not at all.
 
     Raises:
-        ModelError: the folder is there already, or cannot be written.
+        ModelError: the folder is there already, or cannot be written; not enough disk.
     """
     if folder.exists():
         raise ModelError(f"{folder} is there already: give the name of a new folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        needed = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+        free = shutil.disk_usage(folder.parent).free
+        if needed > free:
+            sizes = f"about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+            raise ModelError(f"cannot write {folder}: it takes {sizes}")
         draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         try:
             model.save_pretrained(draft)

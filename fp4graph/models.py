@@ -8,6 +8,7 @@ import importlib.util
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,14 @@ import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from torch import nn
+from torch import Tensor, nn
 
 from fp4graph.conversion import METHOD
 from fp4graph.errors import CorpusError, Fp4GraphError, ModelError
 from fp4graph.files import read_text
 from fp4graph.fingerprint import fingerprint
 from fp4graph.gguf import copy_of, load_gguf
-from fp4graph.hf_quantizer import packed_policy
+from fp4graph.hf_quantizer import packed_config
 from fp4graph.pretrained import check_dense, check_whole, read_checkpoint
 from fp4graph.skeleton import check_memory, parameters_of, skeleton
 
@@ -71,6 +72,7 @@ class LoadedModel:
         tokenizer: None where there is none.
         is_random: whether the weights mean nothing, so that only speed can be measured.
         no_tokenizer: why there is no tokenizer; empty where there is one, or none was looked for.
+        again: loads it once more, in another process; None for a model that was given.
     """
 
     name: str
@@ -78,6 +80,7 @@ class LoadedModel:
     tokenizer: Any | None
     is_random: bool = False
     no_tokenizer: str = ""
+    again: Callable[[], LoadedModel] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -104,12 +107,20 @@ class LoadedModel:
         The same model by another name has the same.
         """
         tensors = (*self.model.named_parameters(), *self.model.named_buffers())
-        values = [(name, fingerprint(tensor)) for name, tensor in tensors]
         config = getattr(self.model, "config", None)
         settings = config.to_dict() if config is not None else {}
         kept = {key: value for key, value in settings.items() if key not in _PROVENANCE}
+        if packed_config(config) is not None:
+            # kernels' own layouts are no part of it
+            tensors = tuple(self.model.state_dict().items())
+            kept["quantization_config"] = {**kept["quantization_config"], "dense": ""}
+        values = [(name, fingerprint(_bytes(tensor))) for name, tensor in tensors]
         text = repr(values) + json.dumps(kept, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
 # keys of a configuration that say where it comes from, not what is computed
@@ -153,6 +164,8 @@ def load(
             are not the model's, or are quantised already.
     """
     transformers.utils.logging.disable_progress_bar()
+    options: Any = {"device": device, "seed": seed, "allow_weights": tuple(allow_weights)}
+    again = partial(load, name, dtype, **options)
     if name in RANDOM_MODELS:
         config = RANDOM_MODELS[name]()
         with named(name):
@@ -160,13 +173,13 @@ def load(
         torch.manual_seed(seed)
         with torch.device(device):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        return LoadedModel(name, _frozen(model), None, is_random=True)
+        return LoadedModel(name, _frozen(model), None, is_random=True, again=again)
     folder, gguf = locate(name)
     with named(name):
         if gguf is None or copy_of(Path(folder) / gguf).is_dir():
             hull = _outline(folder, gguf, dtype)
             check_memory(parameters_of(hull), dtype, device)
-            if packed_policy(hull.config) is not None:
+            if packed_config(hull.config) is not None:
                 _check_dense_config(hull.config)
         if gguf is not None:
             model, tokenizer = load_gguf(Path(folder) / gguf, dtype, allow_weights)
@@ -175,7 +188,8 @@ def load(
             model = read_checkpoint(folder, dtype, allow_weights)
             tokenizer, problem = _tokenizer(folder)
         check_dense(model)
-    return LoadedModel(name, _frozen(model).to(device), tokenizer, no_tokenizer=problem)
+    model = _frozen(model).to(device)
+    return LoadedModel(name, model, tokenizer, no_tokenizer=problem, again=again)
 
 
 def tokenizer_of(folder: str, gguf: str | None) -> Any | None:
@@ -211,7 +225,7 @@ def outline(name: str, dtype: torch.dtype = torch.float32, *, packed: bool = Fal
     folder, gguf = locate(name)
     with named(name):
         model = _outline(folder, gguf, dtype)
-        if gguf is None and not (packed and packed_policy(model.config) is not None):
+        if gguf is None and not (packed and packed_config(model.config) is not None):
             _check_dense_config(model.config)
         if gguf is None and Path(folder).is_dir():
             check_whole(Path(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -190,5 +191,9 @@ def test_a_full_disk_leaves_nothing(
 
     monkeypatch.setattr(model, "save_pretrained", full)
     with pytest.raises(ModelError, match="No space left"):
+        save(model, tmp_path / "packed")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ModelError, match=r"it takes about 0\.\d GB, and 0\.0 GB are free"):
         save(model, tmp_path / "packed")
     assert list(tmp_path.iterdir()) == []

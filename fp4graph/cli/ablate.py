@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fp4graph.cli.common import (
-    load_model,
+    load_models,
     output,
     print_table,
     progress_shown,
@@ -17,6 +17,7 @@ from fp4graph.cli.common import (
 )
 from fp4graph.cli.options import (
     check_trained,
+    dense_option,
     device_option,
     direction_option,
     dtype_option,
@@ -67,6 +68,7 @@ _WIKITEXT2_WINDOW = 2048
 )
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for results.")
 @dtype_option
+@dense_option
 @weights_option
 @device_option
 @json_option
@@ -86,24 +88,36 @@ def ablate_command(
     budget: float | None,
     out: Path | None,
     dtype: str,
+    dense: str | None,
     device: torch.device,
     as_json: bool,
     **combinations: Any,
 ) -> None:
     """Measure what FP4 does to MODEL's predictions on a text, against the dense model.
 
+    Of a folder that `fp4graph convert` wrote, the model in it is measured as it is.
+
     Results gather in OUT (default: fp4graph-out/MODEL), whatever commands they come from:
     trials.sqlite, ablation.jsonl, runs.jsonl and ablation.png; `fp4graph show OUT` prints them. A
     run that was stopped, by whatever means, goes on where it was when the same command is given
     again.
     """
+    from fp4graph.loading import dense_of
     from fp4graph.study.evaluate import cut
     from fp4graph.study.given import read_calibrations
+    from fp4graph.study.plan import converted
     from fp4graph.study.probe import read_probe
     from fp4graph.study.run import run_trials
+    from fp4graph.study.trial import Trial
 
     codes = read_calibrations(calibrations)
-    groups = _groups(selected(selects, mixes, names), by, plan, combinations, codes)
+    given = selected(selects, mixes, names)
+    is_packed = dense_of(model) is not None
+    groups = (
+        []
+        if is_packed and not (given[0] or by or plan)
+        else _groups(given, by, plan, combinations, codes)
+    )
     corpus = _text_beside(corpus, codes)
     check_trained(model)
     whole = protocol == "wikitext2"
@@ -113,7 +127,8 @@ def ablate_command(
     wanted = None if whole else tokens
     text = read_text(corpus, wanted)
     out = out or Path("fp4graph-out") / Path(model).name
-    loaded = load_model(model, dtype, device)
+    loaded, packed = load_models(model, dtype, device, dense)
+    groups += [converted([Trial.of_packed(each) for each in packed])] if packed else []
     tokenizer = loaded.text_tokenizer()
     windows = cut(text, tokenizer, wanted, seq_len)
     length = windows.ids.shape[1]

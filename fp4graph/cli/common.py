@@ -19,7 +19,7 @@ from rich.console import Console
 
 import fp4graph
 from fp4graph.cli.options import allowed_weights, check_trained
-from fp4graph.errors import Fp4GraphError
+from fp4graph.errors import Fp4GraphError, ModelError, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,6 +68,37 @@ def load_model(model: str, dtype: str, device: torch.device | str = "cpu") -> Lo
         return fp4graph.models.load(
             model, getattr(torch, dtype), device=device, allow_weights=allowed_weights()
         )
+
+
+def load_models(
+    model: str, dtype: str, device: torch.device, dense: str | None
+) -> tuple[LoadedModel, tuple[LoadedModel, ...]]:
+    """Load what a study is of: a dense model, and beside it the converted one that was named.
+
+    Args:
+        model: the dense one, or a converted one.
+        dtype: of what is dense.
+        device: where to put them.
+        dense: what a converted one is compared with; None: what it was converted from.
+
+    Raises:
+        OptionError: a dense model, and `dense`.
+        ModelError: see `models.load`; a converted one that does not say what it was.
+    """
+    import torch
+
+    from fp4graph.loading import dense_of, load_packed
+
+    known = dense_of(model)
+    if known is None:
+        if dense is not None:
+            raise OptionError(f"--dense is for a converted model, and {model} is dense itself")
+        return load_model(model, dtype, device), ()
+    if not (dense or known):
+        raise ModelError(f"{model} does not say what it was converted from: give --dense MODEL")
+    found = load_model(dense or known, dtype, device)
+    with stderr.status(f"loading {model}"):
+        return found, (load_packed(model, getattr(torch, dtype), device),)
 
 
 def load_windows(

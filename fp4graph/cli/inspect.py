@@ -88,7 +88,7 @@ def _report(
     """Trace a model without weights; one whose code looks at values is loaded after all."""
     import torch
 
-    from fp4graph.hf_quantizer import packed_policy
+    from fp4graph.hf_quantizer import packed_config
 
     def explained(module: torch.nn.Module) -> Report:
         return fp4graph.explain(
@@ -104,10 +104,10 @@ def _report(
         )
 
     outline = fp4graph.models.outline(model, getattr(torch, dtype), packed=True)
-    packed = packed_policy(outline.model.config)
+    packed = packed_config(outline.model.config)
     if packed is not None and what is not None:
         raise OptionError(f"{model} is packed already, and says itself what runs how")
-    policy = packed or what or "all"
+    policy = what or "all" if packed is None else packed.policy
     with stderr.status(f"tracing {model}"):
         try:
             return explained(outline.model)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import click
 
 import fp4graph
-from fp4graph.cli.common import load_model, print_table, progress_shown
+from fp4graph.cli.common import load_models, print_table, progress_shown
 from fp4graph.cli.options import (
+    dense_option,
     device_option,
     dtype_option,
     json_option,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
 @dtype_option
+@dense_option
 @weights_option
 @device_option
 @json_option
@@ -59,23 +61,27 @@ def latency_command(
     new_tokens: int,
     rounds: int,
     dtype: str,
+    dense: str | None,
     device: torch.device,
     as_json: bool,
 ) -> None:
     """Time greedy generation of MODEL, dense and with each selection in FP4, in alternation.
 
-    Greedy, batch 1, static cache, fixed number of tokens. Compile time is reported apart.
+    Of a folder that `fp4graph convert` wrote, the model in it is timed as it is. Memory is that of
+    a process for each. Greedy, batch 1, static cache, fixed number of tokens. Compile time is
+    reported apart.
     """
+    from fp4graph.loading import dense_of
     from fp4graph.study.given import plan_of, read_calibrations
 
     if mode != "default" and inner != "inductor":
         raise OptionError(f"--mode {mode} is for --inner inductor")
     select, called = selected(selects, mixes, names)
-    if not select:
+    if not select and dense_of(model) is None:
         raise OptionError("say what runs in FP4: --select SELECTOR or --mix FILE")
     codes = read_calibrations(calibrations)
     plan_of(select, format, activations, quantizer, called, codes)  # before a model is loaded
-    loaded = load_model(model, dtype, device)
+    loaded, packed = load_models(model, dtype, device, dense)
     with progress_shown() as progress:
         table = fp4graph.study.latency(
             loaded,
@@ -85,6 +91,7 @@ def latency_command(
             quantizer,
             name=called,
             calibration=codes,
+            packed=packed,
             inner=inner,
             mode=mode,
             prompt_tokens=prompt_tokens,

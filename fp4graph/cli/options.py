@@ -144,6 +144,12 @@ def allowed_weights() -> tuple[str, ...]:
     return found
 
 
+def dense_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--dense`."""
+    text = "What a converted MODEL is compared with.  [default: what it was converted from]"
+    return click.option("--dense", help=text, metavar="MODEL")(command)
+
+
 def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--device`."""
     text = "Where the model runs: cpu, cuda, cuda:1.  [default: cuda if there is a GPU, else cpu]"

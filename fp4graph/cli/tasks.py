@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 import fp4graph
-from fp4graph.cli.common import load_model, print_table, progress_shown
+from fp4graph.cli.common import load_models, print_table, progress_shown
 from fp4graph.cli.options import (
     CommaList,
     check_trained,
+    dense_option,
     device_option,
     direction_option,
     dtype_option,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True)
 @dtype_option
+@dense_option
 @weights_option
 @device_option
 @json_option
@@ -58,21 +60,25 @@ def tasks_command(
     include: Path | None,
     batch_size: int,
     dtype: str,
+    dense: str | None,
     device: torch.device,
     as_json: bool,
 ) -> None:
     """Run tasks of lm-evaluation-harness on MODEL with FP4 in it, and on the dense one.
 
-    Differences are taken question by question. Without a selection it is `all`. Needs
+    Differences are taken question by question. Without a selection it is `all`, or the model in a
+    folder that `fp4graph convert` wrote. Needs
     fp4graph[eval], and the tasks' data.
     """
+    from fp4graph.loading import dense_of
     from fp4graph.study.given import plan_of, read_calibrations
 
-    select, called = selected(selects or (() if mixes else ("all",)), mixes, names)
+    chosen = bool(selects or mixes or dense_of(model) is not None)
+    select, called = selected(selects if chosen else ("all",), mixes, names)
     codes = read_calibrations(calibrations)
     plan_of(select, format, activations, quantizer, called, codes, direction)
     check_trained(model)
-    loaded = load_model(model, dtype, device)
+    loaded, packed = load_models(model, dtype, device, dense)
     with progress_shown(as_json=as_json) as progress:
         table = fp4graph.study.tasks(
             loaded,
@@ -84,6 +90,7 @@ def tasks_command(
             name=called,
             direction=direction,
             calibration=codes,
+            packed=packed,
             limit=limit,
             include=include,
             batch_size=batch_size,

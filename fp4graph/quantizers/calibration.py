@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,20 @@ class Calibration:
     smooth: dict[str, Tensor]
     fingerprints: dict[str, int]
     about: dict[str, Any]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle scales as bytes: pickle cannot read float8 back."""
+        packed = {
+            fqn: replace(each, scale=each.scale.view(torch.uint8))
+            for fqn, each in self.packed.items()
+        }
+        return {**self.__dict__, "packed": packed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for fqn, each in state["packed"].items():
+            scale = each.scale.view(each.format.scale_codec.dtype)
+            state["packed"][fqn] = replace(each, scale=scale)
+        self.__dict__.update(state)
 
     @property
     def ways(self) -> tuple[tuple[BlockFormat, Quantizer], ...]:

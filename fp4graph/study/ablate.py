@@ -22,6 +22,7 @@ from fp4graph import (
     SelectorError,
     StudyError,
     TracedModel,
+    report_of,
 )
 from fp4graph.fingerprint import fingerprint
 from fp4graph.machine import processor
@@ -245,6 +246,8 @@ class Ablation:
 
     def _new_key(self, trial: Trial) -> dict[str, Any]:
         facts, schemes = trial.facts, trial.select.schemes
+        if trial.packed is not None:
+            return {**self._identity, **facts, "packed": trial.packed.revision()}
         found = dict.fromkeys(each.calibration.digest() for each in schemes if each.calibration)
         codes = {"calibration": ",".join(found)} if found else {}
         # where activations are rounded, last digits decide which way, and that adds up
@@ -271,6 +274,19 @@ class Ablation:
             noise, noise_se = halves(reference.scores.nll)
             row = replace(row, noise=noise, noise_se=noise_se)
             return self._probed(row, dense.choices, dense.choices)
+        if trial.packed is not None:
+            model, report = trial.packed.model, report_of(trial.packed.model)
+
+            def run(index: int) -> Tensor:
+                logits: Tensor = model(**self._inputs(index)).logits
+                return logits
+
+            with torch.no_grad():
+                scores = reference.score(run, progress.advance)
+                choices = self._answer(run, progress)
+            return self._probed(
+                row_of(trial, scores, reference.scores, report), choices, dense.choices
+            )
         in_part = self._replay.refusal is None
         policy, base = trial.policy, trial.base
         with torch.no_grad():

@@ -15,15 +15,16 @@ from fp4graph import Calibration, CorpusError, ModelError, Policy, Selector
 from fp4graph.models import LoadedModel
 from fp4graph.study.evaluate import Windows
 from fp4graph.study.plan import Group
+from fp4graph.study.trial import DENSE, Trial
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from fp4graph.policy import Select
-    from fp4graph.study.trial import Trial
 
     Texts = str | Sequence[str]
     Selects = Select | Sequence[Select]
+    Packed = nn.Module | LoadedModel | Sequence[nn.Module | LoadedModel]
     Calibrations = Calibration | str | Path | Sequence[Calibration | str | Path]
 
 
@@ -35,8 +36,9 @@ def plan_of(
     name: Texts = (),
     calibration: Calibrations = (),
     direction: str = "only",
+    packed: Packed = (),
 ) -> list[Trial]:
-    """Return the dense model and then each selection in every way, selection by selection.
+    """Return the dense model, each selection in every way, and then models that were converted.
 
     Raises:
         OptionError: a value that does not exist.
@@ -48,7 +50,18 @@ def plan_of(
     names = itertools.chain(texts_of(name), itertools.repeat(""))
     for each, called in zip(selects_of(select), names, strict=False):
         found += Group((each,), (), (called,) if called else (), *ways).read(codes).trials()
-    return list(dict.fromkeys(found))
+    found = found or [DENSE]
+    return list(dict.fromkeys((*found, *packed_trials(packed))))
+
+
+def packed_trials(packed: Packed) -> list[Trial]:
+    """Return the trials of models that were converted.
+
+    Raises:
+        ModelError: one was not.
+    """
+    several = [packed] if isinstance(packed, nn.Module | LoadedModel) else packed
+    return [Trial.of_packed(_loaded(each)) for each in several]
 
 
 def read_calibrations(given: Calibrations) -> list[Calibration]:
@@ -89,13 +102,18 @@ def in_evaluation(model: nn.Module | LoadedModel) -> Iterator[LoadedModel]:
         raise ModelError(f"model={model!r} is no torch.nn.Module: {hint}")
     training = [module for module in model.modules() if module.training]
     model.eval()
-    config = getattr(model, "config", None)
-    name = getattr(config, "name_or_path", "") or type(model).__name__
     try:
-        yield LoadedModel(name, model, None)
+        yield _loaded(model)
     finally:
         for module in training:
             module.training = True
+
+
+def _loaded(model: nn.Module | LoadedModel) -> LoadedModel:
+    if isinstance(model, LoadedModel):
+        return model
+    config = getattr(model, "config", None)
+    return LoadedModel(getattr(config, "name_or_path", "") or type(model).__name__, model, None)
 
 
 def windows_of(loaded: LoadedModel, tokens: Tensor | Windows) -> Windows:

@@ -8,29 +8,30 @@ every variant once, in an order that rotates, so that a slow moment of the machi
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import torch
 from transformers import StaticCache
 
 import fp4graph
-from fp4graph import OptionError, Report, TracedModel
+from fp4graph import OptionError, Report, TracedModel, report_of
 from fp4graph.models import check_length
 from fp4graph.private import counters
 from fp4graph.study.compiled import compiled
+from fp4graph.study.footprint import Footprint, footprint
 from fp4graph.study.progress import SILENT
 from fp4graph.study.statistics import bootstrap
 from fp4graph.study.trial import DENSE, OfTrial
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
+    from fp4graph.models import LoadedModel
     from fp4graph.study.progress import Progress
     from fp4graph.study.trial import Direction, Trial
 
@@ -75,8 +76,9 @@ class LatencyRow(OfTrial):
         per_token_ms: p50, p90, p99 over all decoded tokens of all rounds.
         compile_s: time of the warm-up generations, compilation included.
         weight_bytes: bytes of the linear weights that a token reads, FP4 ones as packed.
-        peak_rss: highest resident memory of the process while this variant ran, bytes; the dense
-            weights and other variants' packed ones are in it.
+        resident_rss: resident memory between generations, bytes, in a process that does nothing
+            else; None where the model cannot be loaded again, by its name.
+        peak_rss: the highest of that process since it began, loading and compiling included.
         gb_per_s: weight_bytes times decode_tokens_per_s, in 10^9.
         recompiles: graphs compiled after the warm-up; 0 unless something is wrong.
         graph_breaks: breaks that Dynamo counted while it compiled this variant.
@@ -94,7 +96,8 @@ class LatencyRow(OfTrial):
     per_token_ms: dict[str, float]
     compile_s: float
     weight_bytes: int
-    peak_rss: int
+    resident_rss: int | None
+    peak_rss: int | None
     gb_per_s: float
     recompiles: int
     graph_breaks: int
@@ -108,18 +111,20 @@ class LatencyRow(OfTrial):
     direction: Direction = "only"
 
 
-class _Runner:
+class Runner:
     """A compiled variant with its measurements."""
 
-    def __init__(self, model: nn.Module, variant: Variant, prompt: Tensor, new_tokens: int) -> None:
+    def __init__(
+        self, model: nn.Module, variant: Variant, prompt_tokens: int, new_tokens: int
+    ) -> None:
         self.variant = variant
         self.report = Report()
-        self._model = model
-        self._prompt = prompt
+        policy, packed = variant.trial.policy, variant.trial.packed
+        if packed is not None:
+            model, policy = packed.model, DENSE.policy
+        self._prompt = prompt = _prompt(model, prompt_tokens)
         self._new_tokens = new_tokens
-        backend = fp4graph.backend(
-            variant.trial.policy, inner=variant.inner, model=model, report=self.report
-        )
+        backend = fp4graph.backend(policy, inner=variant.inner, model=model, report=self.report)
         self._call = compiled(model, backend, dynamic=False, mode=variant.mode)
         self._cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
         with torch.no_grad():  # allocates the cache; a CUDA graph takes none that a graph allocated
@@ -127,7 +132,6 @@ class _Runner:
         self.first_s: list[float] = []
         self.decode_s: list[list[float]] = []
         self.tokens: list[int] = []
-        self.peak_rss = 0
         start, breaks = time.perf_counter(), sum(counters["graph_break"].values())
         for _ in range(_WARM_UPS):
             self.generate()
@@ -137,17 +141,24 @@ class _Runner:
         self._graphs = self.report.graphs
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the linear weights that a token reads."""
+        packed = self.variant.trial.packed
+        return (self.report if packed is None else report_of(packed.model)).bytes_selected
+
+    @property
     def device(self) -> str:
+        """Where it runs."""
         return self._prompt.device.type
 
     @property
     def recompiles(self) -> int:
+        """Graphs compiled after the warm-up."""
         return self.report.graphs - self._graphs
 
     @torch.no_grad()
     def generate(self) -> None:
         """Generate once and note the times."""
-        _reset_peak_rss()
         self._cache.reset()
         start = time.perf_counter()
         token = self._next(self._prompt)
@@ -160,7 +171,6 @@ class _Runner:
         self.first_s.append(first - start)
         self.decode_s.append(np.diff(times).tolist())
         self.tokens = tokens
-        self.peak_rss = max(self.peak_rss, _peak_rss())
 
     def _next(self, ids: Tensor) -> Tensor:
         out = self._call(
@@ -171,8 +181,15 @@ class _Runner:
         return token
 
 
+def _prompt(model: nn.Module, length: int) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    prompt = torch.randint(vocabulary, (1, length), generator=generator, device="cpu")
+    return prompt.to(next(model.parameters()).device)
+
+
 def measure(
-    model: nn.Module,
+    loaded: LoadedModel,
     variants: Sequence[Variant],
     *,
     prompt_tokens: int,
@@ -183,7 +200,8 @@ def measure(
     """Measure variants against the first, which should be the dense one.
 
     Args:
-        model: a causal language model of transformers.
+        loaded: a causal language model of transformers; where it can be loaded again, memory is
+            measured too.
         variants: what to measure.
         prompt_tokens: length of the prompt.
         new_tokens: tokens to generate, at least 2.
@@ -198,23 +216,50 @@ def measure(
     """
     if prompt_tokens < 1 or new_tokens < 2 or rounds < 1:
         raise OptionError("latency needs at least 1 prompt token, 2 new tokens and 1 round")
+    model = loaded.model
     check_length(model, prompt_tokens + new_tokens)
-    generator = torch.Generator("cpu").manual_seed(0)
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator, device="cpu")
-    prompt = prompt.to(next(model.parameters()).device)
-    _check_selectors(model, variants, prompt)
-    progress.start(len(variants) * (1 + rounds), "generations")
+    _check_selectors(model, variants, _prompt(model, 1))
+    alone = loaded.again is not None
+    progress.start(len(variants) * (1 + rounds + alone), "generations")
+    footprints: list[Footprint | str | None] = []
+    for variant in variants if alone else ():
+        footprints.append(_footprint(loaded, variant, prompt_tokens, new_tokens))
+        if isinstance(footprints[-1], str):
+            progress.note(f"{_named(variant)}: its memory is not known, {footprints[-1]}")
+        progress.advance(f"memory of {_named(variant)}, in a process of its own")
     runners = []
     for variant in variants:
-        runners.append(_Runner(model, variant, prompt, new_tokens))
+        runners.append(Runner(model, variant, prompt_tokens, new_tokens))
         progress.advance(f"compiled {_named(variant)}")
     for index in range(rounds):
         shift = index % len(runners)
         for runner in runners[shift:] + runners[:shift]:
             runner.generate()
             progress.advance(f"round {index + 1}: {_named(runner.variant)}")
-    return [_row(runner, runners[0], prompt_tokens) for runner in runners]
+    found = footprints or [None] * len(runners)
+    pairs = zip(runners, found, strict=True)
+    return [_row(runner, runners[0], prompt_tokens, memory) for runner, memory in pairs]
+
+
+def _footprint(
+    loaded: LoadedModel, variant: Variant, prompt_tokens: int, new_tokens: int
+) -> Footprint | str:
+    lean = replace(variant, trial=replace(variant.trial, packed=None))  # not to be sent along
+    is_packed = variant.trial.packed is not None
+    make = partial(_generator, lean, is_packed, prompt_tokens, new_tokens)
+    return footprint((variant.trial.packed or loaded).again, make)
+
+
+def _generator(
+    variant: Variant,
+    is_packed: bool,
+    prompt_tokens: int,
+    new_tokens: int,
+    loaded: LoadedModel,
+) -> Callable[[], None]:
+    if is_packed:
+        variant = replace(variant, trial=replace(variant.trial, packed=loaded))
+    return Runner(loaded.model, variant, prompt_tokens, new_tokens).generate
 
 
 def _named(variant: Variant) -> str:
@@ -226,17 +271,20 @@ def _check_selectors(model: nn.Module, variants: Sequence[Variant], prompt: Tens
     with torch.no_grad():
         traced(input_ids=prompt[:, :1], use_cache=False)
     for variant in variants:
-        if variant.trial != DENSE:
+        if variant.trial != DENSE and variant.trial.packed is None:
             traced.plan(variant.trial.policy)
 
 
-def _row(runner: _Runner, dense: _Runner, prompt_tokens: int) -> LatencyRow:
+def _row(
+    runner: Runner, dense: Runner, prompt_tokens: int, memory: Footprint | str | None
+) -> LatencyRow:
+    known = memory if isinstance(memory, Footprint) else None
     variant, trial = runner.variant, runner.variant.trial
     ttft = float(np.median(runner.first_s))
     decode = np.array(runner.decode_s)
     rate = float(np.median(decode.shape[1] / decode.sum(axis=1)))
     p50, p90, p99 = (float(p) * 1e3 for p in np.percentile(decode, [50, 90, 99]))
-    weight_bytes = runner.report.bytes_selected
+    weight_bytes = runner.weight_bytes
     ratio = {
         "prefill": paired_ratio(dense.first_s, runner.first_s),
         "decode": paired_ratio(np.ravel(dense.decode_s), np.ravel(decode)),
@@ -251,7 +299,8 @@ def _row(runner: _Runner, dense: _Runner, prompt_tokens: int) -> LatencyRow:
         per_token_ms={"p50": p50, "p90": p90, "p99": p99},
         compile_s=runner.compile_s,
         weight_bytes=weight_bytes,
-        peak_rss=runner.peak_rss,
+        resident_rss=None if known is None else known.resident,
+        peak_rss=None if known is None else known.peak,
         gb_per_s=weight_bytes * rate / 1e9,
         recompiles=runner.recompiles,
         graph_breaks=runner.graph_breaks,
@@ -273,20 +322,3 @@ def paired_ratio(dense: Any, candidate: Any) -> Ratio:
     ratios = np.asarray(dense) / np.asarray(candidate)
     interval = bootstrap(len(ratios), lambda drawn: np.median(ratios[drawn], axis=1))
     return Ratio(float(np.median(ratios)), *interval)
-
-
-def _reset_peak_rss() -> None:
-    """Let the kernel's high-water mark start from now (Linux; elsewhere the mark is not read)."""
-    mark = Path("/proc/self/clear_refs")
-    try:
-        mark.write_text("5", encoding="ascii")
-    except OSError:
-        return
-
-
-def _peak_rss() -> int:
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return int(psutil.Process().memory_info().rss)
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if "VmHWM" in line)

@@ -142,6 +142,11 @@ class Combinations:
         return list(dict.fromkeys(found))
 
 
+def converted(packed: Sequence[Trial]) -> Combinations:
+    """Return the trials of models that were converted as a group of their own."""
+    return Combinations({}, (), (), (), tuple(packed))
+
+
 PLANS: dict[str, Group] = {
     "roles": Group(by=("role",)),
     "blocks": Group(by=("block",)),

@@ -12,6 +12,7 @@ from fp4graph import OptionError, TracedModel
 from fp4graph.study import results, scores, verdicts, views
 from fp4graph.study.given import (
     in_evaluation,
+    packed_trials,
     plan_of,
     read_calibrations,
     selects_of,
@@ -22,7 +23,7 @@ from fp4graph.study.given import (
 from fp4graph.study.latency import Variant, measure
 from fp4graph.study.measured import measured
 from fp4graph.study.outliers import outliers as measure_outliers
-from fp4graph.study.plan import Group, read_plan
+from fp4graph.study.plan import Group, converted, read_plan
 from fp4graph.study.progress import shown
 from fp4graph.study.run import run_trials
 from fp4graph.study.sensitivity import Sensitivity, schemes_of
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from fp4graph.models import LoadedModel
     from fp4graph.study.evaluate import Windows
-    from fp4graph.study.given import Calibrations, Selects, Texts
+    from fp4graph.study.given import Calibrations, Packed, Selects, Texts
     from fp4graph.study.probe import Probe
     from fp4graph.study.progress import Progress
 
@@ -56,6 +57,7 @@ def ablate(
     probe: Probe | None = None,
     budget: float | None = None,
     corpus: str = "",
+    packed: Packed = (),
     progress: Progress | None = None,
 ) -> Table:
     """Measure what FP4 does to a model's predictions, selection by selection.
@@ -64,8 +66,8 @@ def ablate(
         model: a causal language model of transformers, or one that `fp4graph.models.load` loaded.
         tokens: token ids, int64 [windows, length]; each window is scored alone, but for its first
             token, which is context.
-        select: selectors, or mixes: mappings as `backend` takes them. Without `select`, `by` and
-            `plan` there is one trial a role.
+        select: selectors, or mixes: mappings as `backend` takes them. Without `select`, `by`,
+            `plan` and `packed` there is one trial a role.
         format: formats of the weights; `nvfp4`, or what the calibrations are for.
         activations: `none` (W4A16), `same` (W4A4), `int8` (W4A8).
         quantizer: how codes are found; `rtn`, or what the calibrations were made with.
@@ -79,6 +81,8 @@ def ablate(
         probe: questions, see `fp4graph.study.probe.read_probe`.
         budget: seconds after which no further trial is begun; those that tell most come first.
         corpus: what the text is called in tables.
+        packed: models that `fp4graph.convert` or `load` made, to be measured as they are, against
+            `model`, which is dense.
         progress: is told how far it is; None shows it where this runs.
 
     Returns:
@@ -104,11 +108,14 @@ def ablate(
             key: value for key, value in options.items() if value not in ((), ("none",), "only")
         }
         groups = read_plan(plan, given)
+    elif packed and not (select or by):
+        groups = ()
     else:
         by = texts_of(by) if by or select else ("role",)
         groups = (Group(selects_of(select), by, texts_of(name), **options),)
     codes = read_calibrations(calibration)
     combinations = [group.read(codes) for group in groups]
+    combinations += [converted(packed_trials(packed))] if packed else []
     with shown(progress) as told, in_evaluation(model) as loaded:
         windows = windows_of(loaded, tokens)
         return run_trials(
@@ -217,13 +224,14 @@ def additivity(model: nn.Module | LoadedModel, out: Path | str) -> Table:
 
 def latency(
     model: nn.Module | LoadedModel,
-    select: Selects = "all",
+    select: Selects | None = None,
     format: Texts = (),
     activations: Texts = "none",
     quantizer: Texts = (),
     *,
     name: Texts = (),
     calibration: Calibrations = (),
+    packed: Packed = (),
     inner: str = "inductor",
     mode: str = "default",
     prompt_tokens: int = 128,
@@ -235,12 +243,13 @@ def latency(
 
     Args:
         model: as in `ablate`; its weights may be random.
-        select: as in `ablate`.
+        select: as in `ablate`; None is `all`, or nothing where there is `packed`.
         format: as in `ablate`.
         activations: as in `ablate`.
         quantizer: as in `ablate`.
         name: as in `ablate`.
         calibration: as in `ablate`.
+        packed: as in `ablate`.
         inner: `inductor` or `eager`.
         mode: of torch.compile, for Inductor.
         prompt_tokens: length of the prompt.
@@ -256,11 +265,12 @@ def latency(
     """
     if mode != "default" and inner != "inductor":
         raise OptionError(f"mode {mode!r} is for inner='inductor'")
-    plan = plan_of(select, format, activations, quantizer, name, calibration)
+    selects = _or_all(select, packed)
+    plan = plan_of(selects, format, activations, quantizer, name, calibration, packed=packed)
     variants = [Variant(trial, inner, mode) for trial in plan]
     with shown(progress) as told, in_evaluation(model) as loaded:
         rows = measure(
-            loaded.model,
+            loaded,
             variants,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
@@ -276,7 +286,7 @@ def latency(
 def tasks(
     model: nn.Module | LoadedModel,
     tasks: Texts,
-    select: Selects = "all",
+    select: Selects | None = None,
     format: Texts = (),
     activations: Texts = "none",
     quantizer: Texts = (),
@@ -285,6 +295,7 @@ def tasks(
     name: Texts = (),
     direction: str = "only",
     calibration: Calibrations = (),
+    packed: Packed = (),
     limit: int | None = None,
     include: Path | str | None = None,
     batch_size: int = 4,
@@ -295,7 +306,7 @@ def tasks(
     Args:
         model: as in `ablate`.
         tasks: names that lm-evaluation-harness knows: tasks, groups, tags.
-        select: as in `ablate`.
+        select: as in `latency`.
         format: as in `ablate`.
         activations: as in `ablate`.
         quantizer: as in `ablate`.
@@ -303,6 +314,7 @@ def tasks(
         name: as in `ablate`.
         direction: as in `ablate`.
         calibration: as in `ablate`.
+        packed: as in `ablate`.
         limit: the first questions of each task alone.
         include: folder of further tasks.
         batch_size: questions at a time.
@@ -314,7 +326,9 @@ def tasks(
     Raises:
         as `fp4graph.study.tasks.evaluate_tasks`; OptionError: no tokenizer.
     """
-    plan = plan_of(select, format, activations, quantizer, name, calibration, direction)
+    selects = _or_all(select, packed)
+    ways = (format, activations, quantizer, name, calibration, direction)
+    plan = plan_of(selects, *ways, packed)
     with shown(progress) as told, in_evaluation(model) as loaded:
         if tokenizer is not None:
             loaded = replace(loaded, tokenizer=tokenizer)
@@ -326,3 +340,9 @@ def tasks(
         rows = list(found)
     title = f"{loaded.name}, {', '.join(names)}"
     return Table(rows, views.of_tasks(rows, title), verdicts.of_tasks(rows))
+
+
+def _or_all(select: Selects | None, packed: Packed) -> Selects:
+    if select is not None:
+        return select
+    return () if packed else "all"

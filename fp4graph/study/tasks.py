@@ -171,9 +171,13 @@ class _Harness:
         from lm_eval.models.huggingface import HFLM
 
         torch._dynamo.reset()
-        model = self._loaded.model
-        made = backend(trial.policy, inner="eager", model=model)
-        forward = compiled(model, made, dynamic=True)
+        if trial.packed is not None:
+            model = trial.packed.model
+            forward = model.forward
+        else:
+            model = self._loaded.model
+            made = backend(trial.policy, inner="eager", model=model)
+            forward = compiled(model, made, dynamic=True)
         try:
             self._load()
             quiet = patch("lm_eval.evaluator.get_git_commit_hash")  # else git writes to stderr

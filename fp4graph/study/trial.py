@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fp4graph import Activations, OptionError, Policy, Scheme, Selector
+from fp4graph import Activations, ModelError, OptionError, Policy, Scheme, Selector
+from fp4graph.hf_quantizer import packed_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from fp4graph import Report
+    from fp4graph.models import LoadedModel
 
 Direction = Literal["only", "except"]
 _ALL = Selector("all")
@@ -26,11 +29,25 @@ class Trial:
             dense model.
         direction: `only` puts the selection in FP4, `except` all block linears but the selection.
         name: what a user calls it; no part of what it is.
+        packed: a model that was converted so and is scored as it is; None rewrites the dense one.
     """
 
     select: Policy
     direction: Direction = "only"
     name: str = field(default="", compare=False)
+    packed: LoadedModel | None = None
+
+    @classmethod
+    def of_packed(cls, packed: LoadedModel) -> Trial:
+        """Return the trial of a model that was converted.
+
+        Raises:
+            ModelError: it was not.
+        """
+        config = packed_config(getattr(packed.model, "config", None))
+        if config is None:
+            raise ModelError(f"{packed.name} was not converted: its weights are dense")
+        return cls(config.policy, "only", Path(packed.name).name, packed)
 
     @classmethod
     def of(

@@ -230,13 +230,21 @@ def of_latency(rows: Sequence[LatencyRow], title: str) -> TextTable:
         Column("MB", [f"{row.weight_bytes / 1e6:.1f}" for row in rows], rank=5),
         Column("GB/s", [f"{row.gb_per_s:.2f}" for row in rows], rank=4),
         Column("compile s", [f"{row.compile_s:.1f}" for row in rows], rank=7),
-        Column("RSS MB", [f"{row.peak_rss / 1e6:.0f}" for row in rows], rank=10),
+        *(
+            Column(name, ["" if each is None else f"{each / 1e6:.0f}" for each in sizes], rank=rank)
+            for name, sizes, rank in (
+                ("RSS MB", [row.resident_rss for row in rows], 4),
+                ("peak MB", [row.peak_rss for row in rows], 5),
+            )
+            if any(sizes)
+        ),
     ]
     recompiles = sum(row.recompiles for row in rows)
     breaks = sum(row.graph_breaks for row in rows)
     notes = [
         "ratio: times faster than dense, median of paired times [95 % bootstrap interval]; MB and "
-        "GB/s: linear weights read; RSS holds the dense weights too; "
+        "GB/s: linear weights read; RSS and peak: of a process with this variant alone, "
+        "between generations and since its start; "
         f"{recompiles} recompiles after warm-up, {breaks} graph breaks"
     ]
     return TextTable(title, columns, notes)

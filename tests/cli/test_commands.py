@@ -31,7 +31,7 @@ ABLATE_KEYS = (
 )
 LATENCY_KEYS = (
     "selector format inner ttft_s prefill_tokens_per_s decode_tokens_per_s per_token_ms "
-    "compile_s weight_bytes peak_rss gb_per_s recompiles graph_breaks"
+    "compile_s weight_bytes resident_rss peak_rss gb_per_s recompiles graph_breaks"
 )
 INSPECT_KEYS = (
     "path role block shape selected kernel reason bytes_dense bytes_packed layout tile why "

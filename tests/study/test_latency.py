@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import textwrap
+import math
+import os
 from dataclasses import asdict
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from support.calibration import BATCHES
 from support.models import tiny, tokens
 from support.trials import Counted
 
-from fp4graph import OptionError, SelectorError
-from fp4graph.study.latency import Variant, _Runner, measure, paired_ratio
+import fp4graph
+from fp4graph import OptionError, Policy, Scheme, SelectorError
+from fp4graph.apart import ApartError, call_apart
+from fp4graph.loading import load_packed, save
+from fp4graph.models import LoadedModel
+from fp4graph.study.latency import Runner, Variant, measure, paired_ratio
 from fp4graph.study.trial import DENSE, Trial
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 VARIANTS = [
     Variant(DENSE, "eager"),
@@ -32,7 +41,14 @@ def test_measures_every_variant(family: str) -> None:
     model = tiny(family).requires_grad_(False)
     variants = VARIANTS if family == "llama" else VARIANTS[:2]
     progress = Counted()
-    rows = measure(model, variants, prompt_tokens=8, new_tokens=5, rounds=3, progress=progress)
+    rows = measure(
+        LoadedModel(family, model, None),
+        variants,
+        prompt_tokens=8,
+        new_tokens=5,
+        rounds=3,
+        progress=progress,
+    )
     assert progress.done == progress.total == len(variants) * 4
     assert [row.selector for row in rows] == [variant.trial.select.text for variant in variants]
     for row in rows:
@@ -44,7 +60,6 @@ def test_measures_every_variant(family: str) -> None:
         assert 0 < p50 <= p90 <= p99
         assert row.gb_per_s == pytest.approx(row.weight_bytes * row.decode_tokens_per_s / 1e9)
         assert row.compile_s > 5 * row.ttft_s
-        assert row.peak_rss > 50e6
     assert rows[0].ratio is None
     assert rows[1].weight_bytes < rows[0].weight_bytes
     assert (
@@ -53,17 +68,18 @@ def test_measures_every_variant(family: str) -> None:
     )  # type: ignore[index]
 
 
-def test_a_variant_generates_what_generate_does() -> None:
+def test_a_variant_generates_what_generate_does(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama").requires_grad_(False)
     prompt = tokens(8)
-    runner = _Runner(model, VARIANTS[0], prompt, 6)
+    monkeypatch.setattr(import_module("fp4graph.study.latency"), "_prompt", lambda *_: prompt)
+    runner = Runner(model, VARIANTS[0], 8, 6)
     expected = model.generate(prompt, max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert runner.tokens == expected[0, 8:].tolist()
     assert runner.report.graphs > 0
 
 
 def test_misfits_are_errors() -> None:
-    model = tiny("llama").requires_grad_(False)
+    model = LoadedModel("it", tiny("llama").requires_grad_(False), None)
     options = {"prompt_tokens": 4, "new_tokens": 3, "rounds": 1, "progress": Counted()}
     with pytest.raises(SelectorError, match="matches nothing"):
         measure(model, [*VARIANTS, Variant(Trial.of("qkv", "nvfp4"), "eager")], **options)
@@ -82,21 +98,36 @@ def test_paired_ratio() -> None:
 
 
 @pytest.mark.slow
-def test_peak_rss_starts_anew() -> None:
-    code = """
-        import torch
-        from fp4graph.study.latency import _peak_rss, _reset_peak_rss
-        _reset_peak_rss()
-        before = _peak_rss()
-        block = torch.ones(50_000_000)
-        with_block = _peak_rss()
-        del block
-        _reset_peak_rss()
-        print(with_block - before, _peak_rss() - with_block)
-    """
-    done = subprocess.run(  # other tests' memory would blur it
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
-    )
-    up, down = map(int, done.stdout.split())
-    assert up > 150e6
-    assert down < 0
+def test_memory_is_that_of_a_process_for_each(tmp_path: Path) -> None:
+    model = tiny("llama").requires_grad_(False)
+    model.save_pretrained(tmp_path / "dense")
+    loaded = fp4graph.models.load(str(tmp_path / "dense"))
+    save(fp4graph.load(str(tmp_path / "dense"), "all"), tmp_path / "packed")
+    packed = Trial.of_packed(load_packed(str(tmp_path / "packed")))
+    codes = fp4graph.calibrate(loaded.model, BATCHES, quantizer="gptq")
+    calibrated = Trial(Policy.of("all", Scheme.of(calibration=codes)))
+    variants = [Variant(trial, "eager") for trial in (DENSE, calibrated, packed)]
+    progress = Counted()
+    options = {"prompt_tokens": 4, "new_tokens": 3, "rounds": 1, "progress": progress}
+    rows = measure(loaded, variants, **options)
+    assert progress.done == progress.total == 9
+    assert not progress.notes
+    for row in rows:
+        assert 100e6 < row.resident_rss <= row.peak_rss
+    dense, _, own = rows
+    assert own.weight_bytes < 0.5 * dense.weight_bytes
+    assert own.name == "packed"
+    (given,) = measure(LoadedModel("it", model, None), variants[:1], **options)
+    assert given.resident_rss is None
+
+
+def fails(number: int) -> None:
+    raise ValueError(f"it is {number}")
+
+
+def test_a_call_apart_says_what_went_wrong() -> None:
+    assert call_apart(math.hypot, 3, 4) == 5
+    with pytest.raises(ApartError, match="ValueError: it is 7"):
+        call_apart(fails, 7)
+    with pytest.raises(ApartError, match="ended with 3"):
+        call_apart(os._exit, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -230,6 +231,21 @@ def test_trials_are_compared_question_by_question(model: LoadedModel, folder: Pa
     for row in accuracies.values():
         assert row.value == pytest.approx(dense.value + row.difference)
     assert any(row.difference_se for row in accuracies.values()), "FP4 does something"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_converted_model_answers_as_the_compiled_one(model: LoadedModel, folder: Path) -> None:
+    own = copy.deepcopy(model.model)
+    fp4graph.convert(own, "all", format="mxfp4")
+    plan = [Trial.of("all", "mxfp4"), Trial.of_packed(replace(model, name="own", model=own))]
+    rows = list(evaluate_tasks(model, plan, ["choice", "generate"], include=folder))
+    _, compiled_, converted = (
+        [row for row in rows if (row.selector, row.name) == each]
+        for each in (("none", ""), ("all", ""), ("all", "own"))
+    )
+    assert [row.value for row in converted] == [row.value for row in compiled_]
+    assert any(row.difference for row in converted)
 
 
 @pytest.mark.slow

@@ -28,11 +28,15 @@ class Counted(Progress):
     def __init__(self) -> None:
         self.total = self.done = 0
         self.kept: list[bool] = []
+        self.notes: list[str] = []
 
     def start(
         self, steps: int, what: str, total: int | None = None, budget: float = math.inf
     ) -> None:
         self.total = steps
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def advance(self, what: str = "") -> None:
         self.done += 1
