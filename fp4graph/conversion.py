@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from fp4graph.formats import BlockFormat
     from fp4graph.graph.site import LinearSite
+    from fp4graph.linears.tags import LinearTag
     from fp4graph.passes.pipeline import OnRefusal
     from fp4graph.policy import Policy, Select
     from fp4graph.quantizers import Calibration
@@ -82,7 +83,7 @@ def convert(
     if on_refusal not in ("raise", "keep"):
         raise OptionError(f"on_refusal={on_refusal!r}: expected 'raise' or 'keep'")
     policy = policy_of(select, format, quantizer, activations, kernel, calibration)
-    found, report = plan(model, policy, inputs)
+    found, report, _ = plan(model, policy, inputs)
     for site in check_refused(model, found, report, on_refusal):
         put(model, site, packed_module(model, site))
         give_back_memory()
@@ -176,8 +177,8 @@ def report_of(model: nn.Module) -> Report:
 
 def plan(
     model: nn.Module, policy: Policy, inputs: Mapping[str, Any] | None = None
-) -> tuple[list[LinearSite], Report]:
-    """Return the linears that a policy picks, with their kernels, and the rows of all.
+) -> tuple[list[LinearSite], Report, tuple[LinearTag, ...]]:
+    """Return the linears that a policy picks, with their kernels, the rows of all, and their tags.
 
     A copy of the model is traced that takes no memory for its weights; its values are not needed.
     """
@@ -189,7 +190,7 @@ def plan(
     }  # fmt: skip
     traced = _traced(model, given)
     try:
-        return traced.sites(policy, target), traced.plan(policy, target)
+        return traced.sites(policy, target), traced.plan(policy, target), traced.tags
     finally:
         traced.release()
 

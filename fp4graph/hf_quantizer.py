@@ -140,7 +140,7 @@ class FP4Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
         _TENSOR_PARALLEL.setLevel(logging.ERROR)  # its rules are for dense weights' names
-        found, self._report = plan(model, config.policy)
+        found, self._report, _ = plan(model, config.policy)
         kept = check_refused(model, found, self._report, config.on_refusal)
         self._sites = {}
         for site in kept:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from fp4graph.conversion import origin
+from fp4graph.checkpoints.foreign import method_of, read_foreign
+from fp4graph.conversion import facts, origin
 from fp4graph.errors import ModelError, OptionError
 from fp4graph.gguf import copy_of, load_gguf
 from fp4graph.hf_quantizer import FP4Config, packed_config
 from fp4graph.models import LoadedModel, locate, named
 from fp4graph.pretrained import read_checkpoint
+from fp4graph.skeleton import skeleton
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +43,8 @@ def load(
 
     Args:
         name: as in `fp4graph.models.load`: a folder, a GGUF file or a hub id, of dense weights; or
-            a folder that `save` or `save_pretrained` wrote of a packed model.
+            a folder that `save` or `save_pretrained` wrote of a packed model. Or a folder in the
+            layout of compressed-tensors, ModelOpt or gpt-oss; FP8 linears become dense.
         select: as in `convert`; None takes what a packed folder says of itself.
         dtype: of what stays dense; None: the checkpoint's own.
         device: where to put it; None: the CPU.
@@ -66,21 +69,42 @@ def load(
                 load_gguf(file, torch.float32, allow_weights)
             folder = str(copy_of(file))
         given: dict[str, Any] = {} if device is None else {"device_map": {"": device}}
-        packed = packed_config(transformers.AutoConfig.from_pretrained(folder)) is not None
+        loaded = transformers.AutoConfig.from_pretrained(folder)
+        method = method_of(loaded)
+        packed = packed_config(loaded) is not None or method is not None
         if packed and (select is not None or options):
             raise OptionError("its linears are packed already: it says itself what runs how")
         if not packed and select is None:
             raise OptionError("its weights are dense: say what runs in FP4, select=")
+        source: str | None = folder
+        if method is not None:
+            given |= _translated(Path(folder), loaded, method, dtype)
+            source = None
         config = None if select is None else FP4Config(select, dense=origin(name), **options)
         if config is not None:
             given["quantization_config"] = config
         try:
-            model: nn.Module = read_checkpoint(folder, dtype or "auto", allow_weights, **given)
+            given = {"dtype": dtype or "auto", **given}
+            model: nn.Module = read_checkpoint(source, allow=allow_weights, **given)
         except RuntimeError:
             if config is not None and config.failure.error is not None:
                 raise config.failure.error from None
             raise
     return model.eval().requires_grad_(False)
+
+
+def _translated(
+    folder: Path, config: Any, method: str, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Return options of `from_pretrained` that load a checkpoint in a layout of others."""
+    if not folder.is_dir():
+        raise ModelError("it is packed in a layout of others: give a folder that holds its files")
+    known = dtype or getattr(config, "dtype", None) or torch.bfloat16
+    del config.quantization_config
+    hollow = skeleton(config, known)
+    found = read_foreign(folder, hollow, method, known)
+    config.quantization_config = facts(found.policy, "raise", (), "")
+    return {"kind": type(hollow), "config": config, "state_dict": found.tensors, "dtype": known}
 
 
 def dense_of(name: str) -> str | None:
@@ -91,8 +115,11 @@ def dense_of(name: str) -> str | None:
     if not (Path(name) / "config.json").is_file():
         return None
     with named(name):
-        config = packed_config(transformers.AutoConfig.from_pretrained(name))
-    return None if config is None else config.dense or ""
+        loaded = transformers.AutoConfig.from_pretrained(name)
+        config = packed_config(loaded)
+    if config is None:
+        return None if method_of(loaded) is None else ""
+    return config.dense or ""
 
 
 def load_packed(

@@ -192,6 +192,28 @@ def load(
     return LoadedModel(name, model, tokenizer, no_tokenizer=problem, again=again)
 
 
+def dense_folder(name: str) -> Path:
+    """Return a folder on this machine that holds a model's dense weights as safetensors.
+
+    A GGUF file is converted, and what is on the hub is fetched.
+
+    Raises:
+        ModelError: nothing is found by that name.
+    """
+    folder, gguf = locate(name)
+    with named(name):
+        if gguf is not None:
+            file = Path(folder) / gguf
+            if not copy_of(file).is_dir():
+                load_gguf(file, torch.float32, ())
+            return copy_of(file)
+        if not Path(folder).is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = snapshot_download(folder, allow_patterns=["*.safetensors", "*.json", "*.txt"])
+    return Path(folder)
+
+
 def tokenizer_of(folder: str, gguf: str | None) -> Any | None:
     """Return the tokenizer of what `locate` found; None if none works."""
     return _tokenizer(folder if gguf is None else str(copy_of(Path(folder) / gguf)))[0]

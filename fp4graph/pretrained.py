@@ -27,7 +27,11 @@ _SHOWN = 3
 
 
 def read_checkpoint(
-    source: str | Path, dtype: torch.dtype | str, allow: Sequence[str] = (), **options: Any
+    source: str | Path | None,
+    dtype: torch.dtype | str,
+    allow: Sequence[str] = (),
+    kind: Any = transformers.AutoModelForCausalLM,
+    **options: Any,
 ) -> Any:
     """Load a causal language model of transformers, each of its weights from the checkpoint.
 
@@ -35,10 +39,11 @@ def read_checkpoint(
     model has no place for, with a warning at most.
 
     Args:
-        source: folder or hub id.
+        source: folder or hub id; None where `options` have the tensors, `state_dict`.
         dtype: of all weights; `auto`: the checkpoint's own.
         allow: patterns of names (`fnmatch`) that may be missing, unexpected or of another shape.
             What is drawn for them is the same each time.
+        kind: class of the model.
         options: further ones of `from_pretrained`.
 
     Raises:
@@ -48,7 +53,7 @@ def read_checkpoint(
     torch.manual_seed(0)
     try:
         with _quiet():
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            model, info = kind.from_pretrained(
                 source,
                 dtype=dtype,
                 output_loading_info=True,

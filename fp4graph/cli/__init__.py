@@ -16,6 +16,7 @@ from fp4graph.cli.common import readable_errors
 from fp4graph.cli.convert import convert_command
 from fp4graph.cli.doctor import doctor_command
 from fp4graph.cli.export import export_command
+from fp4graph.cli.export_results import export_results_command
 from fp4graph.cli.inspect import inspect_command
 from fp4graph.cli.latency import latency_command
 from fp4graph.cli.outliers import outliers_command
@@ -53,9 +54,10 @@ main.add_command(doctor_command)
 main.add_command(inspect_command)
 main.add_command(ablate_command)
 main.add_command(show_command)
-main.add_command(export_command)
+main.add_command(export_results_command)
 main.add_command(calibrate_command)
 main.add_command(convert_command)
+main.add_command(export_command)
 main.add_command(outliers_command)
 main.add_command(sensitivity_command)
 main.add_command(additivity_command)

@@ -1,26 +1,166 @@
-"""fp4graph export-results: what a store holds, for other programs."""
+"""fp4graph export: a checkpoint that other engines load."""
 
 from __future__ import annotations
 
+import json
+import shlex
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from fp4graph.cli.common import output
+import fp4graph
+from fp4graph.cli.common import load_model, output, read_text, stderr
+from fp4graph.cli.options import check_trained, device_option, selected
+from fp4graph.errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fp4graph.checkpoints.export import Exported
+    from fp4graph.policy import Policy
+
+_SAMPLE = (2048, 256)
 
 
-@click.command("export-results", short_help="Write results for other programs.")
-@click.argument("store", type=click.Path(path_type=Path))
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-def export_command(store: Path, file: Path) -> None:
-    """Write every trial in STORE (a results folder, or its trials.sqlite) to FILE.
+@click.command("export", short_help="Write a checkpoint for vLLM and others.")
+@click.argument("model")
+@click.option("--select", help="A selector, or a mapping in JSON.  [default: all]")
+@click.option(
+    "--policy",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A .toml file with a table [select].",
+)
+@click.option("--format", default="nvfp4", show_default=True)
+@click.option("--quantizer", default="rtn", show_default=True)
+@click.option("--activations", default="none", show_default=True, help="none, or same for W4A4.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Codes that `fp4graph calibrate` found.",
+)
+@click.option(
+    "--to",
+    type=click.Choice(["compressed-tensors", "modelopt"]),
+    default="compressed-tensors",
+    show_default=True,
+)
+@click.option(
+    "--round",
+    "how",
+    type=click.Choice(["up", "down"]),
+    help="Where the selection cuts what engines compute as one: take the rest in, or leave it out.",
+)
+@click.option(
+    "--corpus",
+    default="pydoc",
+    show_default=True,
+    help="The text that shows how large inputs are, for W4A4 of NVFP4.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="A new folder.",
+)
+@device_option
+def export_command(
+    model: str,
+    select: str | None,
+    policy: Path | None,
+    format: str,
+    quantizer: str,
+    activations: str,
+    calibration: Path | None,
+    to: str,
+    how: str | None,
+    corpus: str,
+    out: Path,
+    device: torch.device,
+) -> None:
+    """Write MODEL to OUT with its selected linears packed, as vLLM and others load them.
 
-    The name of FILE says the format: .jsonl, .csv or .parquet. Each row has the trial's result, the
-    names of model and corpus, date and machine, and all that the result depends on.
+    Files are read, packed and written one by one, OUT whole or not at all. Linears that engines
+    compute as one (q k v; gate up; a layer's experts) get one per-tensor scale.
     """
-    from fp4graph.study.export import export
-    from fp4graph.study.results import open_results, records
+    import torch
 
-    rows = records(open_results(store).all())
-    export(rows, file)
-    output(as_json=False).print(f"{len(rows)} trials: {file}", markup=False)
+    from fp4graph.checkpoints.export import export
+    from fp4graph.compiler import policy_of
+    from fp4graph.models import dense_folder
+    from fp4graph.skeleton import skeleton
+
+    if select and policy:
+        raise OptionError("give --select or --policy, just one")
+    texts, files = (select,) if select else (), (policy,) if policy else ()
+    what = selected(texts, files, ())[0][0] if select or policy else "all"
+    wanted = policy_of(what, format, quantizer, activations, "auto", calibration)
+    check_trained(model)
+    folder = dense_folder(model)
+    inputs = None
+    scaled = [each for each in wanted.schemes if each.format.has_per_tensor_scale]
+    if any(each.activations == "same" for each in scaled):
+        inputs = _ranges(model, corpus, device)
+    with stderr.status(f"reading {model}") as status:
+        done = export(
+            folder,
+            skeleton(folder, torch.bfloat16),
+            wanted,
+            to,
+            out,
+            round=how,  # type: ignore[arg-type]
+            inputs=inputs,
+            progress=lambda read, total: status.update(f"{read / total:.0%} of {model} packed"),
+            card=partial(_card, model, to, calibration),
+        )
+    _say(done, out)
+
+
+def _ranges(model: str, corpus: str, device: torch.device) -> dict[str, float]:
+    """Return the largest magnitude of each linear's inputs on a text."""
+    from fp4graph.study.evaluate import cut
+    from fp4graph.study.outliers import outliers
+
+    tokens, length = _SAMPLE
+    loaded = load_model(model, "float32", device)
+    positions = getattr(loaded.model.config, "max_position_embeddings", length)
+    length = min(length, positions)
+    windows = cut(read_text(corpus, tokens), loaded.text_tokenizer(), tokens, length)
+    with stderr.status(f"measuring inputs on {tokens} tokens of {corpus}"):
+        found = outliers(loaded, windows, lambda *_: None)
+    return {row.path: row.input.max for row in found.values()}
+
+
+def _card(model: str, to: str, calibration: Path | None, policy: Policy) -> str:
+    """Return the README of what is written: what is in it, and the command that writes it again."""
+    codes = () if calibration is None else ("--calibration", str(calibration))
+    select = json.dumps({str(each): scheme and scheme.options for each, scheme in policy.entries})
+    command = shlex.join(["fp4graph", "export", model, "--select", select, "--to", to, *codes])
+    return (
+        f"# {Path(model).name} in FP4\n\n"
+        f"Linears in FP4: `{policy}`. All others are as in {model}.\n\n"
+        f"Layout: {to}. fp4graph {fp4graph.__version__} wrote it:\n\n"
+        f"    {command} --out FOLDER\n\n"
+        "What it costs in accuracy, on a text of yours:\n\n"
+        f"    fp4graph ablate FOLDER --dense {model} --corpus FILE\n"
+    )
+
+
+def _say(done: Exported, out: Path) -> None:
+    console = output(as_json=False)
+    if done.changed:
+        names = ", ".join(sorted({tag.fqn.rpartition(".")[2] for tag in done.changed}))
+        console.print(
+            f"rounded to whole fused sets: {len(done.changed)} linears ({names}); it runs "
+            f"{done.policy.text}",
+            markup=False,
+        )
+    console.print(done.report.by_role())
+    size = sum(file.stat().st_size for file in out.iterdir())
+    console.print(
+        f"{size / 1e6:.1f} MB in {out}; linears {done.bytes_dense / 1e6:.1f} -> "
+        f"{done.bytes_packed / 1e6:.1f} MB; {done.shared} sets share a per-tensor scale",
+        markup=False,
+    )
+    console.print(f"what engines make of it: fp4graph check-serve {out}", markup=False)
