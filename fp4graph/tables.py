@@ -64,12 +64,14 @@ class TextTable:
         columns: from left to right, all of one length.
         notes: sentences below it.
         faint: numbers of rows that matter less.
+        wrong: numbers of rows that are errors, in red.
     """
 
     title: str
     columns: Sequence[Column]
     notes: Sequence[str] = ()
     faint: frozenset[int] = frozenset()
+    wrong: frozenset[int] = frozenset()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield its lines for the width of a console."""
@@ -113,7 +115,8 @@ class TextTable:
         ]
         yield Text(_line([column.name for column in shown], shown, widths), style="bold")
         for number, cells in enumerate(zip(*columns, strict=True)):
-            yield Text(_line(cells, shown, widths), style="dim" if number in self.faint else "")
+            style = "red" if number in self.wrong else "dim" if number in self.faint else ""
+            yield Text(_line(cells, shown, widths), style=style)
         for line in legend:
             yield from map(Text, _wrap(line, width))
         notes = list(self.notes)

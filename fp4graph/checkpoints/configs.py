@@ -96,8 +96,8 @@ def modelopt(chosen: Chosen) -> dict[str, Any]:
         "group_size": 16,
         "kv_cache_quant_algo": None,
         "config_groups": groups,
-        "ignore": sorted(chosen.dense),
-        "exclude_modules": sorted(chosen.dense),
+        "ignore": _with_fused(chosen.dense),
+        "exclude_modules": _with_fused(chosen.dense),
         "producer": {"name": "fp4graph", "version": _version()},
     }
     if len(ways) > 1:
@@ -115,6 +115,20 @@ def hf_quant(config: Mapping[str, Any]) -> dict[str, Any]:
     more = ("quantized_layers",) if "quantized_layers" in config else ()
     quantization = {key: config[key] for key in (*keys, *more)}
     return {"producer": config["producer"], "quantization": quantization}
+
+
+def _with_fused(names: Iterable[str]) -> list[str]:
+    """Return names, and what engines call the sets of them: SGLang asks for no other name."""
+    found = set(names)
+    for name in list(found):
+        parent, _, last = name.rpartition(".")
+        fused = next((key for key, parts in _FUSED.items() if last in parts), None)
+        if fused is not None:
+            found.add(f"{parent}.{fused}")
+    return sorted(found)
+
+
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def _algo(way: Way) -> str:

@@ -265,6 +265,11 @@ class _Job:
             raise RefusalError(f"{name}: calibrated experts are not written for engines")
         return pack(w, site.scheme, site.tag.fqn)
 
+    def _is_matrix(self, name: str) -> bool:
+        """Whether engines may take a tensor for a linear's: routers too, no embeddings."""
+        is_weight = name.endswith(".weight") and len(self._shards.shape(name)) == 2
+        return is_weight and name not in self._names.embeddings
+
     def chosen(self) -> configs.Chosen:
         """Return what runs how, by the checkpoint's names."""
         ways = {}
@@ -272,7 +277,9 @@ class _Job:
             assert site.scheme is not None
             ways[name.removesuffix(".weight")] = (site.scheme.format, site.scheme.activations)
         dense = [
-            name.removesuffix(".weight") for name in self._names.linears if name not in self._sites
+            name.removesuffix(".weight")
+            for name in self._shards.files
+            if name not in self._sites and self._is_matrix(name)
         ]
         heads = {row.path for row in self._report if row.role == Role.LM_HEAD} - set(ways)
         return configs.Chosen(ways, sorted({*dense, *heads}))

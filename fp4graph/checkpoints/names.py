@@ -43,6 +43,7 @@ class Names:
 
     Attributes:
         linears: what each tensor is that belongs to a linear or to a stack of experts.
+        embeddings: tensors that are looked up in.
     """
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
@@ -58,11 +59,14 @@ class Names:
             for place, pattern in enumerate(rule.source_patterns)
         }
         found: dict[str, tuple[str, str | None]] = {}
+        self.embeddings: set[str] = set()
         for name in names:
             if not name.endswith(".weight"):
                 continue
             target, pattern = rename_source_key(name, renamings, converters, prefix, state)
             owner, _, last = target.rpartition(".")
+            if isinstance(modules.get(owner), nn.Embedding):
+                self.embeddings.add(name)
             if pattern is None and last == "weight" and isinstance(modules.get(owner), nn.Linear):
                 found[name] = owner, None
             elif pattern is not None and target in state and state[target].ndim == 3:

@@ -69,6 +69,11 @@ class Shards:
         slice_ = self._open[self.files[name]].get_slice(name)  # type: ignore[no-untyped-call]
         return tuple(slice_.get_shape())
 
+    def dtype(self, name: str) -> str:
+        """Return a tensor's dtype as its file's head has it: `F32`, `U8`, `F8_E4M3`."""
+        slice_ = self._open[self.files[name]].get_slice(name)  # type: ignore[no-untyped-call]
+        return str(slice_.get_dtype())
+
     def by_file(self) -> dict[Path, list[str]]:
         """Return the names in each file, in order."""
         found: dict[Path, list[str]] = {path: [] for path in self._open}

@@ -12,6 +12,7 @@ import fp4graph
 from fp4graph.cli.ablate import ablate_command
 from fp4graph.cli.additivity import additivity_command
 from fp4graph.cli.calibrate import calibrate_command
+from fp4graph.cli.check_serve import check_serve_command
 from fp4graph.cli.common import readable_errors
 from fp4graph.cli.convert import convert_command
 from fp4graph.cli.doctor import doctor_command
@@ -58,6 +59,7 @@ main.add_command(export_results_command)
 main.add_command(calibrate_command)
 main.add_command(convert_command)
 main.add_command(export_command)
+main.add_command(check_serve_command)
 main.add_command(outliers_command)
 main.add_command(sensitivity_command)
 main.add_command(additivity_command)
