@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections import defaultdict
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 
 from fp4graph.checkpoints import configs
 from fp4graph.checkpoints.fused import FusedSet, closed, fused_sets
-from fp4graph.checkpoints.layouts import LAYOUTS, MODELOPT, Layout
+from fp4graph.checkpoints.layouts import LAYOUTS, MODELOPT, OWN, Layout
 from fp4graph.checkpoints.names import Names
 from fp4graph.checkpoints.shards import INDEX, Shards, read_json
 from fp4graph.conversion import plan
@@ -102,13 +103,14 @@ def export(
     if out.exists():
         raise ModelError(f"{out} is there already: give the name of a new folder")
     shards = Shards(folder)
+    packed = _converted(shards)
     sites, report, tags = plan(model, policy)
     policy, changed = closed(policy, tags, round)
     if changed:
         sites, report, _ = plan(model, policy)
     if not sites:
         raise SelectorError(policy.text, "leaves no linear in FP4")
-    names = Names(model, list(shards.files))
+    names = Names(model, [*shards.files, *set(packed.values())])
     job = _Job(shards, LAYOUTS[to], names, sites, report, tags, inputs)
     draft = _new_folder(out)
     try:
@@ -147,6 +149,7 @@ class _Job:
     ) -> None:
         self._shards, self._layout, self._names, self._inputs = shards, layout, names, inputs
         self._report = report
+        self._own = _converted(shards)
         self.bytes_dense = self.bytes_packed = self.shared = 0
         found = {site.tag.fqn: site for site in sites}
         refused = [(row.path, row.reason) for row in report.refused]
@@ -208,7 +211,8 @@ class _Job:
         size = 0
         for path, names in files.items():
             tensors: dict[str, Tensor] = {}
-            for name in names:
+            for stored in names:
+                name = self._own.get(stored, stored)
                 if name in written:
                     continue
                 if name in self._sites:
@@ -230,6 +234,26 @@ class _Job:
 
     def _packed(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the tensors of linears that share a scale, which all have one way to run."""
+        if names[0] in self._own.values():
+            packed = _one_scale([self._read_own(name) for name in names])
+        else:
+            packed = self._rounded(names)
+        self.shared += len(names) > 1
+        found: dict[str, Tensor] = {}
+        for name, each in zip(names, packed, strict=True):
+            site = self._sites[name]
+            assert site.scheme is not None
+            takes = site.scheme.activations is Activations.SAME
+            largest = (self._inputs or {}).get(site.tag.fqn) if takes else None
+            parts = self._layout.write(each, largest)
+            path = name.removesuffix(".weight")
+            found |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
+            self.bytes_dense += site.bytes_dense * each.shape[0] // _rows(site)
+            self.bytes_packed += each.nbytes
+        return found
+
+    def _rounded(self, names: Sequence[str]) -> list[PackedWeight]:
+        """Return the codes of dense weights, rounded together or as they were calibrated."""
         dense = {name: self._shards.get(name) for name in names}
         for name, w in dense.items():
             linear, site = self._names.linears[name], self._sites[name]
@@ -240,23 +264,17 @@ class _Job:
         assert first.scheme is not None
         if first.scheme.calibration is None:
             whole = pack(torch.cat(list(dense.values())), first.scheme, first.tag.fqn)
-            packed = _split(whole, [len(w) for w in dense.values()])
+            found = _split(whole, [len(w) for w in dense.values()])
         else:
-            packed = _one_scale([self._calibrated(name, w) for name, w in dense.items()])
-        self.shared += len(names) > 1
-        found: dict[str, Tensor] = {}
-        for (name, w), each in zip(dense.items(), packed, strict=True):
-            site = self._sites[name]
-            assert site.scheme is not None
-            takes = site.scheme.activations is Activations.SAME
-            largest = (self._inputs or {}).get(site.tag.fqn) if takes else None
-            parts = self._layout.write(each, largest)
-            path = name.removesuffix(".weight")
-            found |= {f"{path}.{part}": tensor for part, tensor in parts.items()}
-            self.bytes_dense += w.nbytes
-            self.bytes_packed += each.nbytes
+            found = _one_scale([self._calibrated(name, w) for name, w in dense.items()])
+        for w in dense.values():
             let_go(w)
         return found
+
+    def _read_own(self, name: str) -> PackedWeight:
+        path, parts = name.removesuffix(".weight"), OWN.parts
+        there = [part for part in parts if f"{path}.{part}" in self._shards]
+        return OWN.read({part: self._shards.get(f"{path}.{part}") for part in there}, path)
 
     def _calibrated(self, name: str, w: Tensor) -> PackedWeight:
         linear, site = self._names.linears[name], self._sites[name]
@@ -283,6 +301,29 @@ class _Job:
         ]
         heads = {row.path for row in self._report if row.role == Role.LM_HEAD} - set(ways)
         return configs.Chosen(ways, sorted({*dense, *heads}))
+
+
+def _rows(site: LinearSite) -> int:
+    """Return the rows of all matrices of a linear or of a stack."""
+    return math.prod(site.tag.shape[:-1])
+
+
+def _converted(shards: Shards) -> dict[str, str]:
+    """Return what a converted folder's packed tensors are called in the dense one.
+
+    Raises:
+        RefusalError: experts are in it, in one tensor.
+    """
+    found = {}
+    for name in shards.files:
+        path, _, last = name.rpartition(".")
+        if f"{path}.qdata" in shards and last in OWN.parts:
+            if len(shards.shape(f"{path}.qdata")) != 2:
+                raise RefusalError(
+                    f"{path}: experts lie in one tensor, and engines take one for each"
+                )
+            found[name] = f"{path}.weight"
+    return found
 
 
 def _split(whole: PackedWeight, rows: Sequence[int]) -> list[PackedWeight]:

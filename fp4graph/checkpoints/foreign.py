@@ -36,10 +36,6 @@ METHODS = {"compressed-tensors": COMPRESSED_TENSORS, "modelopt": MODELOPT, _GPT_
 """The layouts that are read, by what a configuration calls the method."""
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_NAMES = {
-    COMPRESSED_TENSORS.name: ("weight_packed", "weight_scale", "weight_global_scale"),
-    MODELOPT.name: ("weight", "weight_scale", "weight_scale_2"),
-}
 _INPUTS = ("input_global_scale", "input_scale")
 
 
@@ -138,7 +134,7 @@ def _packed(
     """Return a checkpoint's packed weights by their paths, and all other tensors."""
     weights: dict[str, PackedWeight] = {}
     rest: dict[str, Tensor] = {}
-    parts = _NAMES[layout.name]
+    parts = layout.parts
     quantised = {name.rpartition(".")[0] for name in shards.files if name.endswith(".weight_scale")}
     for path in quantised:
         there = [each for each in (*parts, "weight") if f"{path}.{each}" in shards]

@@ -51,6 +51,11 @@ class Layout:
     input_scale: str
     divides: bool
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of a weight's own tensors."""
+        return self.qdata, self.scale, self.per_tensor_scale
+
     def write(self, packed: PackedWeight, largest_input: float | None = None) -> dict[str, Tensor]:
         """Return the tensors of a weight.
 
@@ -80,6 +85,8 @@ class Layout:
         """
         qdata = _checked(tensors, self.qdata, torch.uint8, 2, where)
         scale = tensors.get(self.scale)
+        if scale is not None and scale.dtype == MXFP4.scale_codec.dtype:
+            scale = scale.view(torch.uint8)
         if scale is None or scale.dtype not in (torch.uint8, torch.float8_e4m3fn):
             kind = "missing" if scale is None else str(scale.dtype)
             raise ModelError(f"{where}.{self.scale} is {kind}: expected float8_e4m3fn or uint8")

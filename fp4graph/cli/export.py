@@ -88,9 +88,14 @@ def export_command(
 
     from fp4graph.checkpoints.export import export
     from fp4graph.compiler import policy_of
+    from fp4graph.hf_quantizer import packed_config
+    from fp4graph.loading import dense_of
     from fp4graph.models import dense_folder
     from fp4graph.skeleton import skeleton
 
+    known = dense_of(model)
+    if known is not None and (select or policy or calibration):
+        raise OptionError(f"{model} is packed already: it says itself what runs how")
     if select and policy:
         raise OptionError("give --select or --policy, just one")
     texts, files = (select,) if select else (), (policy,) if policy else ()
@@ -98,14 +103,17 @@ def export_command(
     wanted = policy_of(what, format, quantizer, activations, "auto", calibration)
     check_trained(model)
     folder = dense_folder(model)
+    hollow = skeleton(folder, torch.bfloat16)
+    config = packed_config(hollow.config)
+    wanted = wanted if config is None else config.policy
     inputs = None
     scaled = [each for each in wanted.schemes if each.format.has_per_tensor_scale]
     if any(each.activations == "same" for each in scaled):
-        inputs = _ranges(model, corpus, device)
+        inputs = _ranges(known or model, corpus, device)
     with stderr.status(f"reading {model}") as status:
         done = export(
             folder,
-            skeleton(folder, torch.bfloat16),
+            hollow,
             wanted,
             to,
             out,

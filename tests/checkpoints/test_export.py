@@ -11,6 +11,7 @@ import transformers
 from click.testing import CliRunner
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from support.calibration import BATCHES
 from support.models import tiny, tokens
 
 import fp4graph
@@ -202,6 +203,44 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
         write(folder, "all", "modelopt", out)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"dense", "gpt2", "phi3", "nan", "out"}, "nothing half-written"
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_a_converted_folder_is_written_code_for_code(format: str, tmp_path: Path) -> None:
+    folder = dense("llama", tmp_path / "dense")
+    fp4graph.load(str(folder), "down,o", format=format).save_pretrained(tmp_path / "packed")
+    out = tmp_path / "out"
+    done = CliRunner().invoke(main, ["export", str(tmp_path / "packed"), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    one, other = (fp4graph.load(str(each)) for each in (tmp_path / "packed", out))
+    assert torch.allclose(logits(one), logits(other), atol=1e-5)
+    for path, each in parts(out).items():
+        packed = one.get_submodule(path).packed
+        assert torch.equal(each["weight_packed"], packed.qdata)
+    fp4graph.load(str(folder), "all", format=format).save_pretrained(tmp_path / "whole")
+    done = CliRunner().invoke(main, ["export", str(tmp_path / "whole"), "--out", str(out / "2")])
+    assert done.exit_code == 0, done.output
+    found = parts(out / "2")
+    tops = {
+        float(found[f"model.layers.0.mlp.{n}_proj"].get("weight_global_scale", 0))
+        for n in ("gate", "up")
+    }
+    assert len(tops) == 1
+    done = CliRunner().invoke(
+        main, ["export", str(tmp_path / "whole"), "--select", "q", "--out", str(out / "3")]
+    )
+    assert "is packed already" in done.stderr
+
+
+@pytest.mark.slow
+def test_calibrated_codes_are_written(tmp_path: Path) -> None:
+    folder = dense("llama", tmp_path / "dense")
+    model = fp4graph.models.load(str(folder), torch.float32).model
+    codes = fp4graph.calibrate(model, BATCHES, "down,o", quantizer="gptq")
+    policy = Policy.of("down,o", Scheme.of(calibration=codes))
+    export(folder, skeleton(folder, torch.bfloat16), policy, "modelopt", tmp_path / "out")
+    for path, each in parts(tmp_path / "out").items():
+        assert torch.equal(each["weight"], codes.packed[path].qdata)
 
 
 @pytest.mark.slow
