@@ -42,7 +42,7 @@ _SAMPLE = (2048, 256)
 )
 @click.option(
     "--to",
-    type=click.Choice(["compressed-tensors", "modelopt"]),
+    type=click.Choice(["compressed-tensors", "modelopt", "gguf"]),
     default="compressed-tensors",
     show_default=True,
 )
@@ -60,9 +60,9 @@ _SAMPLE = (2048, 256)
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=click.Path(path_type=Path),
     required=True,
-    help="A new folder.",
+    help="A new folder; a new file for gguf.",
 )
 @device_option
 def export_command(
@@ -102,6 +102,9 @@ def export_command(
     what = selected(texts, files, ())[0][0] if select or policy else "all"
     wanted = policy_of(what, format, quantizer, activations, "auto", calibration)
     check_trained(model)
+    if to == "gguf":
+        _to_gguf(model, wanted, out)
+        return
     folder = dense_folder(model)
     hollow = skeleton(folder, torch.bfloat16)
     config = packed_config(hollow.config)
@@ -123,6 +126,37 @@ def export_command(
             card=partial(_card, model, to, calibration),
         )
     _say(done, out)
+
+
+def _to_gguf(model: str, policy: Policy, out: Path) -> None:
+    """Write a GGUF file from a GGUF file.
+
+    Raises:
+        OptionError: the model is none.
+    """
+    import torch
+
+    from fp4graph.checkpoints.ggml import export_gguf
+    from fp4graph.models import dense_folder, locate
+    from fp4graph.skeleton import skeleton
+
+    folder, file = locate(model)
+    if file is None:
+        raise OptionError(
+            f"--to gguf is for GGUF files: llama.cpp's convert_hf_to_gguf.py makes one of {model}"
+        )
+    hollow = skeleton(dense_folder(model), torch.float32)
+    with stderr.status(f"reading {file}") as status:
+        report = export_gguf(
+            Path(folder) / file,
+            hollow,
+            policy,
+            out,
+            lambda done, total: status.update(f"{done} of {total} tensors"),
+        )
+    console = output(as_json=False)
+    console.print(report.by_role())
+    console.print(f"{out.stat().st_size / 1e6:.1f} MB in {out}", markup=False)
 
 
 def _ranges(model: str, corpus: str, device: torch.device) -> dict[str, float]:
