@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from fp4graph.checkpoints.foreign import method_of, read_foreign
+from fp4graph.checkpoints.foreign import layout_of, read_foreign
 from fp4graph.conversion import facts, origin
 from fp4graph.errors import ModelError, OptionError
 from fp4graph.gguf import copy_of, load_gguf
@@ -70,15 +70,15 @@ def load(
             folder = str(copy_of(file))
         given: dict[str, Any] = {} if device is None else {"device_map": {"": device}}
         loaded = transformers.AutoConfig.from_pretrained(folder)
-        method = method_of(loaded)
-        packed = packed_config(loaded) is not None or method is not None
+        layout = layout_of(loaded)
+        packed = packed_config(loaded) is not None or layout is not None
         if packed and (select is not None or options):
             raise OptionError("its linears are packed already: it says itself what runs how")
         if not packed and select is None:
             raise OptionError("its weights are dense: say what runs in FP4, select=")
         source: str | None = folder
-        if method is not None:
-            given |= _translated(Path(folder), loaded, method, dtype)
+        if layout is not None:
+            given |= _translated(Path(folder), loaded, layout, dtype)
             source = None
         config = None if select is None else FP4Config(select, dense=origin(name), **options)
         if config is not None:
@@ -94,7 +94,7 @@ def load(
 
 
 def _translated(
-    folder: Path, config: Any, method: str, dtype: torch.dtype | None
+    folder: Path, config: Any, layout: dict[str, Any], dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """Return options of `from_pretrained` that load a checkpoint in a layout of others."""
     if not folder.is_dir():
@@ -102,7 +102,7 @@ def _translated(
     known = dtype or getattr(config, "dtype", None) or torch.bfloat16
     del config.quantization_config
     hollow = skeleton(config, known)
-    found = read_foreign(folder, hollow, method, known)
+    found = read_foreign(folder, hollow, layout, known)
     config.quantization_config = facts(found.policy, "raise", (), "")
     return {"kind": type(hollow), "config": config, "state_dict": found.tensors, "dtype": known}
 
@@ -118,7 +118,7 @@ def dense_of(name: str) -> str | None:
         loaded = transformers.AutoConfig.from_pretrained(name)
         config = packed_config(loaded)
     if config is None:
-        return None if method_of(loaded) is None else ""
+        return None if layout_of(loaded) is None else ""
     return config.dense or ""
 
 

@@ -5,6 +5,7 @@ Codes and scales stay as they are; what fp4graph has no kernel for (FP8) becomes
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -52,21 +53,22 @@ class Foreign:
     tensors: dict[str, Tensor]
 
 
-def method_of(config: Any) -> str | None:
-    """Return the method of a model's configuration, if its weights are in a layout of others."""
+def layout_of(config: Any) -> dict[str, Any] | None:
+    """Return what a configuration says of its weights, if they are in a layout of others."""
     found = getattr(config, "quantization_config", None) or {}
     found = found if isinstance(found, dict) else found.to_dict()
-    method = found.get("quant_method")
-    return method if method in METHODS else None
+    return found if found.get("quant_method") in METHODS else None
 
 
-def read_foreign(folder: Path, model: nn.Module, method: str, dtype: torch.dtype) -> Foreign:
+def read_foreign(
+    folder: Path, model: nn.Module, config: Mapping[str, Any], dtype: torch.dtype
+) -> Foreign:
     """Read a checkpoint that is packed in a layout of others.
 
     Args:
         folder: the checkpoint.
         model: the dense model without its weights, on the meta device.
-        method: see `METHODS`.
+        config: what its configuration says of them, `quant_method` of `METHODS`.
         dtype: of what FP8 weights become.
 
     Raises:
@@ -74,7 +76,7 @@ def read_foreign(folder: Path, model: nn.Module, method: str, dtype: torch.dtype
             to no linear; experts whose weights do not go together.
     """
     shards = Shards(folder)
-    layout = METHODS[method]
+    layout = METHODS[config["quant_method"]]
     weights, rest = _gpt_oss(shards) if layout is None else _packed(shards, layout, dtype)
     matrices = {f"{path}.weight": packed for path, packed in weights.items()}
     names = Names(model, [*matrices, *rest])
@@ -82,7 +84,7 @@ def read_foreign(folder: Path, model: nn.Module, method: str, dtype: torch.dtype
     by_path: dict[str, dict[str, PackedWeight]] = defaultdict(dict)
     for name, packed in matrices.items():
         by_path[_linear(names, name).path][name] = packed
-    inputs = {path for path, each in weights.items() if _rounds(shards, path, method)}
+    inputs = {path for path in weights if _rounds(shards, path, config)}
     ways: dict[Scheme, list[LinearTag]] = defaultdict(list)
     stacks: dict[str, list[PackedWeight]] = {}
     known = {tag.fqn: tag for tag in tags}
@@ -187,9 +189,23 @@ def _gpt_oss(shards: Shards) -> tuple[dict[str, PackedWeight], dict[str, Tensor]
     return weights, rest
 
 
-def _rounds(shards: Shards, path: str, method: str) -> bool:
-    """Whether a linear's inputs are rounded too: its checkpoint has their scale."""
-    return method != _GPT_OSS and any(f"{path}.{name}" in shards for name in _INPUTS)
+def _rounds(shards: Shards, path: str, config: Mapping[str, Any]) -> bool:
+    """Whether a linear's inputs are rounded too: the file has their scale, or its group says so.
+
+    Of a group's targets a name comes before a pattern, and a pattern before a class, as
+    compressed-tensors has it.
+    """
+    if any(f"{path}.{name}" in shards for name in _INPUTS):
+        return True
+    groups = (config.get("config_groups") or {}).values()
+    if config["quant_method"] != COMPRESSED_TENSORS.name:
+        return False
+    targets = {target: group for group in groups for target in group.get("targets") or ()}
+    for target in sorted(targets, key=lambda each: ("re:" in each, each)):
+        pattern = target.removeprefix("re:")
+        if path == target or (pattern != target and re.match(pattern, path)):
+            return bool(targets[target].get("input_activations"))
+    return bool((targets.get("Linear") or {}).get("input_activations"))
 
 
 def _whole(path: str, parts: Mapping[str, PackedWeight], names: Names) -> list[PackedWeight]:

@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option(
+    "--memory/--no-memory",
+    default=True,
+    help="Whether to load the model once more for each row, to see its memory.",
+)
 @dtype_option
 @dense_option
 @weights_option
@@ -60,6 +65,7 @@ def latency_command(
     prompt_tokens: int,
     new_tokens: int,
     rounds: int,
+    memory: bool,
     dtype: str,
     dense: str | None,
     device: torch.device,
@@ -97,6 +103,7 @@ def latency_command(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             rounds=rounds,
+            memory=memory,
             progress=progress,
         )
     print_table(table, as_json=as_json)

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
-"""`packed_modules_mapping` of Llama and of most others (vLLM 0.33, `models/llama.py`)."""
+"""`packed_modules_mapping` of vLLM 0.33: of Llama and most others, and of DeepSeek."""
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.([^.]+)")
 

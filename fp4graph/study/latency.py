@@ -195,6 +195,7 @@ def measure(
     prompt_tokens: int,
     new_tokens: int,
     rounds: int,
+    memory: bool = True,
     progress: Progress = SILENT,
 ) -> list[LatencyRow]:
     """Measure variants against the first, which should be the dense one.
@@ -206,6 +207,7 @@ def measure(
         prompt_tokens: length of the prompt.
         new_tokens: tokens to generate, at least 2.
         rounds: how many times each variant generates, at least 1.
+        memory: whether to measure that, in a process for each variant.
         progress: is told about each generation.
 
     Raises:
@@ -219,7 +221,7 @@ def measure(
     model = loaded.model
     check_length(model, prompt_tokens + new_tokens)
     _check_selectors(model, variants, _prompt(model, 1))
-    alone = loaded.again is not None
+    alone = memory and loaded.again is not None
     progress.start(len(variants) * (1 + rounds + alone), "generations")
     footprints: list[Footprint | str | None] = []
     for variant in variants if alone else ():

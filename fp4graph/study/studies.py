@@ -237,6 +237,7 @@ def latency(
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     rounds: int = 5,
+    memory: bool = True,
     progress: Progress | None = None,
 ) -> Table:
     """Time greedy generation, dense and with each selection in FP4, in alternation.
@@ -255,6 +256,7 @@ def latency(
         prompt_tokens: length of the prompt.
         new_tokens: tokens to generate, at least 2.
         rounds: how many times each variant generates.
+        memory: whether to load a model that has a name once more for each variant, to measure it.
         progress: is told how far it is; None shows it where this runs.
 
     Returns:
@@ -275,6 +277,7 @@ def latency(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             rounds=rounds,
+            memory=memory,
             progress=told,
         )
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")

@@ -200,6 +200,7 @@ def test_latency(tiny_folder: Path) -> None:
     arguments = [
         "latency", str(tiny_folder), "--select", "all", "--select", "attn", "--inner", "eager",
         "--prompt-tokens", "8", "--new-tokens", "4", "--rounds", "2", "--quantizer", "rtn,rtn@16",
+        "--no-memory",
     ]  # fmt: skip
     found = rows(run(*arguments, "--json"))
     assert [(row["selector"], row["quantizer"]) for row in found] == [
@@ -262,7 +263,7 @@ def test_ablate_and_latency_on_every_kind_of_model(
     if family in ("gpt2", "gemma3"):
         return  # test_latency.py has these
     speed = rows(run(
-        "latency", folder, "--select", "attn", "--inner", "eager",
+        "latency", folder, "--select", "attn", "--inner", "eager", "--no-memory",
         "--prompt-tokens", "4", "--new-tokens", "2", "--rounds", "1", "--json",
     ))  # fmt: skip
     assert [row["selector"] for row in speed] == ["none", "attn"]

@@ -104,7 +104,7 @@ def study(folder: Path, out: Path) -> dict[str, Callable[[], tuple[str, ...]]]:
         "additivity": lambda: ("additivity", model, results),
         "latency": lambda: (
             "latency", model, "--select", MIX, "--inner", "eager", "--prompt-tokens", "4",
-            "--new-tokens", "3", "--rounds", "2",
+            "--new-tokens", "3", "--rounds", "2", "--no-memory",
         ),
     }  # fmt: skip
 
