@@ -34,6 +34,12 @@ def skeleton(source: str | Path | Any, dtype: torch.dtype, **options: Any) -> nn
     return model.eval().requires_grad_(False)
 
 
+def checkpoint_skeleton(folder: str | Path) -> nn.Module:
+    """Make the model of a folder on the meta device, in the dtype that its configuration says."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return skeleton(config, config.dtype or torch.float32)
+
+
 def check_memory(count: int, dtype: torch.dtype, device: torch.device | str) -> None:
     """Check that a device has room for so many parameters.
 

@@ -95,7 +95,7 @@ def export_gguf(
     refused = [(row.path, row.reason) for row in report.refused]
     refused += [(site.tag.fqn, why) for site in sites if (why := _obstacle(site))]
     if refused:
-        raise refusal(refused)
+        raise refusal(refused, "cannot be written to GGUF; select others")
     if not sites:
         raise SelectorError(policy.text, "leaves no linear in FP4")
     names = _names(gguf, reader, sites)

@@ -58,7 +58,7 @@ class Job:
         refused = [(row.path, row.reason) for row in report.refused]
         refused += [(path, why) for path, site in found.items() if (why := self._obstacle(site))]
         if refused:
-            raise refusal(refused)
+            raise refusal(refused, "cannot be written in this layout; select others")
         self._sites = {
             name: found[linear.path]
             for name, linear in names.linears.items()

@@ -84,14 +84,12 @@ def export_command(
     Files are read, packed and written one by one, OUT whole or not at all. Linears that engines
     compute as one (q k v; gate up; a layer's experts) get one per-tensor scale.
     """
-    import torch
-
     from fp4graph.checkpoints.export import export
     from fp4graph.compiler import policy_of
     from fp4graph.hf_quantizer import packed_config
     from fp4graph.loading import dense_of
     from fp4graph.models import dense_folder
-    from fp4graph.skeleton import skeleton
+    from fp4graph.skeleton import checkpoint_skeleton
 
     known = dense_of(model)
     if known is not None and (select or policy or calibration):
@@ -106,7 +104,7 @@ def export_command(
         _to_gguf(model, wanted, out)
         return
     folder = dense_folder(model)
-    hollow = skeleton(folder, torch.bfloat16)
+    hollow = checkpoint_skeleton(folder)
     config = packed_config(hollow.config)
     wanted = wanted if config is None else config.policy
     inputs = None

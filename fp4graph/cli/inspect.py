@@ -89,6 +89,7 @@ def _report(
     import torch
 
     from fp4graph.hf_quantizer import packed_config
+    from fp4graph.loading import dense_of, load_packed
 
     def explained(module: torch.nn.Module) -> Report:
         return fp4graph.explain(
@@ -103,6 +104,10 @@ def _report(
             use_cache=False,
         )
 
+    if dense_of(model) == "":  # in the layout of another program: what is packed is in its files
+        if what is not None:
+            raise OptionError(f"{model} is packed already, and says itself what runs how")
+        return fp4graph.report_of(load_packed(model, getattr(torch, dtype)).model)
     outline = fp4graph.models.outline(model, getattr(torch, dtype), packed=True)
     packed = packed_config(outline.model.config)
     if packed is not None and what is not None:

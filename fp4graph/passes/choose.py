@@ -74,14 +74,19 @@ class ChooseKernels:
             raise refusal(refused)
 
 
-def refusal(refused: Sequence[tuple[str, object]]) -> RefusalError:
-    """Return the error for selected linears that cannot run in FP4, given as (path, reason)."""
+def refusal(
+    refused: Sequence[tuple[str, object]],
+    problem: str = 'cannot run in FP4; select others, or keep them dense with on_refusal="keep"',
+) -> RefusalError:
+    """Return the error for selected linears of which something is asked that cannot be.
+
+    Args:
+        refused: their paths and reasons.
+        problem: what cannot be, and what to do.
+    """
     shown = "; ".join(f"{path}: {reason}" for path, reason in refused[:_SHOWN])
     more = f" (and {len(refused) - _SHOWN} more)" if len(refused) > _SHOWN else ""
-    return RefusalError(
-        f"{len(refused)} selected linears cannot run in FP4; select others, or keep them "
-        f'dense with on_refusal="keep": {shown}{more}'
-    )
+    return RefusalError(f"{len(refused)} selected linears {problem}: {shown}{more}")
 
 
 def _problem(site: LinearSite, example_inputs: Sequence[Any], target: Target | None) -> Problem:

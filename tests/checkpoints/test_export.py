@@ -186,6 +186,8 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     ):
         with pytest.raises(RefusalError, match=problem):
             write(folder, select, to, out, **options)
+    with pytest.raises(RefusalError, match="cannot be written in this layout; select others"):
+        write(folder, "all", "modelopt", out, scheme={"activations": "int8"})
     with pytest.raises(SelectorError, match="leaves no linear"):
         write(folder, "q", "modelopt", out, round="down")
     with pytest.raises(RefusalError, match=r"stored \[in, out\]"):
@@ -269,6 +271,12 @@ def test_the_command(tiny_folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     own = json.loads(done.stdout.splitlines()[1])
+    seen = CliRunner().invoke(main, ["inspect", str(out), "--json"])
+    assert seen.exit_code == 0, seen.output
+    rows = [json.loads(line) for line in seen.stdout.splitlines()]
+    assert sum(row["selected"] for row in rows) == 12
+    seen = CliRunner().invoke(main, ["inspect", str(out), "--select", "q"])
+    assert "packed already" in seen.stderr
     assert own["kl"] > 0
     assert own["linears"] == 12
     done = CliRunner().invoke(
