@@ -147,6 +147,7 @@ class FP4Quantizer(HfQuantizer):
             place = place_of(model, site)
             assert place is not None
             self._sites[place] = site
+        self._by_parameter = {place.parameter: site for place, site in self._sites.items()}
         if self.pre_quantized:
             for site in kept:
                 smoothed = site.tag.fqn in config.smoothed
@@ -154,13 +155,11 @@ class FP4Quantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor of the checkpoint is the weight of a linear that is selected."""
-        names = (place.parameter for place in self._sites)
-        return not self.pre_quantized and param_name in names
+        return not self.pre_quantized and param_name in self._by_parameter
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return what is done to such a tensor."""
-        sites = {place.parameter: site for place, site in self._sites.items()}
-        return _Quantize(self.quantization_config, sites)
+        return _Quantize(self.quantization_config, self._by_parameter)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         _TENSOR_PARALLEL.setLevel(logging.NOTSET)

@@ -16,7 +16,7 @@ from fp4graph.conversion import facts, origin
 from fp4graph.errors import ModelError, OptionError
 from fp4graph.gguf import copy_of, load_gguf
 from fp4graph.hf_quantizer import FP4Config, packed_config
-from fp4graph.models import LoadedModel, locate, named
+from fp4graph.models import LoadedModel, local_folder, locate, named
 from fp4graph.pretrained import read_checkpoint
 from fp4graph.skeleton import skeleton
 
@@ -78,7 +78,7 @@ def load(
             raise OptionError("its weights are dense: say what runs in FP4, select=")
         source: str | None = folder
         if layout is not None:
-            given |= _translated(Path(folder), loaded, layout, dtype)
+            given |= _translated(local_folder(name), loaded, layout, dtype)
             source = None
         config = None if select is None else FP4Config(select, dense=origin(name), **options)
         if config is not None:
@@ -97,8 +97,6 @@ def _translated(
     folder: Path, config: Any, layout: dict[str, Any], dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """Return options of `from_pretrained` that load a checkpoint in a layout of others."""
-    if not folder.is_dir():
-        raise ModelError("it is packed in a layout of others: give a folder that holds its files")
     known = dtype or getattr(config, "dtype", None) or torch.bfloat16
     del config.quantization_config
     hollow = skeleton(config, known)

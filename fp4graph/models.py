@@ -192,8 +192,11 @@ def load(
     return LoadedModel(name, model, tokenizer, no_tokenizer=problem, again=again)
 
 
-def dense_folder(name: str) -> Path:
-    """Return a folder on this machine that holds a model's dense weights as safetensors.
+_FETCHED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
+
+
+def local_folder(name: str) -> Path:
+    """Return a folder on this machine that holds a model's weights as safetensors.
 
     A GGUF file is converted, and what is on the hub is fetched.
 
@@ -210,7 +213,7 @@ def dense_folder(name: str) -> Path:
         if not Path(folder).is_dir():
             from huggingface_hub import snapshot_download
 
-            folder = snapshot_download(folder, allow_patterns=["*.safetensors", "*.json", "*.txt"])
+            folder = snapshot_download(folder, allow_patterns=_FETCHED)
     return Path(folder)
 
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fp4graph.checkpoints.fused import ENGINE_NAMES
 from fp4graph.errors import OptionError, RefusalError
 from fp4graph.scheme import Activations
 
@@ -122,17 +123,10 @@ def _with_fused(names: Iterable[str]) -> list[str]:
     found = set(names)
     for name in list(found):
         parent, _, last = name.rpartition(".")
-        fused = next((key for key, parts in _FUSED.items() if last in parts), None)
+        fused = next((key for key, parts in ENGINE_NAMES.items() if last in parts), None)
         if fused is not None:
             found.add(f"{parent}.{fused}")
     return sorted(found)
-
-
-_FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
 
 
 def _algo(way: Way) -> str:

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from fp4graph.scheme import Scheme
 
 Round = Literal["up", "down"]
+ENGINE_NAMES = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+"""What vLLM 0.33 calls such sets (`packed_modules_mapping`), in Llama and most others, DeepSeek."""
+
 _KINDS = {
     Role.Q: "qkv", Role.K: "qkv", Role.V: "qkv",
     Role.GATE: "gate_up", Role.UP: "gate_up",
@@ -125,15 +132,24 @@ def _rounded(
 def texts_of(members: Sequence[LinearTag], tags: Sequence[LinearTag]) -> list[str]:
     """Return selectors that pick some linears and no others: a role, its blocks, or their paths."""
     found: dict[str, list[str]] = defaultdict(list)
+    paths: list[str] = []
     for name in dict.fromkeys(_name(tag) for tag in members):
         mine = {tag for tag in members if _name(tag) == name}
-        same = {tag for tag in tags if _name(tag) == name}
-        if mine == same and all(tag.main for tag in mine):
-            found[""].append(name)
-            continue
-        for text in _blocks(mine, same):
-            found[text].append(name)
-    return [",".join([*names, *([blocks] if blocks else [])]) for blocks, names in found.items()]
+        for runs in ([""], _blocks(mine)):
+            texts = [",".join([name, *([run] if run else [])]) for run in runs]
+            if _picked(texts, tags) == mine:
+                for run in runs:
+                    found[run].append(name)
+                break
+        else:
+            paths += [f"path:{tag.fqn}" for tag in members if tag in mine]
+    texts = [",".join([*names, *([run] if run else [])]) for run, names in found.items()]
+    return [*texts, *([" | ".join(paths)] if paths else [])]
+
+
+def _picked(texts: Iterable[str], tags: Sequence[LinearTag]) -> set[LinearTag]:
+    selectors = [parse(text) for text in texts]
+    return {tag for tag in tags if any(selector.picks(tag) for selector in selectors)}
 
 
 def _name(tag: LinearTag) -> str:
@@ -142,9 +158,9 @@ def _name(tag: LinearTag) -> str:
     return str(tag.role)
 
 
-def _blocks(mine: set[LinearTag], same: set[LinearTag]) -> list[str]:
+def _blocks(mine: Iterable[LinearTag]) -> list[str]:
     """Return runs of blocks as comparisons."""
-    blocks = sorted(tag.block for tag in mine if tag.block is not None)
+    blocks = sorted({tag.block for tag in mine if tag.block is not None})
     runs: list[list[int]] = []
     for block in blocks:
         if runs and block == runs[-1][1] + 1:

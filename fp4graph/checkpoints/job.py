@@ -120,8 +120,8 @@ class Job:
                 if name in written:
                     continue
                 if name in self._sites:
-                    group = self._sets.get(name, (name,))
-                    tensors |= self._packed([each for each in group if each in self._sites])
+                    group = [each for each in self._sets.get(name, (name,)) if each in self._sites]
+                    tensors |= self._packed(group)
                     written |= set(group)
                 else:
                     tensors[name] = self._shards.get(name)

@@ -12,10 +12,11 @@ from fp4graph.cli.common import output, stderr
 from fp4graph.cli.options import (
     allowed_weights,
     device_option,
-    selected,
+    one_selection,
+    packing_options,
     weights_option,
 )
-from fp4graph.errors import ModelError, OptionError
+from fp4graph.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -23,20 +24,7 @@ if TYPE_CHECKING:
 
 @click.command("convert", short_help="Write a folder of packed weights.")
 @click.argument("model")
-@click.option("--select", help="A selector, or a mapping in JSON.  [default: all]")
-@click.option(
-    "--mix",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="A .toml file with a table [select].",
-)
-@click.option("--format", default="nvfp4", show_default=True)
-@click.option("--quantizer", default="rtn", show_default=True)
-@click.option("--activations", default="none", show_default=True, help="none, same, or int8.")
-@click.option(
-    "--calibration",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Codes that `fp4graph calibrate` found.",
-)
+@packing_options
 @click.option(
     "--on-refusal",
     type=click.Choice(["raise", "keep"]),
@@ -80,10 +68,7 @@ def convert_command(
     from fp4graph.loading import load, save
     from fp4graph.models import locate, tokenizer_of
 
-    if select and mix:
-        raise OptionError("give --select or --mix, just one")
-    texts, files = (select,) if select else (), (mix,) if mix else ()
-    what = selected(texts, files, ())[0][0] if select or mix else "all"
+    what = one_selection(select, mix) or "all"
     if out.exists():
         raise ModelError(f"{out} is there already: give the name of a new folder")
     with stderr.status(f"loading {model}"):

@@ -12,7 +12,7 @@ import click
 
 import fp4graph
 from fp4graph.cli.common import load_model, output, read_text, stderr
-from fp4graph.cli.options import check_trained, device_option, selected
+from fp4graph.cli.options import check_trained, device_option, one_selection, packing_options
 from fp4graph.errors import OptionError
 
 if TYPE_CHECKING:
@@ -26,20 +26,7 @@ _SAMPLE = (2048, 256)
 
 @click.command("export", short_help="Write a checkpoint for vLLM and others.")
 @click.argument("model")
-@click.option("--select", help="A selector, or a mapping in JSON.  [default: all]")
-@click.option(
-    "--policy",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="A .toml file with a table [select].",
-)
-@click.option("--format", default="nvfp4", show_default=True)
-@click.option("--quantizer", default="rtn", show_default=True)
-@click.option("--activations", default="none", show_default=True, help="none, or same for W4A4.")
-@click.option(
-    "--calibration",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Codes that `fp4graph calibrate` found.",
-)
+@packing_options
 @click.option(
     "--to",
     type=click.Choice(["compressed-tensors", "modelopt", "gguf"]),
@@ -68,7 +55,7 @@ _SAMPLE = (2048, 256)
 def export_command(
     model: str,
     select: str | None,
-    policy: Path | None,
+    mix: Path | None,
     format: str,
     quantizer: str,
     activations: str,
@@ -88,22 +75,19 @@ def export_command(
     from fp4graph.compiler import policy_of
     from fp4graph.hf_quantizer import packed_config
     from fp4graph.loading import dense_of
-    from fp4graph.models import dense_folder
+    from fp4graph.models import local_folder
     from fp4graph.skeleton import checkpoint_skeleton
 
     known = dense_of(model)
-    if known is not None and (select or policy or calibration):
+    if known is not None and (select or mix or calibration):
         raise OptionError(f"{model} is packed already: it says itself what runs how")
-    if select and policy:
-        raise OptionError("give --select or --policy, just one")
-    texts, files = (select,) if select else (), (policy,) if policy else ()
-    what = selected(texts, files, ())[0][0] if select or policy else "all"
+    what = one_selection(select, mix) or "all"
     wanted = policy_of(what, format, quantizer, activations, "auto", calibration)
     check_trained(model)
     if to == "gguf":
         _to_gguf(model, wanted, out)
         return
-    folder = dense_folder(model)
+    folder = local_folder(model)
     hollow = checkpoint_skeleton(folder)
     config = packed_config(hollow.config)
     wanted = wanted if config is None else config.policy
@@ -135,7 +119,7 @@ def _to_gguf(model: str, policy: Policy, out: Path) -> None:
     import torch
 
     from fp4graph.checkpoints.ggml import export_gguf
-    from fp4graph.models import dense_folder, locate
+    from fp4graph.models import local_folder, locate
     from fp4graph.skeleton import skeleton
 
     folder, file = locate(model)
@@ -143,7 +127,7 @@ def _to_gguf(model: str, policy: Policy, out: Path) -> None:
         raise OptionError(
             f"--to gguf is for GGUF files: llama.cpp's convert_hf_to_gguf.py makes one of {model}"
         )
-    hollow = skeleton(dense_folder(model), torch.float32)
+    hollow = skeleton(local_folder(model), torch.float32)
     with stderr.status(f"reading {file}") as status:
         report = export_gguf(
             Path(folder) / file,

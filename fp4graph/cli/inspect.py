@@ -9,7 +9,7 @@ import click
 
 import fp4graph
 from fp4graph.cli.common import load_model, output, print_json, stderr
-from fp4graph.cli.options import DTYPES, json_option, selected, weights_option
+from fp4graph.cli.options import DTYPES, json_option, one_selection, weights_option
 from fp4graph.errors import OptionError
 
 if TYPE_CHECKING:
@@ -65,10 +65,7 @@ def inspect_command(
     """
     from fp4graph.kernels import parse_target
 
-    if select and mix:
-        raise OptionError("give --select or --mix, just one")
-    texts, files = (select,) if select else (), (mix,) if mix else ()
-    what = selected(texts, files, ())[0][0] if select or mix else None
+    what = one_selection(select, mix)
     scheme = fp4graph.Scheme.read(format_name, quantizer, activations, kernel)
     fp4graph.Policy.of(what or "all", scheme)  # before the model is made
     on_gpu = device is not None and parse_target(device).backend != "cpu"

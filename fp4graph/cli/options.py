@@ -68,6 +68,36 @@ def scheme_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def packing_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what says how one model is packed; `--policy` and `--mix` are the same file."""
+    for option in (
+        click.option("--calibration", type=_FILE, help="Codes that `fp4graph calibrate` found."),
+        click.option("--activations", default="none", show_default=True,
+                     help="none is W4A16, same is W4A4, int8 is W4A8."),
+        click.option("--quantizer", default="rtn", show_default=True,
+                     help="How codes are found: docs/numerics.md."),
+        click.option("--format", default="nvfp4", show_default=True,
+                     help="nvfp4, mxfp4, or mxfp4:RULE."),
+        click.option("--mix", "--policy", "mix", type=_FILE,
+                     help="A .toml file with a table [select]: selector to format."),
+        click.option("--select", help="A selector, or a mapping in JSON.  [default: all]"),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def one_selection(select: str | None, mix: Path | None) -> Select | None:
+    """Return what `--select` or `--mix` picks; None without either.
+
+    Raises:
+        OptionError: both; a file that is no mix.
+    """
+    if select and mix:
+        raise OptionError("give --select or --mix, just one")
+    texts, files = (select,) if select else (), (mix,) if mix else ()
+    return selected(texts, files, ())[0][0] if select or mix else None
+
+
 def selected(
     selects: tuple[str, ...], mixes: tuple[Path, ...], names: tuple[str, ...]
 ) -> tuple[tuple[Select, ...], tuple[str, ...]]:

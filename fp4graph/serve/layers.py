@@ -6,17 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fp4graph.checkpoints.fused import ENGINE_NAMES
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fp4graph.serve.checkpoint import Linear
-
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
-"""`packed_modules_mapping` of vLLM 0.33: of Llama and most others, and of DeepSeek."""
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.([^.]+)")
 
@@ -56,7 +51,7 @@ def layers_of(linears: Iterable[Linear]) -> list[Layer]:
         if expert is not None:
             groups.setdefault((expert[1], "RoutedExperts"), []).append(linear)
             continue
-        fused = next((name for name, parts in FUSED.items() if linear.last in parts), "")
+        fused = next((name for name, parts in ENGINE_NAMES.items() if linear.last in parts), "")
         name = f"{linear.parent}.{fused}" if fused else linear.name
         groups.setdefault((name, fused), []).append(linear)
     return [_layer(name, kind, members) for (name, kind), members in groups.items()]
@@ -70,6 +65,6 @@ def _layer(name: str, kind: str, members: list[Linear]) -> Layer:
         head = "ParallelLMHead" if members[0].last == "lm_head" else "RowParallelLinear"
         return Layer(name, head, (name,), tuple(members))
     parent = name.rpartition(".")[0]
-    shards = tuple(f"{parent}.{part}" for part in FUSED[kind])
+    shards = tuple(f"{parent}.{part}" for part in ENGINE_NAMES[kind])
     engine = "QKVParallelLinear" if kind == "qkv_proj" else "MergedColumnParallelLinear"
     return Layer(name, engine, shards, tuple(members))

@@ -174,8 +174,9 @@ def _first(name: str, targets: Iterable[str]) -> str | None:
     return next((target for target in targets if _equal(name, target)), None)
 
 
-def _all_shards(layer: Layer, targets: Sequence[str] | Mapping[str, Any]) -> str | None:
-    found = [_first(shard, targets) for shard in layer.shards]
+def _all_shards(layer: Layer, targets: Iterable[str]) -> str | None:
+    known = list(targets)
+    found = [_first(shard, known) for shard in layer.shards]
     return found[0] if all(found) else None
 
 
@@ -190,13 +191,11 @@ def _args(group: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def is_nvfp4(args: Mapping[str, Any]) -> bool:
-    """Whether quantisation arguments are NVFP4's."""
+def _is_nvfp4(args: Mapping[str, Any]) -> bool:
     return _is_fp4(args, "tensor_group", 16)
 
 
-def is_mxfp4(args: Mapping[str, Any]) -> bool:
-    """Whether quantisation arguments are MXFP4's."""
+def _is_mxfp4(args: Mapping[str, Any]) -> bool:
     return _is_fp4(args, "group", 32)
 
 
@@ -209,9 +208,9 @@ def _scheme(group: Mapping[str, Any]) -> str:
     """Return what a group says, as it says it."""
     weights, inputs = _args(group, "weights"), _args(group, "input_activations")
     mode = "W4A4" if inputs else "W4A16"
-    if is_nvfp4(weights):
+    if _is_nvfp4(weights):
         return f"nvfp4 {mode}"
-    if is_mxfp4(weights):
+    if _is_mxfp4(weights):
         return f"mxfp4 {mode}"
     if weights.get("type") == "float" and weights.get("num_bits") == 8:
         return "fp8"
@@ -223,13 +222,13 @@ MXFP4_ON_VLLM = "mxfp4 W4A4 on sm_100, W4A16 elsewhere"
 
 def _vllm_scheme(group: Mapping[str, Any]) -> str:
     weights, inputs = _args(group, "weights"), _args(group, "input_activations")
-    if is_nvfp4(weights) and inputs and not is_nvfp4(inputs):
+    if _is_nvfp4(weights) and inputs and not _is_nvfp4(inputs):
         raise Refused("for NVFP4 weights inputs must be NVFP4 too, or left as they are")
-    return MXFP4_ON_VLLM if is_mxfp4(weights) else _scheme(group)
+    return MXFP4_ON_VLLM if _is_mxfp4(weights) else _scheme(group)
 
 
 def _sglang_scheme(group: Mapping[str, Any]) -> str:
-    if is_mxfp4(_args(group, "weights")):
+    if _is_mxfp4(_args(group, "weights")):
         raise Refused("SGLang has no scheme for linears in MXFP4 of compressed-tensors")
     return _scheme(group)
 

@@ -11,7 +11,7 @@ import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 from safetensors.torch import save_file
-from support.experts import random
+from support.experts import gpt_oss
 from support.models import tiny, tokens
 
 import fp4graph
@@ -118,19 +118,9 @@ def test_what_compressed_tensors_packs(presets: dict[str, str], tmp_path: Path) 
         assert float((logits(model) - want).norm() / want.norm()) < 0.02
 
 
-def gpt_oss() -> Any:
-    torch.manual_seed(0)
-    config = transformers.GptOssConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
-        vocab_size=96, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    return random(transformers.GptOssForCausalLM(config))
-
-
 def oss(folder: Path) -> dict[str, torch.Tensor]:
     """Write a gpt-oss as its authors pack it."""
-    model = gpt_oss()
+    model = gpt_oss(96)
     tensors = dict(model.state_dict())
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         w_EKN = tensors.pop(name)
@@ -152,7 +142,7 @@ def test_gpt_oss_runs_packed(tmp_path: Path) -> None:
     model = fp4graph.load(str(tmp_path), dtype=torch.float32)
     selected = fp4graph.report_of(model).selected
     assert {row.path.rpartition(".")[2] for row in selected} == {"gate_up_proj", "down_proj"}
-    dense = gpt_oss()
+    dense = gpt_oss(96)
     with torch.no_grad():
         for name, w_EKN in dense.named_parameters():
             if not name.endswith(("gate_up_proj", "down_proj")):

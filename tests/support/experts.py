@@ -44,11 +44,12 @@ def llama4() -> nn.Module:
     return random(hf.Llama4ForCausalLM(config))
 
 
-def gpt_oss() -> nn.Module:
+def gpt_oss(intermediate_size: int = 48) -> nn.Module:
     torch.manual_seed(0)
     config = hf.GptOssConfig(
-        hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+        hidden_size=64, intermediate_size=intermediate_size, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=4,
+        num_experts_per_tok=2,
         vocab_size=96, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     return random(hf.GptOssForCausalLM(config))
