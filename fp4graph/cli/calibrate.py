@@ -12,7 +12,7 @@ import click
 
 import fp4graph
 from fp4graph.cli.common import load_windows, output, progress_shown
-from fp4graph.cli.options import device_option, dtype_option, selected, weights_option
+from fp4graph.cli.options import device_option, dtype_option, one_selection, weights_option
 from fp4graph.errors import OptionError
 
 if TYPE_CHECKING:
@@ -89,10 +89,7 @@ def calibrate_command(
     _map_large_tensors()
     from fp4graph.calibration.calibrate import policy_for
 
-    if select and mix:
-        raise OptionError("give --select or --mix, just one")
-    selects, mixes = (select,) if select else (), (mix,) if mix else ()
-    what = selected(selects, mixes, ())[0][0] if select or mix else "all"
+    what = one_selection(select, mix) or "all"
     policy_for(what, format, quantizer)  # before a model is loaded
     loaded, windows = load_windows(model, corpus, samples * seq_len, seq_len, dtype, device)
     fp4graph.models.check_length(loaded.model, seq_len)
