@@ -7,7 +7,6 @@ its linears run.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -38,9 +37,6 @@ if TYPE_CHECKING:
     from fp4graph.passes.pipeline import OnRefusal
     from fp4graph.policy import Select
     from fp4graph.quantizers import Calibration
-
-
-_TENSOR_PARALLEL = logging.getLogger("transformers.distributed.tensor_parallel")
 
 
 class Failure:
@@ -139,7 +135,6 @@ class FP4Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
-        _TENSOR_PARALLEL.setLevel(logging.ERROR)  # its rules are for dense weights' names
         found, self._report, _ = plan(model, config.policy)
         kept = check_refused(model, found, self._report, config.on_refusal)
         self._sites = {}
@@ -162,7 +157,6 @@ class FP4Quantizer(HfQuantizer):
         return _Quantize(self.quantization_config, self._by_parameter)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        _TENSOR_PARALLEL.setLevel(logging.NOTSET)
         for place, site in self._sites.items():
             module = packed_at(model, place)
             if module is not None:

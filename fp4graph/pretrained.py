@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _SHOWN = 3
+_TALKERS = ("modeling_utils", "distributed.tensor_parallel")
 
 
 def read_checkpoint(
@@ -122,11 +123,17 @@ def check_dense(model: nn.Module) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back transformers' own report of a checkpoint's weights: ours says it once."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep back what transformers says of a checkpoint's weights: ours says it once.
+
+    Its rules of sharding are for dense weights' names, and it takes this quiet for a wish to hear
+    of each layer that they miss.
+    """
+    loggers = [logging.getLogger(f"transformers.{name}") for name in _TALKERS]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,15 @@ def test_calibrated_codes_are_saved(folder: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "packed")
     file.unlink()
     assert torch.equal(logits(fp4graph.load(str(tmp_path / "packed"))), logits(model))
+
+
+def test_nothing_is_said_of_what_is_well(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    fp4graph.models.load(str(folder))
+    fp4graph.load(str(folder), "all")
+    assert [each.getMessage() for each in caplog.records if each.levelname != "INFO"] == []
 
 
 def test_faults_are_said(folder: Path, tmp_path: Path) -> None:
