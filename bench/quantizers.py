@@ -72,7 +72,7 @@ def damage(found: Trials, activations: str) -> str:
         if any(cells):
             lines.append((f"`{quantizer}`", *cells))
     heads = [f"{each.upper()} {what}" for each in formats for what in ("dNLL", "KL", "gone")]
-    return table([f"{Activations(activations).mode}", *heads], lines)
+    return table([f"{Activations(activations).mode()}", *heads], lines)
 
 
 def seeds(found: Trials) -> str:
@@ -81,7 +81,7 @@ def seeds(found: Trials) -> str:
     for (format, activations, quantizer), rows in found.items():
         if len(rows) > 2:
             dnll, kl = [row.dnll for row in rows], [row.kl for row in rows]
-            setting = f"{format.upper()} {Activations(activations).mode} `{quantizer}`"
+            setting = f"{format.upper()} {Activations(activations).mode()} `{quantizer}`"
             each = (f"{statistics.mean(x):.4f} +- {statistics.stdev(x):.4f}" for x in (dnll, kl))
             lines.append((setting, ", ".join(f"{value:.4f}" for value in dnll), *each))
     return table(["", "dNLL of each", "dNLL: mean, spread", "KL: mean, spread"], lines)

@@ -77,7 +77,7 @@ def order(results: Results) -> str:
     for (size, format), gains in PAPER.items():
         ranks = [_rank(results, (format, mode), what, gains) for mode, what in columns]
         rows.append((f"{size} {format.upper()}", *ranks))
-    heads = [f"{Activations(mode).mode} {WHAT[what]}" for mode, what in columns]
+    heads = [f"{Activations(mode).mode()} {WHAT[what]}" for mode, what in columns]
     return table(["the paper's", *heads], rows)
 
 

@@ -42,4 +42,4 @@ def key(found: Measured) -> tuple[str, str]:
 
 
 def name(setting: tuple[str, str]) -> str:
-    return f"{setting[0].upper()} {Activations(setting[1]).mode}"
+    return f"{setting[0].upper()} {Activations(setting[1]).mode()}"

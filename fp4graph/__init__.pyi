@@ -1,4 +1,5 @@
 from . import errors, formats, kernels, models, quantizers, study
+from .budget.find import best_policy
 from .calibration.calibrate import calibrate
 from .compiler import backend
 from .conversion import convert, report_of
@@ -17,6 +18,7 @@ from .errors import (
 )
 from .explanation import explain
 from .formats import (
+    FP8,
     MXFP4,
     NVFP4,
     BlockFormat,
@@ -38,6 +40,7 @@ from .traced.tap import LinearTap
 __version__: str
 
 __all__ = [
+    "FP8",
     "MXFP4",
     "NVFP4",
     "Activations",
@@ -66,6 +69,7 @@ __all__ = [
     "WeightError",
     "__version__",
     "backend",
+    "best_policy",
     "calibrate",
     "convert",
     "dequantize",

@@ -201,11 +201,11 @@ def _experts(
 def _hollow(shape: tuple[int, int], site: LinearSite) -> PackedWeight:
     assert site.scheme is not None
     format = site.scheme.format
-    groups = -(-shape[1] // format.block_size)
+    qdata, scale = format.shapes(*shape)
     with torch.device("meta"):
         return PackedWeight(
-            torch.empty(shape[0], groups * format.block_size // 2, dtype=torch.uint8),
-            torch.empty(shape[0], groups, dtype=format.scale_codec.dtype),
+            torch.empty(qdata, dtype=torch.uint8),
+            torch.empty(scale, dtype=format.scale_codec.dtype),
             torch.empty((), dtype=torch.float32) if format.has_per_tensor_scale else None,
             shape,
             format,

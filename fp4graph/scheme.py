@@ -25,7 +25,8 @@ INT8_ERROR = 0.015
 class Activations(StrEnum):
     """What is done to a selected linear's input at each call.
 
-    `NONE` leaves it (W4A16). `SAME` quantises and dequantises it in the weight's format (W4A4).
+    `NONE` leaves it (W4A16). `SAME` quantises and dequantises it in the weight's format (W4A4;
+    for FP8, which takes a scale a token, W8A8).
     `INT8` lets the kernel round it to 8 bits in groups, an approximation (W4A8).
     """
 
@@ -43,13 +44,12 @@ class Activations(StrEnum):
         try:
             return cls(value or "none")
         except ValueError:
-            known = ", ".join(f"{str(each)!r} ({each.mode})" for each in cls)
+            known = ", ".join(f"{str(each)!r} ({each.mode()})" for each in cls)
             raise OptionError(f"activations={value!r}: expected None, {known}") from None
 
-    @property
-    def mode(self) -> str:
-        """The field's name for it: `W4A16`, `W4A4` or `W4A8`."""
-        return {"none": "W4A16", "same": "W4A4", "int8": "W4A8"}[self]
+    def mode(self, bits: int = 4) -> str:
+        """Return the field's name for it, with weights of so many bits: `W4A16`, `W8A8`."""
+        return f"W{bits}A{ {'none': 16, 'same': bits, 'int8': 8}[self] }"
 
 
 @dataclass(frozen=True)
@@ -177,10 +177,11 @@ class Scheme:
         return options if len(options) > 1 else options["format"]
 
     def __str__(self) -> str:
+        mode = self.activations.mode(self.format.bits)
         if self.activations is Activations.INT8:
-            return f"{self.format} {self.activations.mode}, activations within {INT8_ERROR:.1%}"
+            return f"{self.format} {mode}, activations within {INT8_ERROR:.1%}"
         how = "" if self.quantizer == RTN else f", {self.quantizer}"
-        return f"{self.format} {self.activations.mode}{how}"
+        return f"{self.format} {mode}{how}"
 
 
 def _format(given: str | BlockFormat) -> BlockFormat:

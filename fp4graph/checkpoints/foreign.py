@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp4graph.checkpoints.fused import texts_of
 from fp4graph.checkpoints.layouts import COMPRESSED_TENSORS, MODELOPT, Layout
 from fp4graph.checkpoints.names import Names, OnDisk
 from fp4graph.checkpoints.shards import Shards
@@ -20,6 +19,7 @@ from fp4graph.conversion import plan
 from fp4graph.errors import ModelError
 from fp4graph.formats import MXFP4, PackedWeight
 from fp4graph.linears.selector import Selector
+from fp4graph.linears.texts import selectors_for
 from fp4graph.policy import Policy
 from fp4graph.replacement import place_of
 from fp4graph.scheme import Activations, Scheme
@@ -99,7 +99,7 @@ def read_foreign(
         tuple(
             (Selector(text), scheme)
             for scheme, members in ways.items()
-            for text in texts_of(members, tags)
+            for text in selectors_for(members, tags)
         )
     )
     return Foreign(policy, rest | _own(model, policy, stacks))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from fp4graph.errors import OptionError, RefusalError
 from fp4graph.linears.selector import parse
 from fp4graph.linears.tags import Role
+from fp4graph.linears.texts import selectors_for
 from fp4graph.policy import Policy
 
 if TYPE_CHECKING:
@@ -125,46 +126,5 @@ def _rounded(
         changed[goal] += [tag for tag in each.members if ways[tag] != goal]
     entries = list(policy.entries)
     for goal, members in changed.items():
-        entries += [(parse(text), goal) for text in texts_of(members, tags)]
+        entries += [(parse(text), goal) for text in selectors_for(members, tags)]
     return Policy(tuple(entries)), [tag for members in changed.values() for tag in members]
-
-
-def texts_of(members: Sequence[LinearTag], tags: Sequence[LinearTag]) -> list[str]:
-    """Return selectors that pick some linears and no others: a role, its blocks, or their paths."""
-    found: dict[str, list[str]] = defaultdict(list)
-    paths: list[str] = []
-    for name in dict.fromkeys(_name(tag) for tag in members):
-        mine = {tag for tag in members if _name(tag) == name}
-        for runs in ([""], _blocks(mine)):
-            texts = [",".join([name, *([run] if run else [])]) for run in runs]
-            if _picked(texts, tags) == mine:
-                for run in runs:
-                    found[run].append(name)
-                break
-        else:
-            paths += [f"path:{tag.fqn}" for tag in members if tag in mine]
-    texts = [",".join([*names, *([run] if run else [])]) for run, names in found.items()]
-    return [*texts, *([" | ".join(paths)] if paths else [])]
-
-
-def _picked(texts: Iterable[str], tags: Sequence[LinearTag]) -> set[LinearTag]:
-    selectors = [parse(text) for text in texts]
-    return {tag for tag in tags if any(selector.picks(tag) for selector in selectors)}
-
-
-def _name(tag: LinearTag) -> str:
-    if tag.role is Role.EXPERT and tag.expert is not None:
-        return f"expert:{tag.expert}"
-    return str(tag.role)
-
-
-def _blocks(mine: Iterable[LinearTag]) -> list[str]:
-    """Return runs of blocks as comparisons."""
-    blocks = sorted({tag.block for tag in mine if tag.block is not None})
-    runs: list[list[int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][1] + 1:
-            runs[-1][1] = block
-        else:
-            runs.append([block, block])
-    return [f"blocks={a}" if a == b else f"blocks={a}..{b}" for a, b in runs]

@@ -79,7 +79,7 @@ class Job:
             return "its weight is stored [in, out], which these layouts do not know"
         if scheme.rotation or scheme.smooths:
             return f"{scheme.quantizer} changes its inputs, which engines do not"
-        if site.tag.shape[-1] % format.block_size:
+        if site.tag.shape[-1] % format.group_size(site.tag.shape[-1]):
             return f"K={site.tag.shape[-1]} is no multiple of {format.block_size}"
         if format.base not in ("nvfp4", "mxfp4"):
             return f"no engine reads {format}"

@@ -21,6 +21,7 @@ from fp4graph.cli.export_results import export_results_command
 from fp4graph.cli.inspect import inspect_command
 from fp4graph.cli.latency import latency_command
 from fp4graph.cli.outliers import outliers_command
+from fp4graph.cli.policy import policy_command
 from fp4graph.cli.sensitivity import sensitivity_command
 from fp4graph.cli.show import show_command
 from fp4graph.cli.tasks import tasks_command
@@ -57,6 +58,7 @@ main.add_command(ablate_command)
 main.add_command(show_command)
 main.add_command(export_results_command)
 main.add_command(calibrate_command)
+main.add_command(policy_command)
 main.add_command(convert_command)
 main.add_command(export_command)
 main.add_command(check_serve_command)

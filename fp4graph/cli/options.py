@@ -61,7 +61,7 @@ def scheme_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--activations", type=CommaList(), default="none", show_default=True,
                      help="none is W4A16, same is W4A4, int8 is W4A8."),
         click.option("--format", type=CommaList(), default=(),
-                     help="nvfp4, mxfp4, or mxfp4:RULE.  "
+                     help="nvfp4, mxfp4, mxfp4:RULE, or fp8.  "
                      "[default: nvfp4, or what the calibrations are for]"),
     ):  # fmt: skip
         command = option(command)
@@ -77,7 +77,7 @@ def packing_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--quantizer", default="rtn", show_default=True,
                      help="How codes are found: docs/numerics.md."),
         click.option("--format", default="nvfp4", show_default=True,
-                     help="nvfp4, mxfp4, or mxfp4:RULE."),
+                     help="nvfp4, mxfp4, mxfp4:RULE, or fp8."),
         click.option("--mix", "--policy", "mix", type=_FILE,
                      help="A .toml file with a table [select]: selector to format."),
         click.option("--select", help="A selector, or a mapping in JSON.  [default: all]"),

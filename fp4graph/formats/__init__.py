@@ -1,7 +1,9 @@
-"""NVFP4 and MXFP4: what the bits mean."""
+"""NVFP4, MXFP4 and FP8: what the bits mean."""
 
 from fp4graph.formats.block import (
     FORMATS,
+    FP4_FORMATS,
+    FP8,
     MXFP4,
     MXFP4_FITTED,
     NVFP4,
@@ -15,6 +17,8 @@ from fp4graph.formats.rotation import ROTATIONS, rotate
 
 __all__ = [
     "FORMATS",
+    "FP4_FORMATS",
+    "FP8",
     "MXFP4",
     "MXFP4_FITTED",
     "NVFP4",

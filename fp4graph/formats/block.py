@@ -1,4 +1,4 @@
-"""The two FP4 formats: what their bits mean, and rounding to nearest into them."""
+"""The formats: what their bits mean, and rounding to nearest into them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fp4graph.errors import OptionError, WeightError
-from fp4graph.formats.minifloat import E2M1
-from fp4graph.formats.scales import E4M3Scale, E8M0Scale, FittedScale
+from fp4graph.formats.minifloat import E2M1, E4M3, Minifloat
+from fp4graph.formats.scales import ChannelScale, E4M3Scale, E8M0Scale, FittedScale
 
 if TYPE_CHECKING:
     from fp4graph.formats.scales import ScaleCodec
@@ -22,17 +22,20 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """A 4-bit float format: E2M1 values that share a scale in groups along K.
+    """A small float format: values that share a scale in groups along K.
 
     Attributes:
-        base: `nvfp4`, `mxfp4` or `mxfp4-fitted`; fixes the stored bits and how they are read.
-        block_size: values in a group.
+        base: `nvfp4`, `mxfp4`, `fp8` or `mxfp4-fitted`; fixes the stored bits and how they are
+            read.
+        block_size: values in a group; 0 for a whole row.
         scale_codec: how the scale of a group is chosen, stored and read.
+        values: what a code means.
     """
 
     base: str
     block_size: int
     scale_codec: ScaleCodec
+    values: Minifloat = E2M1
 
     @property
     def name(self) -> str:
@@ -49,10 +52,25 @@ class BlockFormat:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def bits(self) -> int:
+        """Bits of a code: 4 or 8."""
+        return self.values.sign_shift + 1
+
+    def group_size(self, in_features: int) -> int:
+        """Return how many values share a scale in a row of so many."""
+        return self.block_size or max(in_features, 1)
+
+    def shapes(self, out_features: int, in_features: int) -> tuple[tuple[int, int], ...]:
+        """Return the shapes of `qdata` and `scale` of a packed weight, padding included."""
+        size = self.group_size(in_features)
+        groups = -(-in_features // size)
+        return (out_features, groups * size * self.bits // 8), (out_features, groups)
+
     def packed_bytes(self, out_features: int, in_features: int) -> int:
         """Return the size of a packed weight, padding and scales included."""
-        groups = out_features * -(-in_features // self.block_size)
-        return groups * (self.block_size // 2 + 1) + self.scale_codec.per_tensor_bytes
+        qdata, scale = map(math.prod, self.shapes(out_features, in_features))
+        return qdata + scale * self.scale_codec.dtype.itemsize + self.scale_codec.per_tensor_bytes
 
     def quantize(self, weight: Tensor) -> PackedWeight:
         """Round a weight to nearest, ties to even codes.
@@ -101,9 +119,9 @@ class BlockFormat:
         per_tensor_scale: Tensor | None,
         shape: tuple[int, int],
     ) -> PackedWeight:
-        """Put E2M1 codes, uint8 [N, K rounded up to whole groups], under given scales."""
+        """Put codes, uint8 [N, K rounded up to whole groups], under given scales."""
         return PackedWeight(
-            qdata=codes[:, 0::2] | (codes[:, 1::2] << 4),
+            qdata=codes if self.bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4),
             scale=scale.view(self.scale_codec.dtype),
             per_tensor_scale=per_tensor_scale,
             shape=shape,
@@ -130,31 +148,32 @@ class BlockFormat:
         codes = self._round(x_RGB, scale, per_tensor_scale)
         factor_RG = self.scale_codec.decode(scale, per_tensor_scale)
         factor_RG = torch.where(finite_RG, factor_RG, torch.nan)
-        y_RK = (E2M1.decode(codes) * factor_RG[..., None]).flatten(1)[:, : x.shape[-1]]
+        y_RK = (self.values.decode(codes) * factor_RG[..., None]).flatten(1)[:, : x.shape[-1]]
         return _saturated(y_RK, x.dtype).reshape(x.shape).contiguous()
 
     def _groups(self, x_RK: Tensor) -> Tensor:
         x_RK = x_RK.to(torch.float32)
-        x_RK = pad(x_RK, (0, -x_RK.shape[1] % self.block_size))
-        x_RGB: Tensor = x_RK.unflatten(1, (x_RK.shape[1] // self.block_size, self.block_size))
+        size = self.group_size(x_RK.shape[1])
+        x_RK = pad(x_RK, (0, -x_RK.shape[1] % size))
+        x_RGB: Tensor = x_RK.unflatten(1, (x_RK.shape[1] // size, size))
         return x_RGB
 
     def _round(self, x_RGB: Tensor, scale: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
         factor_RG = self.scale_codec.reciprocal(scale, per_tensor_scale)
-        return E2M1.encode(x_RGB * factor_RG[..., None])
+        return self.values.encode(x_RGB * factor_RG[..., None])
 
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """A weight in FP4.
+    """A weight in FP4 or FP8.
 
     Invariants, with Kp = K rounded up to a multiple of the block size B:
 
-    - `qdata` is uint8 [N, Kp/2], the even column in the low nibble.
-    - `scale` is [N, Kp/B] in the format's scale dtype.
-    - `per_tensor_scale` is a 0-dim float32 tensor, or None for MXFP4. In the study's
+    - `qdata` is uint8 [N, Kp/2], the even column in the low nibble; of FP8 [N, K], E4M3.
+    - `scale` is [N, Kp/B] in the format's scale dtype; of FP8 float32 [N, 1].
+    - `per_tensor_scale` is a 0-dim float32 tensor for NVFP4, else None. In the study's
       `mxfp4-fitted` it is what `FittedScale` says.
-    - weight ~ E2M1(qdata) * scale * per_tensor_scale. Columns from K on are padding.
+    - weight ~ value(qdata) * scale * per_tensor_scale. Columns from K on are padding.
     """
 
     qdata: Tensor
@@ -168,6 +187,18 @@ class PackedWeight:
         """Bytes of all tensors."""
         tensors = (self.qdata, self.scale, self.per_tensor_scale)
         return sum(t.nbytes for t in tensors if t is not None)
+
+    @property
+    def scale_codes(self) -> Tensor:
+        """The scales as their codec reads them: uint8, or float32 for FP8; [N, groups]."""
+        return self.scale if self.scale.dtype == torch.float32 else self.scale.view(torch.uint8)
+
+    @property
+    def codes(self) -> Tensor:
+        """The code of each value, uint8 [N, Kp]."""
+        if self.format.bits == 8:
+            return self.qdata
+        return torch.stack((self.qdata & 0xF, self.qdata >> 4), dim=-1).flatten(1)
 
     def to(self, device: torch.device) -> PackedWeight:
         """Return it on another device."""
@@ -191,26 +222,29 @@ class PackedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight's values, [N, K] in `dtype`: the meaning of every kernel.
 
-        Computed in float32 as E2M1 value * (per_tensor_scale * block scale), then rounded once to
+        Computed in float32 as code's value * (per_tensor_scale * block scale), then rounded once to
         `dtype`; in a 16-bit one, what lies beyond its range becomes its largest value. A NaN scale
         gives a group of NaN.
         """
-        codes = torch.stack((self.qdata & 0xF, self.qdata >> 4), dim=-1)
-        values = E2M1.decode(codes).reshape(*self.scale.shape, self.format.block_size)
-        factor = self.format.scale_codec.decode(self.scale.view(torch.uint8), self.per_tensor_scale)
+        size = self.format.group_size(self.shape[1])
+        values = self.format.values.decode(self.codes).reshape(*self.scale.shape, size)
+        factor = self.format.scale_codec.decode(self.scale_codes, self.per_tensor_scale)
         w_NK = (values * factor[..., None]).flatten(1)[:, : self.shape[1]]
         return w_NK.to(dtype) if dtype.itemsize >= w_NK.dtype.itemsize else _saturated(w_NK, dtype)
 
 
 NVFP4 = BlockFormat("nvfp4", 16, E4M3Scale())
 MXFP4 = BlockFormat("mxfp4", 32, E8M0Scale())
-FORMATS = {"nvfp4": NVFP4, "mxfp4": MXFP4}
+FP8 = BlockFormat("fp8", 0, ChannelScale(), E4M3)
+"""E4M3 with a scale an output channel, as engines deploy it: `float-quantized`, FP8 per channel."""
+FP4_FORMATS = {"nvfp4": NVFP4, "mxfp4": MXFP4}
+FORMATS = {**FP4_FORMATS, "fp8": FP8}
 MXFP4_FITTED = BlockFormat("mxfp4-fitted", 32, FittedScale())
 """MXFP4 with scales that no hardware reads, for studies: the dagger of 2509.23202 appendix H."""
 
 
 def get_format(name: str | BlockFormat) -> BlockFormat:
-    """Return a format by name: `nvfp4`, `mxfp4`, `mxfp4:RULE` with a scale rule, `mxfp4-fitted`.
+    """Return a format by name: `nvfp4`, `mxfp4`, `mxfp4:RULE`, `fp8`, or `mxfp4-fitted`.
 
     Raises:
         OptionError: no such format or rule; the message names those that exist.
@@ -229,7 +263,7 @@ def get_format(name: str | BlockFormat) -> BlockFormat:
 
 
 def quantize(weight: Tensor, format: str | BlockFormat = "nvfp4") -> PackedWeight:
-    """Round a weight to FP4; see `BlockFormat.quantize`."""
+    """Round a weight; see `BlockFormat.quantize`."""
     return get_format(format).quantize(weight)
 
 

@@ -37,7 +37,7 @@ class ScaleCodec(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Storage dtype of a block scale, one byte."""
+        """Storage dtype of a block scale: one byte, or float32, which is its own code."""
 
     @property
     def per_tensor_bytes(self) -> int:
@@ -48,7 +48,7 @@ class ScaleCodec(Protocol):
         """Name of the rule that picks a scale."""
 
     def encode(self, amax: Tensor, largest_scale: float = E4M3.max) -> tuple[Tensor, Tensor | None]:
-        """Turn the largest magnitude of each group into (uint8 codes, per_tensor_scale or None).
+        """Turn the largest magnitude of each group into (codes, per_tensor_scale or None).
 
         Args:
             amax: float32, finite.
@@ -59,7 +59,7 @@ class ScaleCodec(Protocol):
         """Return the float32 factor of each group."""
 
     def reciprocal(self, codes: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
-        """Return the float32 factor that values are multiplied by before rounding to E2M1."""
+        """Return the float32 factor that values are multiplied by before they are rounded."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,31 @@ class E8M0Scale:
     def reciprocal(self, codes: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
         """See `ScaleCodec`; exact, for 2 * 127 - code is the code of the reciprocal."""
         return decode_e8m0(2 * _E8M0_BIAS - codes.to(torch.int32))
+
+
+@dataclass(frozen=True)
+class ChannelScale:
+    """FP8: a float32 scale a row, amax / 448, so that the largest code is 448.
+
+    It is what compressed-tensors (`strategy: channel`), vLLM and torchao store for weights, and
+    what they take a token for dynamic activations.
+    """
+
+    rule: str = "amax"
+    dtype: ClassVar[torch.dtype] = torch.float32
+    per_tensor_bytes: ClassVar[int] = 0
+
+    def encode(self, amax: Tensor, largest_scale: float = E4M3.max) -> tuple[Tensor, Tensor | None]:
+        """See `ScaleCodec`."""
+        return (amax / E4M3.max).clamp(min=_SMALLEST_PER_TENSOR_SCALE), None
+
+    def decode(self, codes: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
+        """See `ScaleCodec`."""
+        return codes
+
+    def reciprocal(self, codes: Tensor, per_tensor_scale: Tensor | None) -> Tensor:
+        """See `ScaleCodec`."""
+        return 1.0 / codes
 
 
 @dataclass(frozen=True)

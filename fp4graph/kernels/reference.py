@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fp4graph.formats import FORMATS, MXFP4_FITTED, BlockFormat, PackedWeight, get_format, rotate
+from fp4graph.formats import (
+    FORMATS,
+    FP4_FORMATS,
+    MXFP4_FITTED,
+    BlockFormat,
+    PackedWeight,
+    get_format,
+    rotate,
+)
 from fp4graph.kernels.contract import Kernel, Problem
 
 if TYPE_CHECKING:
@@ -25,7 +33,7 @@ if TYPE_CHECKING:
 
 _LIBRARY = torch.library.Library("fp4graph", "FRAGMENT")
 READ = {**FORMATS, MXFP4_FITTED.base: MXFP4_FITTED}
-"""What `dequantize` reads, by base name; other kernels read `FORMATS`."""
+"""What `dequantize` reads, by base name."""
 
 
 def define(kernel: str, format: BlockFormat, body: Callable[..., Tensor]) -> Op:
@@ -100,7 +108,7 @@ See `BlockFormat`; `x` is rotated before, if `rotation` is a block and not 0.
 
 def fake_quantize_op(format: BlockFormat) -> Op:
     """Return `FAKE_QUANTIZE`, or its reference for a format that native code does not know."""
-    if format.base in FORMATS:
+    if format.base in FP4_FORMATS:
         return FAKE_QUANTIZE
     op: Op = torch.ops.fp4graph.fake_quantize_reference.default
     return op

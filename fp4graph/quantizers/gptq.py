@@ -14,7 +14,6 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from fp4graph.errors import CalibrationError
-from fp4graph.formats.minifloat import E2M1
 
 if TYPE_CHECKING:
     from fp4graph.formats import PackedWeight
@@ -47,13 +46,14 @@ def gptq(
         CalibrationError: the Hessian holds NaN or Inf, or has no factor even with damping 1.
     """
     format = base.format
-    codes_GN = base.scale.view(torch.uint8).T
+    codes_GN = base.scale_codes.T
+    size = format.group_size(weight.shape[1])
     up_GN = format.scale_codec.reciprocal(codes_GN, base.per_tensor_scale)
     down_GN = format.scale_codec.decode(codes_GN, base.per_tensor_scale)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     root_KK = _inverse_root(hessian, order, damping, name)
     w_KN = weight.detach().to(hessian.dtype).T[order].contiguous()
-    shape = (len(codes_GN) * format.block_size, len(weight))
+    shape = (len(codes_GN) * size, len(weight))
     rounded_KN = torch.zeros(shape, dtype=torch.float32, device=weight.device)  # over their scales
     columns = order.tolist()
     for start in range(0, len(w_KN), BLOCK):
@@ -61,14 +61,14 @@ def gptq(
         errors_BN = torch.empty_like(w_KN[start:end])
         for at in range(start, end):
             column = columns[at]
-            group = column // format.block_size
-            rounded_N = E2M1.round((w_KN[at] * up_GN[group]).to(torch.float32))
+            group = column // size
+            rounded_N = format.values.round((w_KN[at] * up_GN[group]).to(torch.float32))
             error_N = (w_KN[at] - rounded_N * down_GN[group]) / root_KK[at, at]
             w_KN[at + 1 : end].addr_(root_KK[at, at + 1 : end], error_N, alpha=-1)
             rounded_KN[column], errors_BN[at - start] = rounded_N, error_N
         w_KN[end:].addmm_(root_KK[start:end, end:].T, errors_BN, alpha=-1)
     return format.pack_codes(
-        E2M1.encode(rounded_KN.T), base.scale, base.per_tensor_scale, base.shape
+        format.values.encode(rounded_KN.T), base.scale, base.per_tensor_scale, base.shape
     )
 
 

@@ -78,23 +78,17 @@ def _total(packed: Mapping[str, PackedWeight], error: Error, batches: int) -> fl
 
 def _scales(base: PackedWeight) -> Tensor:
     """Return every value's scale, [N, K rounded up to whole groups]."""
-    codec, codes_NG = base.format.scale_codec, base.scale.view(torch.uint8)
-    scale_NG = codec.decode(codes_NG, base.per_tensor_scale)
-    return scale_NG.repeat_interleave(base.format.block_size, 1)
+    scale_NG = base.format.scale_codec.decode(base.scale_codes, base.per_tensor_scale)
+    return scale_NG.repeat_interleave(base.format.group_size(base.shape[1]), 1)
 
 
 def _start(weight: Tensor, base: PackedWeight, scale_NK: Tensor) -> Tensor:
     """Return the weight over its scales, moved to where it rounds to the base's codes."""
     w_NK = pad(weight.detach().to(torch.float32), (0, scale_NK.shape[1] - weight.shape[1]))
-    code_NK = torch.where(scale_NK > 0, _codes(base), 0.0)
+    code_NK = torch.where(scale_NK > 0, E2M1.decode(base.codes), 0.0)
     reach_NK = 0.49 * _gap(code_NK.abs() * (1 - 1e-6))  # the gap below, which is the smaller
     z_NK = torch.where(scale_NK > 0, w_NK / scale_NK, 0.0)
     return code_NK + (z_NK - code_NK).clamp(-reach_NK, reach_NK)
-
-
-def _codes(base: PackedWeight) -> Tensor:
-    low, high = base.qdata & 15, base.qdata >> 4
-    return E2M1.decode(torch.stack((low, high), -1).flatten(1))
 
 
 def _gap(z: Tensor) -> Tensor:

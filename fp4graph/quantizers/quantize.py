@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp4graph.errors import OptionError, WeightError
-from fp4graph.formats import FORMATS, BlockFormat, get_format
+from fp4graph.formats import FP4_FORMATS, BlockFormat, get_format
 from fp4graph.kernels.cpu import library, ops
 from fp4graph.kernels.reference import ROTATE
 from fp4graph.quantizers.quantizer import GRIDS, Quantizer
@@ -23,7 +23,7 @@ _NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 def quantize(
     weight: Tensor, format: str | BlockFormat = "nvfp4", quantizer: str | Quantizer = "rtn"
 ) -> PackedWeight:
-    """Round a weight to FP4.
+    """Round a weight to FP4 or FP8.
 
     `rtn` rounds to nearest, bit for bit as `BlockFormat.quantize`, many times faster on a CPU. It
     never compiles the native library: what is not built yet is not worth a minute here.
@@ -50,7 +50,7 @@ def quantize(
     if found.grid != "rtn":
         return GRIDS[found.grid](weight, block_format, None)
     served = is_plain(weight) and weight.device.type == "cpu" and weight.dtype in _NATIVE
-    served = served and block_format.base in FORMATS
+    served = served and block_format.base in FP4_FORMATS
     if served and weight.ndim == 2 and weight.numel() and library.find() and library.native():
         return ops.quantize(weight, block_format)
     return block_format.quantize(weight)

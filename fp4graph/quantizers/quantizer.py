@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fp4graph.errors import OptionError
-from fp4graph.formats import MXFP4_FITTED
+from fp4graph.formats import FP8, MXFP4_FITTED
 from fp4graph.formats.rotation import ROTATIONS
 from fp4graph.quantizers.alternating_search import alternating_search
 from fp4graph.quantizers.four_over_six import four_over_six
@@ -99,20 +99,16 @@ class Quantizer:
             known = ", ".join(f"{base}@{each}" for each in ROTATIONS)
             raise OptionError(f"unknown quantizer {name!r}: rotations are {known}")
         if base == "mr-gptq":
+            _check_use(name, base, "", format)
             if strength:
                 raise OptionError(f"quantizer {name!r}: mr-gptq rotates, which {_SMOOTH} cannot")
-            if rotation == 0:
-                rotation = format.block_size
+            rotation = rotation or format.block_size
             grid = "scale-search" if format.base == "nvfp4" else "rtn"
             return cls("gptq", grid, rotation, 0.0, name)
         solver, _, grid = base.partition(":")
         if solver not in _SOLVERS:
             solver, grid = "rtn", base
-        if grid not in ("", "rtn") and format == MXFP4_FITTED:
-            raise OptionError(f"quantizer {name!r} searches scales, and {format} fits them")
-        if grid in _FOR_NVFP4 and format.base != "nvfp4":
-            problem = f"is for nvfp4: {format} has powers of two alone"
-            raise OptionError(f"quantizer {name!r} {problem}")
+        _check_use(name, solver, grid, format)
         return cls(solver, grid or "rtn", rotation, strength, name)
 
     def __str__(self) -> str:
@@ -122,6 +118,17 @@ class Quantizer:
     def needs_data(self) -> bool:
         """Whether its codes come from a calibration."""
         return self.solver in _SOLVERS or self.grid == _WEIGHTED or self.strength > 0
+
+
+def _check_use(name: str, solver: str, grid: str, format: BlockFormat) -> None:
+    searches = grid not in ("", "rtn")
+    if searches and format == MXFP4_FITTED:
+        raise OptionError(f"quantizer {name!r} searches scales, and {format} fits them")
+    if format == FP8 and (searches or solver in ("learned", "mr-gptq")):
+        raise OptionError(f"quantizer {name!r} is for FP4: {format} has rtn and gptq")
+    if grid in _FOR_NVFP4 and format.base != "nvfp4":
+        problem = f"is for nvfp4: {format} has powers of two alone"
+        raise OptionError(f"quantizer {name!r} {problem}")
 
 
 RTN = Quantizer("rtn", "rtn", 0, 0.0, "rtn")

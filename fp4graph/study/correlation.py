@@ -63,7 +63,7 @@ class Correlation:
     @property
     def activation_mode(self) -> str:
         """The field's name for its activations, as in `OfTrial`."""
-        return mode_of(self.activations)
+        return mode_of(self.format, self.activations)
 
 
 def correlate(

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Texts = str | Sequence[str]
     Selects = Select | Sequence[Select]
     Packed = nn.Module | LoadedModel | Sequence[nn.Module | LoadedModel]
-    Calibrations = Calibration | str | Path | Sequence[Calibration | str | Path]
+    Calibrations: TypeAlias = Calibration | str | Path | Sequence[Calibration | str | Path]
 
 
 def plan_of(

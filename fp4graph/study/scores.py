@@ -86,7 +86,7 @@ def _draw_sensitivity(
 
 
 def _how(what: SensitivityRow | Measured) -> str:
-    return f"{what.format} {mode_of(what.activations)} {what.quantizer}"
+    return f"{what.format} {mode_of(what.format, what.activations)} {what.quantizer}"
 
 
 def outliers_table(

@@ -70,6 +70,7 @@ class SensitivityRow:
             second order, but for the noise of a few samples.
         kl: the recommended estimate, nats a token. `kl_window`, shrunk towards the role's mean
             ratio to sqrt(kl_element * kl_token), in proportion to its sampling noise.
+        kl_se: standard error of `kl` by that noise.
         dnll: first-order change of the NLL, ∂L/∂Y · ΔY, and `kl`, nats a token.
     """
 
@@ -88,6 +89,7 @@ class SensitivityRow:
     kl_token: float
     kl_window: float
     kl: float
+    kl_se: float
     dnll: float
 
 
@@ -150,6 +152,7 @@ class Sensitivity:
             samples, float64 [windows * samples]. What a set of linears will cost is ½ the mean
             square of their sum over the tokens of a window.
         forwards: the time of it all, in runs of the dense model over the same text.
+        traced: the model, traced.
 
     Raises:
         OptionError: a scheme whose codes need a calibration or a rotation.
@@ -174,7 +177,7 @@ class Sensitivity:
         self._windows = windows
         self._samples = samples
         ids_WT = windows.ids.to(loaded.device)
-        traced = TracedModel(loaded.model)
+        self.traced = traced = TracedModel(loaded.model)
         with torch.enable_grad():
             traced.settle(input_ids=ids_WT[:1], use_cache=False)
         self._tap = LinearTap(traced)
@@ -217,48 +220,47 @@ class Sensitivity:
                 product = (logits_TV.where(root_TV > 0, 0) * v_TV).sum()  # -Inf rules a token out
             by_sample.append(self._tap.gradients(product))
         with torch.no_grad():
-            for scheme in schemes:
-                for tag, gradient in by_nll.items():
-                    if tag.is_block_linear:
-                        samples = [each[tag] for each in by_sample]
-                        self._add(scheme, tag, self._tap.seen[tag], gradient, samples)
+            for tag, gradient in by_nll.items():
+                if tag.is_block_linear:
+                    samples = [_rows(each[tag]) for each in by_sample]
+                    self._add(schemes, tag, self._tap.seen[tag], _rows(gradient), samples)
 
     def _add(
         self,
-        scheme: Scheme,
+        schemes: Sequence[Scheme],
         tag: LinearTag,
         calls: Sequence[Seen],
-        gradients: Sequence[Tensor],
-        samples: Sequence[Sequence[Tensor]],
+        g_MN: Tensor,
+        samples: Sequence[Tensor],
     ) -> None:
-        """Take in what FP4 changes in all calls of a linear."""
-        key = (scheme, tag)
+        """Take in what each scheme changes in all calls of a linear."""
         w_NK = calls[0].weight.float()
-        if key not in self._packed:
-            self._packed[key] = quantize(w_NK, scheme.format, scheme.quantizer)
-        rounded_NK = self._packed[key].dequantize()
-        if key not in self._weight_errors:
-            self._weight_errors[key] = _relative(rounded_NK - w_NK, w_NK)
-        x_MK = torch.cat([seen.x.reshape(-1, seen.x.shape[-1]) for seen in calls]).float()
+        x_MK = _rows([seen.x for seen in calls]).float()
         y_MN = x_MK @ w_NK.T
-        if scheme.activations is Activations.NONE:
-            change_MN = x_MK @ (rounded_NK - w_NK).T
-        else:
-            change_MN = scheme.format.fake_quantize(x_MK) @ rounded_NK.T - y_MN
-        sums = self._sums[key]
-        square_MN = change_MN.square()
-        sums.error += float(square_MN.double().sum())
-        sums.power += float(y_MN.square().double().sum())
-        g_MN = _rows(gradients)
-        sums.fisher += float((g_MN.square() * square_MN).double().sum())
-        sums.first += float((g_MN * change_MN).double().sum())
-        for sample in samples:
-            v_MN = _rows(sample)
-            product_M = (v_MN * change_MN).double().sum(-1)
-            share = 0.5 / len(samples)
-            sums.element += share * float((v_MN.square() * square_MN).double().sum())
-            sums.token += share * float(product_M.square().sum())
-            sums.products.append(float(product_M.sum()))
+        power = _sum(y_MN.square())
+        for scheme in schemes:
+            key = (scheme, tag)
+            if key not in self._packed:
+                self._packed[key] = quantize(w_NK, scheme.format, scheme.quantizer)
+            rounded_NK = self._packed[key].dequantize()
+            if key not in self._weight_errors:
+                self._weight_errors[key] = _relative(rounded_NK - w_NK, w_NK)
+            if scheme.activations is Activations.NONE:
+                change_MN = x_MK @ (rounded_NK - w_NK).T
+            else:
+                change_MN = scheme.format.fake_quantize(x_MK) @ rounded_NK.T - y_MN
+            sums = self._sums[key]
+            square_MN = change_MN.square()
+            sums.error += _sum(square_MN)
+            sums.power += power
+            sums.fisher += _sum(g_MN.square() * square_MN)
+            sums.first += _sum(g_MN * change_MN)
+            for v_MN in samples:
+                product_M = (v_MN * change_MN).sum(-1, dtype=torch.float64)
+                share = 0.5 / len(samples)
+                sums.element += share * _sum(v_MN.square() * square_MN)
+                sums.token += share * float(product_M.square().sum())
+                sums.products.append(float(product_M.sum()))
 
     def _row(self, scheme: Scheme, tag: LinearTag) -> SensitivityRow:
         sums = self._sums[scheme, tag]
@@ -280,6 +282,7 @@ class Sensitivity:
             kl_token=sums.token / tokens,
             kl_window=kl_of(_tensor(sums.products), self._windows),
             kl=math.sqrt(sums.element * sums.token) / tokens,
+            kl_se=0.0,
             dnll=sums.first / tokens,
         )
 
@@ -300,14 +303,15 @@ def _pooled(rows: Sequence[SensitivityRow], samples: int) -> list[SensitivityRow
             above[_group(row)].append(math.log(row.kl_window / row.kl) - low)
     pooled = []
     for row in rows:
-        kl = row.kl
+        kl, error = row.kl, 0.0
         if row.kl and row.kl_window:
             group = above[_group(row)]
             spread = variance(group) if len(group) > 1 else 0.0
             own = max(spread - noise, 0.0) / spread if spread else 0.0
             mean = fmean(group)
             kl *= math.exp(mean + own * (math.log(row.kl_window / row.kl) - low - mean))
-        pooled.append(replace(row, kl=kl, dnll=row.dnll + kl))
+            error = kl * math.sqrt(noise * (own + (1 - own) / len(group)))
+        pooled.append(replace(row, kl=kl, kl_se=error, dnll=row.dnll + kl))
     return pooled
 
 
@@ -332,6 +336,10 @@ def _seconds(loaded: LoadedModel, ids_WT: Tensor) -> float:
 
 def _tensor(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def _sum(values: Tensor) -> float:
+    return float(values.sum(dtype=torch.float64))
 
 
 def _rows(calls: Sequence[Tensor]) -> Tensor:

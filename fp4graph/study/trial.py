@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fp4graph import Activations, ModelError, OptionError, Policy, Scheme, Selector
+from fp4graph import Activations, ModelError, OptionError, Policy, Scheme, Selector, get_format
 from fp4graph.hf_quantizer import packed_config
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class Trial:
     def __str__(self) -> str:
         if self == DENSE:
             return "the dense model"
+        if self.name:
+            return self.name
         ways = " and ".join(map(str, self.select.schemes))
         return f"{self.direction} {self.select.text} in {ways}"
 
@@ -120,7 +122,7 @@ class OfTrial:
     @property
     def activation_mode(self) -> str:
         """The field's name for its activations: `W4A16`, or several with commas between."""
-        return mode_of(self.activations)
+        return mode_of(self.format or "nvfp4", self.activations)
 
     @property
     def label(self) -> str:
@@ -198,9 +200,16 @@ class Row(OfTrial):
     name: str = ""
 
 
-def mode_of(activations: str) -> str:
-    """Return the field's name for activation modes, commas between: `W4A16`, `W4A16,W4A4`."""
-    return ",".join(Activations(each).mode for each in activations.split(","))
+def mode_of(format: str, activations: str) -> str:
+    """Return the field's name for formats and activation modes, commas between in all of them.
+
+    >>> mode_of("nvfp4", "none"), mode_of("nvfp4,fp8", "same")
+    ('W4A16', 'W4A4,W8A8')
+    """
+    bits = dict.fromkeys(get_format(each).bits for each in format.split(","))
+    return ",".join(
+        Activations(each).mode(size) for each in activations.split(",") for size in bits
+    )
 
 
 def trials(

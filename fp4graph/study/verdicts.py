@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fp4graph.study.outliers import by_role
 from fp4graph.study.selections import cell_of, kind_of, shortest
+from fp4graph.study.trial import mode_of
 from fp4graph.study.views import is_nothing
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def of_sensitivity(rows: Sequence[SensitivityRow]) -> list[str]:
     settings: dict[str, dict[Cell, float]] = defaultdict(dict)
     for row in rows:
         if row.block is not None:
-            how = f"{row.format} {row.activations.mode}"
+            how = f"{row.format} {mode_of(row.format, row.activations)}"
             how += "" if row.quantizer == "rtn" else f" {row.quantizer}"
             settings[how][row.role, row.block] = row.kl
     said = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fp4graph.study.outliers import by_role
+from fp4graph.study.trial import mode_of
 from fp4graph.tables import Column, TextTable, digits_for, nats
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def of_sensitivity(rows: Sequence[SensitivityRow], title: str) -> TextTable:
     columns = [
         Column("linear", [f"{row.role},blocks={row.block}" for row in shown], "label"),
         Column("format", [row.format for row in shown], "text"),
-        Column("mode", [row.activations.mode for row in shown], "text"),
+        Column("mode", [mode_of(row.format, row.activations) for row in shown], "text"),
         Column("quantizer", [row.quantizer for row in shown], "text"),
         Column("KL", [f"{row.kl:.3g}" for row in shown]),
         Column("dNLL", [f"{row.dnll:+.3g}" for row in shown], rank=2),

@@ -9,11 +9,8 @@ import torch
 from support.models import tiny
 
 from fp4graph import Policy, RefusalError, Scheme, TracedModel
-from fp4graph.checkpoints.fused import closed, fused_sets, texts_of
+from fp4graph.checkpoints.fused import closed, fused_sets
 from fp4graph.errors import OptionError
-from fp4graph.linears.selector import parse
-from fp4graph.linears.tags import LinearTag as Tag
-from fp4graph.linears.tags import Role
 
 if TYPE_CHECKING:
     from fp4graph.linears.tags import LinearTag
@@ -83,20 +80,3 @@ def test_half_a_mixture_is_a_cut() -> None:
     policy = Policy.of("expert:down", Scheme.of())
     found, _ = closed(policy, tags("mixtral"), "up")
     assert picked(found, "mixtral") == picked(Policy.of("expert", Scheme.of()), "mixtral")
-
-
-def test_selectors_pick_what_they_shall_and_no_more() -> None:
-    def tag(path: str, role: str, block: int | None, stack: str = "text") -> LinearTag:
-        return Tag(path, Role(role), block, 2, (8, 8), stack=stack, main=stack == "text")
-
-    every = [
-        tag("a.0.self.q", "q", 0), tag("a.0.cross.q", "q", 0), tag("a.1.self.q", "q", 1),
-        tag("v.0.q", "q", 0, "vision"), tag("head", "lm_head", None), tag("x", "other", None),
-        tag("a.0.k", "k", 0), tag("a.1.k", "k", 1),
-    ]  # fmt: skip
-    for members in ([every[0]], every[:3], [every[3]], every[4:6], every[5:7], every):
-        texts = texts_of(members, every)
-        assert {each for each in every if any(parse(t).picks(each) for t in texts)} == set(members)
-    assert texts_of(every[:3], every) == ["q"]
-    assert texts_of([every[0]], every) == ["path:a.0.self.q"]
-    assert texts_of([every[2], every[7]], every) == ["q,k,blocks=1"]

@@ -21,7 +21,7 @@ import torch
 from kernels.offline import Catch, Facts, Launch, facts
 
 import fp4graph
-from fp4graph.formats import FORMATS
+from fp4graph.formats import FP4_FORMATS
 from fp4graph.kernels import Target, parse_target
 from fp4graph.kernels.triton import launch, layout, tiles
 from fp4graph.kernels.triton.mma import launch as mma
@@ -40,7 +40,7 @@ _MATRIX = r"mma\.sync\.aligned|wgmma\.mma_async|tcgen05\.mma|v_mfma"
 def launches(target: Target) -> Iterator[tuple[str, str, Launch]]:
     """Yield (name, dtype, launch) of each different launch of a few linears."""
     seen = set()
-    for base, format in FORMATS.items():
+    for base, format in FP4_FORMATS.items():
         for dtype in (torch.bfloat16, torch.float16):
             for n, k in _ROWS:
                 packed = fp4graph.PackedWeight(

@@ -15,7 +15,7 @@ from support.closer import relative_l2
 from torch.nn.functional import linear
 
 import fp4graph
-from fp4graph.formats import FORMATS, ROTATIONS, rotate
+from fp4graph.formats import FP4_FORMATS, ROTATIONS, rotate
 from fp4graph.kernels import FAKE_QUANTIZE, ROTATE
 from fp4graph.kernels.cpu import CPU, Native, load, pack_tiles, unpack_tiles
 from fp4graph.quantizers import quantize
@@ -79,7 +79,7 @@ def check(y: torch.Tensor, reference: torch.Tensor) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [0, 1, 2, 3, 4, 5, 7, 8, 9, 13, 25, 49, 150])
 @pytest.mark.parametrize("n, k", [(1, 1), (16, 32), (17, 100), (50, 777), (33, 4113), (MANY, 300)])
@@ -94,7 +94,7 @@ def test_exact_in_every_loop(
         check(y, exact(x, packed, bias))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @pytest.mark.parametrize("m", [0, 1, 3, 4, 9, 33])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_int8_activations_stay_within_what_the_report_says(
@@ -109,7 +109,7 @@ def test_int8_activations_stay_within_what_the_report_says(
         assert error > 1e-4 or (isa == "amx" and m == 33)  # which tiles multiply exactly
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @pytest.mark.parametrize("n, k", [(0, 16), (1, 1), (15, 31), (64, 256), (33, 1000)])
 def test_tiles_are_a_permutation_of_the_packed_weight(isa: str, name: str, n: int, k: int) -> None:
     packed = fp4graph.NVFP4 if name == "nvfp4" else fp4graph.MXFP4
@@ -170,7 +170,7 @@ def test_rotating_is_the_references_bit_for_bit(isa: str, block: int, dtype: tor
         ROTATE(x, 48)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @pytest.mark.parametrize("m", [1, 3, 20])
 def test_every_scale_code(isa: str, name: str, m: int) -> None:
     """E8M0 from 0 to 254 and E4M3 with its subnormals; NaN codes make their row NaN."""
@@ -197,7 +197,7 @@ def test_every_scale_code(isa: str, name: str, m: int) -> None:
     assert not y[:, :5].isnan().any()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [1, 4, 30])
 def test_activations_at_the_ends_of_their_range(
@@ -226,7 +226,7 @@ def test_activations_at_the_ends_of_their_range(
     assert run(x, packed)[1:].isfinite().all()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @pytest.mark.parametrize("m", [1, 8, 30])
 def test_small_activations_beside_a_large_one_that_counts_nothing(
     isa: str, name: str, m: int
@@ -239,7 +239,7 @@ def test_small_activations_beside_a_large_one_that_counts_nothing(
     check(run(x, packed), exact(x, packed))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("large, small", [(3e4, 1.0), (1.0, 2.0**-110)])
 @pytest.mark.parametrize("columns", [range(1, 8), range(1, 2048, 2)], ids=["few", "many"])
@@ -257,7 +257,7 @@ def test_one_row_with_activations_of_all_sizes(
     check(run(x, packed), exact(x, packed))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_more_rows_than_are_taken_at_a_time(isa: str, name: str, dtype: torch.dtype) -> None:
     packed, x = fp4graph.quantize(weight(MANY, 48), name), activations(4100, 48, dtype=dtype)

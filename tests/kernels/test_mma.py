@@ -12,7 +12,7 @@ from support.closer import relative_l2
 from torch.nn.functional import linear
 
 import fp4graph
-from fp4graph.formats import FORMATS
+from fp4graph.formats import FP4_FORMATS
 from fp4graph.formats.minifloat import E2M1
 from fp4graph.kernels import Target
 from fp4graph.kernels.triton.mma import layout
@@ -53,7 +53,7 @@ def emulator(arch: str) -> Emulator:
 
 def every_code_and_scale(name: str, n: int = 256, k: int = 512) -> fp4graph.PackedWeight:
     """A weight with all 16 codes under scales from all over the format's range."""
-    format = FORMATS[name]
+    format = FP4_FORMATS[name]
     generator = torch.Generator().manual_seed(n)
     scales = (n, k // format.block_size)
     if name == "nvfp4":
@@ -84,7 +84,7 @@ def run(
 
 
 @pytest.mark.parametrize("order", layout.ORDERS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @pytest.mark.parametrize("n, k", [(256, 512), (64, 128), (100, 300), (1, 1)])
 def test_unpacking_undoes_packing(order: str, name: str, n: int, k: int) -> None:
     packed = every_code_and_scale(name) if n == 256 else fp4graph.quantize(torch.randn(n, k), name)
@@ -103,7 +103,7 @@ def test_unpacking_undoes_packing(order: str, name: str, n: int, k: int) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", TARGETS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 def test_compiled_code_gives_every_weight_bit_for_bit(
     arch: str, dtype: torch.dtype, name: str
 ) -> None:
@@ -116,7 +116,7 @@ def test_compiled_code_gives_every_weight_bit_for_bit(
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @pytest.mark.parametrize(
     "arch, dtype",
     [
@@ -174,7 +174,7 @@ def test_a_fault_in_the_code_is_caught(fault: str) -> None:
     assert not torch.equal(y.T, packed.dequantize()[:, columns])
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @pytest.mark.parametrize(
     "arch, dtype", [("sm_80", HALF[0]), ("sm_80", HALF[1]), ("sm_100", HALF[1])]
 )
@@ -191,7 +191,7 @@ def test_many_rows_are_the_reference_bit_for_bit(arch: str, dtype: torch.dtype, 
     assert torch.equal(dense, packed.dequantize(dtype))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 def test_nan_scales_make_their_row_nan_and_spread_no_further(name: str) -> None:
     packed = fp4graph.quantize(torch.randn(20, 96), name)
     packed.scale.view(torch.uint8)[3, 1] = 0x7F if name == "nvfp4" else 0xFF

@@ -11,7 +11,7 @@ from support.models import tiny, tokens
 from torch.nn.functional import linear
 
 import fp4graph
-from fp4graph.formats import FORMATS
+from fp4graph.formats import FP4_FORMATS
 from fp4graph.kernels import KERNELS, Kernel, Problem, refusals, target_of
 from fp4graph.kernels.triton import mma
 from fp4graph.kernels.triton.mma.cut import Cut
@@ -32,7 +32,7 @@ def prepared(
     kernel: Kernel, name: str, dtype: torch.dtype, n: int, k: int
 ) -> tuple[PackedWeight, tuple[Tensor, ...]]:
     """Pack a random weight, or skip the test where the kernel refuses."""
-    problem = Problem(n, k, FORMATS[name], dtype, target_of(CUDA))
+    problem = Problem(n, k, FP4_FORMATS[name], dtype, target_of(CUDA))
     if refused := refusals(problem, [kernel]):
         pytest.skip(refused[0])
     generator = torch.Generator().manual_seed(n + k)
@@ -41,7 +41,7 @@ def prepared(
 
 
 @pytest.mark.parametrize("kernel", EVERY, ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n, k", [(100, 300), (896, 4864), (4096, 4096)])
 def test_equals_float64(kernel: Kernel, name: str, dtype: torch.dtype, n: int, k: int) -> None:
@@ -69,11 +69,11 @@ CUTS = {
 
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 def test_every_cut_is_exact_and_runs_alike_each_time(cut: Cut, name: str) -> None:
     """A race in the ring, or a sum whose order is not settled, would show among 200 calls."""
     packed, tensors = prepared(FRAGMENTS, name, torch.bfloat16, 2048, 4096)
-    run = mma.ops.body(FORMATS[name], cut=cut, dtype=torch.float32)
+    run = mma.ops.body(FP4_FORMATS[name], cut=cut, dtype=torch.float32)
     x = torch.randn(8 * cut.tokens, 4096, device=CUDA).bfloat16()
     y = run(x, *tensors, None)
     assert relative_l2(y, linear(x.double(), packed.dequantize(torch.float64))) <= 1e-6
@@ -82,7 +82,7 @@ def test_every_cut_is_exact_and_runs_alike_each_time(cut: Cut, name: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 def test_many_rows_are_the_dense_linear_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     packed, tensors = prepared(FRAGMENTS, name, dtype, 1000, 1008)
     x = torch.randn(300, 1008, device=CUDA).to(dtype)
@@ -90,17 +90,17 @@ def test_many_rows_are_the_dense_linear_bit_for_bit(name: str, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 def test_subnormal_activations_count(name: str, dtype: torch.dtype) -> None:
     packed, tensors = prepared(FRAGMENTS, name, dtype, 256, 512)
     x = (torch.randn(4, 512, device=CUDA) * torch.finfo(dtype).tiny / 16).to(dtype)
     assert x.count_nonzero() > x.numel() // 2
-    y = mma.ops.body(FORMATS[name], dtype=torch.float32)(x, *tensors, None)
+    y = mma.ops.body(FP4_FORMATS[name], dtype=torch.float32)(x, *tensors, None)
     exact = linear(x.double(), packed.dequantize(torch.float64))
     assert (y.double() - exact).norm() <= 1e-6 * exact.norm() + 1e-38  # float32 sums
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 def test_nan_and_inf_stay_in_their_rows(name: str) -> None:
     _, tensors = prepared(FRAGMENTS, name, torch.bfloat16, 256, 512)
     x = torch.randn(5, 512, device=CUDA).bfloat16()
@@ -126,7 +126,7 @@ def test_runs_in_a_cuda_graph(kernel: Kernel) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # Inductor's advice, another on each card
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @torch.no_grad()
 def test_a_model_runs_on_it(mode: str | None, name: str) -> None:
     model = tiny("llama").to(CUDA, torch.bfloat16)

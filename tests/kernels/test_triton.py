@@ -8,7 +8,7 @@ from support.closer import relative_l2
 from torch.nn.functional import linear
 
 import fp4graph
-from fp4graph.formats import FORMATS
+from fp4graph.formats import FP4_FORMATS
 from fp4graph.kernels.triton import layout, tiles
 from fp4graph.kernels.triton.tiles import Tile
 
@@ -56,7 +56,7 @@ def run(
     )
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("m, n, k", SHAPES)
@@ -77,7 +77,7 @@ def test_equals_float64(name: str, dtype: torch.dtype, tile: str, m: int, n: int
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("tile", ["gemm", "gemv"])
 def test_every_code_and_scale(name: str, dtype: torch.dtype, tile: str) -> None:
@@ -95,7 +95,7 @@ def test_every_code_and_scale(name: str, dtype: torch.dtype, tile: str) -> None:
     assert torch.equal(y[fits], expected[fits])
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 def test_nan_scales_make_their_row_nan_and_spread_no_further(name: str) -> None:
     packed = fp4graph.quantize(torch.randn(20, 96), name)
     packed.scale.view(torch.uint8)[3, 1] = 0x7F if name == "nvfp4" else 0xFF
@@ -104,7 +104,7 @@ def test_nan_scales_make_their_row_nan_and_spread_no_further(name: str) -> None:
     assert y[:, [0, 1, 2, *range(4, 20)]].isfinite().all()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 def test_groups_of_very_different_size_in_one_row(name: str) -> None:
     w = torch.randn(8, 128) * torch.logspace(-12, 2, 128)
     packed = fp4graph.quantize(w, name)
@@ -113,7 +113,7 @@ def test_groups_of_very_different_size_in_one_row(name: str) -> None:
     assert relative_l2(run(x, packed, None, TILES["gemm"], torch.float32), exact) < 1e-6
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FP4_FORMATS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_many_rows_are_the_reference_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     packed = fp4graph.quantize(torch.randn(40, 200) * torch.logspace(-2, 7, 200), name)
@@ -134,7 +134,7 @@ def test_empty_and_many_dimensional_inputs() -> None:
 
 
 def test_packing_is_a_view_of_the_packed_weight() -> None:
-    for name in FORMATS:
+    for name in FP4_FORMATS:
         packed = fp4graph.quantize(torch.randn(8, 48), name)
         qdata, scale, row_scale = layout.pack(packed)
         assert torch.equal(qdata, packed.qdata)

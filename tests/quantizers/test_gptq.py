@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fp4graph.errors import CalibrationError
-from fp4graph.formats import MXFP4, NVFP4, BlockFormat, PackedWeight
+from fp4graph.formats import FP8, MXFP4, NVFP4, BlockFormat, PackedWeight
 from fp4graph.quantizers import GRIDS, Hessian, Quantizer, gptq, output_error
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -133,3 +133,12 @@ def test_inputs_that_are_no_numbers() -> None:
     w, h = problem()
     with pytest.raises(CalibrationError, match="NaN or Inf while calibrating"):
         gptq(w, h * torch.nan, NVFP4.quantize(w))
+
+
+def test_fp8_has_less_error_than_to_nearest() -> None:
+    w, h = problem()
+    base = FP8.quantize(w)
+    found = gptq(w, h, base)
+    assert torch.equal(found.scale, base.scale)
+    nearest = output_error(w.double(), base.dequantize().double(), h)
+    assert output_error(w.double(), found.dequantize().double(), h) < 0.8 * nearest

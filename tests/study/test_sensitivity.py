@@ -69,7 +69,7 @@ def test_first_order_is_the_derivative_of_the_loss() -> None:
 
 def row(path: str, window: float, role: str = "q") -> SensitivityRow:
     scheme = ("nvfp4", "none", "rtn")
-    return SensitivityRow(path, role, 0, *scheme, 1, 0, 0, 0, 0, 1.0, 4.0, window, 2.0, 0.5)
+    return SensitivityRow(path, role, 0, *scheme, 1, 0, 0, 0, 0, 1.0, 4.0, window, 2.0, 0.0, 0.5)
 
 
 def test_noise_is_drawn_to_the_role_s_mean() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fp4graph.errors import RefusalError
-from fp4graph.formats import FORMATS, BlockFormat, PackedWeight
+from fp4graph.formats import FP4_FORMATS, BlockFormat, PackedWeight
 from fp4graph.kernels.contract import Kernel, Plan, Problem
 from fp4graph.kernels.cpu.library import Missing, load
 
@@ -115,8 +115,8 @@ def _plan(problem: Problem) -> Plan:
 
 CPU = Kernel(
     name="cpu",
-    ops={base: _define(f"cpu_{base}") for base in FORMATS},
-    int8_ops={base: _define(f"cpu_int8_{base}") for base in FORMATS},
+    ops={base: _define(f"cpu_{base}") for base in FP4_FORMATS},
+    int8_ops={base: _define(f"cpu_int8_{base}") for base in FP4_FORMATS},
     prepack=lambda packed, _: pack_tiles(packed),
     unpack=_unpack,
     backends=("cpu",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fp4graph.formats import FORMATS, BlockFormat
+from fp4graph.formats import FP4_FORMATS, BlockFormat
 from fp4graph.kernels.contract import Kernel, Plan, Problem
 from fp4graph.kernels.target import Target, target_of
 from fp4graph.kernels.triton.mma import layout
@@ -51,7 +51,7 @@ FRAGMENTS = Kernel(
     name="triton_fragments",
     ops={
         base: define(f"triton_fragments_{base}", "stream", body(format))
-        for base, format in FORMATS.items()
+        for base, format in FP4_FORMATS.items()
     },
     prepack=lambda packed, problem: layout.pack(packed, _order(problem)),
     dtypes=DTYPES,

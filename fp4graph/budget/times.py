@@ -1,0 +1,167 @@
+"""Microseconds of linears on this machine, by shape, scheme and number of rows; kept like trials.
+
+Protocol: each variant owns copies of one weight that together outgrow the caches, and takes the
+next copy at each call, as a model's layers do. Rounds run every variant of a shape once, in an
+order that rotates; the median over rounds counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from contextlib import suppress
+from dataclasses import replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fp4graph import Activations, Scheme, StudyError, quantize
+from fp4graph.cache import cache_folder
+from fp4graph.files import read_text, write_text
+from fp4graph.kernels import Problem, choose, fake_quantize_op, target_of
+from fp4graph.machine import processor
+from fp4graph.quantizers import RTN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+    Shape = tuple[int, int]
+    Timed = dict[tuple[Shape, Scheme | None], float]
+
+_POOL_BYTES = 128e6
+_ROUNDS = 9
+
+
+def times(
+    shapes: Iterable[Shape],
+    schemes: Sequence[Scheme | None],
+    *,
+    rows: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    progress: Callable[[], None] = lambda: None,
+) -> Timed:
+    """Return the microseconds of a linear, for each shape and scheme.
+
+    What was timed before on this machine, with these versions and as many threads, is read.
+
+    Args:
+        shapes: (N, K) of weights.
+        schemes: how they run; None for dense.
+        rows: of the input.
+        dtype: of inputs, results and dense weights.
+        device: where they run.
+        progress: is called after each shape.
+
+    Raises:
+        RefusalError: no kernel serves one.
+        StudyError: the table cannot be written.
+    """
+    where = torch.device(device)
+    file = _file(where)
+    known = _known(file)
+    found: Timed = {}
+    for shape in dict.fromkeys(shapes):
+        keys = {scheme: _key(shape, scheme, rows, dtype) for scheme in schemes}
+        if not all(key in known for key in keys.values()):
+            measured = _measure(shape, schemes, rows, dtype, where)
+            known |= {keys[scheme]: us for scheme, us in measured.items()}
+            try:
+                write_text(file, json.dumps(known, indent=0) + "\n")
+            except OSError as error:
+                raise StudyError(f"cannot write {file}: {error}") from None
+        found |= {(shape, scheme): known[key] for scheme, key in keys.items()}
+        progress()
+    return found
+
+
+def _file(device: torch.device) -> Path:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    facts = (name, device.type, torch.get_num_threads(), version("torch"), version("fp4graph"))
+    called = "-".join("".join(c if c.isalnum() else "_" for c in str(each)) for each in facts)
+    return cache_folder() / "times" / f"{called}.json"
+
+
+def _known(file: Path) -> dict[str, float]:
+    with suppress(OSError, ValueError):
+        found: dict[str, float] = json.loads(read_text(file))
+        return found
+    return {}
+
+
+def _key(shape: Shape, scheme: Scheme | None, rows: int, dtype: torch.dtype) -> str:
+    how = "dense" if scheme is None else f"{scheme.format} {scheme.activations} @{scheme.rotation}"
+    return f"{shape[0]}x{shape[1]} {rows} {dtype} {how}"
+
+
+def _measure(
+    shape: Shape,
+    schemes: Sequence[Scheme | None],
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[Scheme | None, float]:
+    torch.manual_seed(0)
+    w_NK = torch.randn(shape, device=device) / math.sqrt(shape[1])
+    x_MK = torch.randn(rows, shape[1], device=device).to(dtype)
+    calls = {scheme: _calls(w_NK, x_MK, scheme) for scheme in schemes}
+    taken: dict[Scheme | None, list[float]] = {scheme: [] for scheme in schemes}
+    with torch.no_grad():
+        for number in range(_ROUNDS + 1):
+            ordered = list(calls)
+            turn = number % len(ordered)
+            for scheme in ordered[turn:] + ordered[:turn]:
+                _wait(device)
+                start = time.perf_counter()
+                for call in calls[scheme]:
+                    call()
+                _wait(device)
+                taken[scheme].append((time.perf_counter() - start) / len(calls[scheme]) * 1e6)
+    return {scheme: statistics.median(each[1:]) for scheme, each in taken.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _calls(w_NK: Tensor, x_MK: Tensor, scheme: Scheme | None) -> list[Callable[[], Any]]:
+    """Return a call for each copy of the weight."""
+    if scheme is None:
+        dense = w_NK.to(x_MK.dtype)
+        copies = range(max(2, round(_POOL_BYTES / dense.nbytes)))
+        return [_dense_call(x_MK, dense.clone()) for _ in copies]
+    packed = quantize(w_NK, scheme.format, RTN)
+    int8 = scheme.activations is Activations.INT8
+    target = target_of(w_NK.device)
+    problem = Problem(*packed.shape, scheme.format, x_MK.dtype, target, int8=int8)
+    kernel = choose(problem, scheme.kernel)
+    op = (kernel.int8_ops if int8 else kernel.ops)[scheme.format.base]
+    before = None
+    if scheme.activations is Activations.SAME:
+        rounding, format = fake_quantize_op(scheme.format), scheme.format.name
+
+        def before() -> Tensor:
+            return rounding(x_MK, format, scheme.rotation)
+
+    found: list[Callable[[], Any]] = []
+    for _ in range(max(2, round(_POOL_BYTES / packed.nbytes))):
+        tensors = kernel.prepack(replace(packed, qdata=packed.qdata.clone()), problem)
+        found.append(_packed_call(op, x_MK, tensors, before))
+    return found
+
+
+def _dense_call(x_MK: Tensor, w_NK: Tensor) -> Callable[[], Any]:
+    return lambda: linear(x_MK, w_NK)
+
+
+def _packed_call(
+    op: Any, x_MK: Tensor, tensors: Sequence[Tensor], before: Callable[[], Tensor] | None
+) -> Callable[[], Any]:
+    return lambda: op(x_MK if before is None else before(), *tensors, None)
