@@ -44,7 +44,8 @@ def load(
     Args:
         name: as in `fp4graph.models.load`: a folder, a GGUF file or a hub id, of dense weights; or
             a folder that `save` or `save_pretrained` wrote of a packed model. Or a folder in the
-            layout of compressed-tensors, ModelOpt or gpt-oss; FP8 linears become dense.
+            layout of compressed-tensors, ModelOpt or gpt-oss; FP8 of other
+            kinds than E4M3 becomes dense.
         select: as in `convert`; None takes what a packed folder says of itself.
         dtype: of what stays dense; None: the checkpoint's own.
         device: where to put it; None: the CPU.

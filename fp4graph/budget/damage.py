@@ -55,7 +55,7 @@ def damages(
     Raises:
         StudyError: a linear has neither.
     """
-    own = _best(settings, scheme, str(scheme.quantizer))
+    own = best_setting(settings, scheme)
     singles = {} if own is None else own.singles
     estimates = {row.path: row for row in scores if _is_of(row, scheme)}
     factor, how = _factor(scheme, tags, settings, own, estimates)
@@ -78,13 +78,21 @@ def damages(
     return found, f"{said}{how if count < len(found) else ''}"
 
 
-def _best(settings: Sequence[Measured], scheme: Scheme, quantizer: str) -> Measured | None:
-    """Return the setting of a scheme with most single linears."""
+def best_setting(
+    settings: Sequence[Measured], scheme: Scheme, quantizer: str = ""
+) -> Measured | None:
+    """Return the setting of a scheme with most single linears.
+
+    Args:
+        settings: what was measured of a model.
+        scheme: format, activations and quantizer.
+        quantizer: in place of the scheme's.
+    """
     same = [
         each
         for each in settings
         if (each.format, each.activations, each.quantizer)
-        == (str(scheme.format), str(scheme.activations), quantizer)
+        == (str(scheme.format), str(scheme.activations), quantizer or str(scheme.quantizer))
     ]
     return max(same, key=lambda each: len(each.singles), default=None)
 
@@ -116,7 +124,7 @@ def _factor(
     if not (scheme.quantizer.needs_data or scheme.quantizer.rotation):
         return 1.0, ""
     whole = frozenset(tag.fqn for tag in tags)
-    nearest = _best(settings, scheme, "rtn")
+    nearest = best_setting(settings, scheme, "rtn")
     if own and nearest and whole in own.trials and whole in nearest.trials:
         ratio = own.trials[whole].kl / nearest.trials[whole].kl
         return ratio, f" as rounded to nearest, times {ratio:.2f}: what all of them measured"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp4graph.checkpoints.fused import ENGINE_NAMES
 from fp4graph.errors import OptionError, RefusalError
+from fp4graph.formats import FP8
 from fp4graph.scheme import Activations
 
 if TYPE_CHECKING:
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
 
     Way = tuple[BlockFormat, Activations]
 
+_FP8 = "FP8_DYNAMIC"
+_ALGOS = {
+    ("nvfp4", Activations.SAME): "NVFP4",
+    ("nvfp4", Activations.NONE): "W4A16_NVFP4",
+    ("fp8", Activations.SAME): "FP8_PER_CHANNEL_PER_TOKEN",
+}
+"""What ModelOpt calls a way."""
 _EXPERT = re.compile(r"(.*\.experts)\.\d+\.(.*)")
 
 
@@ -53,10 +61,14 @@ def compressed_tensors(chosen: Chosen) -> dict[str, Any]:
         raise OptionError("compressed-tensors is needed: pip install 'fp4graph[export]'") from None
     groups, formats = {}, []
     for number, ((format, activations), names) in enumerate(chosen.groups().items()):
-        preset = f"{format.base.upper()}{'' if activations is Activations.SAME else 'A16'}"
-        scheme = preset_name_to_scheme(preset, _targets(names))
-        packed = CompressionFormat(f"{format.base}-pack-quantized").value
-        groups[f"group_{number}"] = scheme.model_copy(update={"format": packed})
+        rounds = activations is Activations.SAME
+        preset = f"{format.base.upper()}{'' if rounds else 'A16'}"
+        scheme = preset_name_to_scheme(_FP8 if format == FP8 else preset, _targets(names))
+        kind = "float-quantized" if format == FP8 else f"{format.base}-pack-quantized"
+        packed = CompressionFormat(kind).value
+        inputs = scheme.input_activations if rounds else None
+        update = {"format": packed, "input_activations": inputs}
+        groups[f"group_{number}"] = scheme.model_copy(update=update)
         formats.append(packed)
     whole = formats[0] if len(set(formats)) == 1 else CompressionFormat.mixed_precision.value
     made = QuantizationConfig(
@@ -73,20 +85,24 @@ def modelopt(chosen: Chosen) -> dict[str, Any]:
     """Return `quantization_config` for ModelOpt's unified layout; `hf_quant` makes its other file.
 
     Raises:
-        RefusalError: MXFP4, which no engine reads in this layout.
+        RefusalError: MXFP4, or FP8 of weights alone: no engine reads these in this layout.
     """
     ways = chosen.groups()
-    wrong = next((format for format, _ in ways if format.base != "nvfp4"), None)
+    wrong = next((way for way in ways if _algo(way) is None), None)
     if wrong is not None:
         raise RefusalError(
-            f"ModelOpt's layout has no {wrong.base} that engines load (vLLM 0.33's QUANT_ALGOS): "
-            "write it for compressed-tensors"
+            f"ModelOpt's layout has no {wrong[0].base} {wrong[1].mode(wrong[0].bits)} that engines "
+            "load (vLLM 0.33's LINEAR_ALGOS): write it for compressed-tensors"
         )
     algos = {way: _algo(way) for way in ways}
     groups = {
         f"group_{number}": {
-            "weights": _modelopt_args(),
-            "input_activations": _modelopt_args() if way[1] is Activations.SAME else None,
+            "weights": _modelopt_args(way[0], dynamic=False),
+            "input_activations": (
+                _modelopt_args(way[0], dynamic=way[0] == FP8)
+                if way[1] is Activations.SAME
+                else None
+            ),
             "targets": sorted(names) if len(ways) > 1 else ["Linear"],
         }
         for number, (way, names) in enumerate(ways.items())
@@ -129,12 +145,13 @@ def _with_fused(names: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def _algo(way: Way) -> str:
-    return "NVFP4" if way[1] is Activations.SAME else "W4A16_NVFP4"
+def _algo(way: Way) -> str | None:
+    return _ALGOS.get((way[0].base, way[1]))
 
 
-def _modelopt_args() -> dict[str, Any]:
-    return {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+def _modelopt_args(format: BlockFormat, *, dynamic: bool) -> dict[str, Any]:
+    args = {"dynamic": dynamic, "num_bits": format.bits, "type": "float"}
+    return args if format == FP8 else {**args, "group_size": format.block_size}
 
 
 def _targets(names: Iterable[str]) -> list[str]:

@@ -22,7 +22,7 @@ from fp4graph.errors import ModelError, OptionError, SelectorError
 from fp4graph.files import write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -39,6 +39,7 @@ class Exported:
     Attributes:
         policy: what runs how, rounded to whole fused sets.
         changed: linears that the rounding took in or left out.
+        tags: all linears of the model.
         report: a row for each linear.
         bytes_dense: of the quantised linears before.
         bytes_packed: of the same as written.
@@ -47,6 +48,7 @@ class Exported:
 
     policy: Policy
     changed: tuple[LinearTag, ...]
+    tags: tuple[LinearTag, ...]
     report: Report
     bytes_dense: int
     bytes_packed: int
@@ -63,7 +65,7 @@ def export(
     round: Round | None = None,
     inputs: Mapping[str, float] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    card: Callable[[Policy], str] = lambda policy: "",
+    card: Callable[[Policy, Sequence[LinearTag]], str] = lambda policy, tags: "",
 ) -> Exported:
     """Write a checkpoint whose selected linears are packed, whole or not at all.
 
@@ -79,7 +81,7 @@ def export(
         round: see `fused.closed`.
         inputs: largest magnitude of each linear's inputs, by path; W4A4 of NVFP4 needs it.
         progress: is told how many bytes of how many are read.
-        card: gives the text of README.md, of what runs how.
+        card: gives the text of README.md, of what runs how and all linears.
 
     Raises:
         ModelError: the checkpoint cannot be read; `out` is there or cannot be written.
@@ -106,14 +108,15 @@ def export(
     try:
         job.write(draft, progress)
         _write_config(draft, folder, job.chosen(), LAYOUTS[to])
-        write_text(draft / "README.md", card(policy))
+        write_text(draft / "README.md", card(policy, tags))
         draft.chmod(0o755)
         draft.rename(out)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot write {out}: {error}") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return Exported(policy, tuple(changed), report, job.bytes_dense, job.bytes_packed, job.shared)
+    sizes = (job.bytes_dense, job.bytes_packed, job.shared)
+    return Exported(policy, tuple(changed), tuple(tags), report, *sizes)
 
 
 def _new_folder(out: Path) -> Path:

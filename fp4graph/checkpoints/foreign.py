@@ -1,6 +1,6 @@
 """Packed checkpoints of compressed-tensors, ModelOpt and gpt-oss, turned into fp4graph's own.
 
-Codes and scales stay as they are; what fp4graph has no kernel for (FP8) becomes dense.
+Codes and scales stay as they are; FP8 of other kinds than E4M3 becomes dense.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ METHODS = {"compressed-tensors": COMPRESSED_TENSORS, "modelopt": MODELOPT, _GPT_
 """The layouts that are read, by what a configuration calls the method."""
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_ROUNDS_EACH_TOKEN = "FP8_PER_CHANNEL_PER_TOKEN"  # so that the file has no scale of inputs
 _INPUTS = ("input_global_scale", "input_scale")
 
 
@@ -144,10 +145,10 @@ def _packed(
         codes = tensors.get(layout.qdata, tensors.get("weight"))
         if codes is None:
             raise ModelError(f"{path} has scales, and no codes ({layout.qdata})")
-        if codes.dtype in _FP8:
-            rest[f"{path}.weight"] = _from_fp8(codes, tensors["weight_scale"], dtype, path)
-        elif codes.dtype == torch.uint8:
+        if codes.dtype == torch.uint8 or _has_scales_by_row(codes, tensors["weight_scale"]):
             weights[path] = layout.read(tensors, path)
+        elif codes.dtype in _FP8:
+            rest[f"{path}.weight"] = _from_fp8(codes, tensors["weight_scale"], dtype, path)
         else:
             raise ModelError(f"{path} is {codes.dtype}: FP4 and FP8 are read")
     names = {*parts, *_INPUTS, "weight"}
@@ -156,6 +157,11 @@ def _packed(
         if path not in quantised or last not in names:
             rest[name] = shards.get(name)
     return weights, rest
+
+
+def _has_scales_by_row(codes: Tensor, scale: Tensor) -> bool:
+    """Whether an FP8 weight is what fp4graph has kernels for: E4M3, a scale a row or one of all."""
+    return codes.dtype == torch.float8_e4m3fn and scale.numel() in (1, codes.shape[0])
 
 
 def _from_fp8(weight: Tensor, scale: Tensor, dtype: torch.dtype, path: str) -> Tensor:
@@ -199,7 +205,8 @@ def _rounds(shards: Shards, path: str, config: Mapping[str, Any]) -> bool:
         return True
     groups = (config.get("config_groups") or {}).values()
     if config["quant_method"] != COMPRESSED_TENSORS.name:
-        return False
+        listed = (config.get("quantized_layers") or {}).get(path) or config
+        return str(listed.get("quant_algo", "")).upper() == _ROUNDS_EACH_TOKEN
     targets = {target: group for group in groups for target in group.get("targets") or ()}
     for target in sorted(targets, key=lambda each: ("re:" in each, each)):
         pattern = target.removeprefix("re:")

@@ -16,6 +16,7 @@ from fp4graph.checkpoints.layouts import OWN
 from fp4graph.checkpoints.shards import INDEX
 from fp4graph.errors import ModelError, RefusalError
 from fp4graph.files import write_text
+from fp4graph.formats import FORMATS
 from fp4graph.linears.tags import Role
 from fp4graph.memory import give_back_memory, let_go
 from fp4graph.packed.packing import pack
@@ -81,7 +82,7 @@ class Job:
             return f"{scheme.quantizer} changes its inputs, which engines do not"
         if site.tag.shape[-1] % format.group_size(site.tag.shape[-1]):
             return f"K={site.tag.shape[-1]} is no multiple of {format.block_size}"
-        if format.base not in ("nvfp4", "mxfp4"):
+        if format.base not in FORMATS:
             return f"no engine reads {format}"
         if scheme.activations is Activations.INT8:
             return "activations of 8 bits are fp4graph's own"

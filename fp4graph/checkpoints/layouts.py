@@ -6,6 +6,8 @@
 | block scales, float8_e4m3fn [N, K/16] or uint8 [N, K/32] | `weight_scale` | `weight_scale` |
 | of the whole, float32, NVFP4 | `weight_global_scale` [1], divisor | `weight_scale_2` [], factor |
 | of inputs, float32, NVFP4 | `input_global_scale` [1], a divisor | `input_scale` [], a factor |
+| FP8 codes, float8_e4m3fn [N, K] | `weight` | `weight` |
+| FP8 scales, a channel or one for all | `weight_scale` [N, 1] or [1] | `weight_scale` [N] or [] |
 
 Source: compressed-tensors 0.20, `compressors/nvfp4` and `compressors/mxfp4`; ModelOpt 0.47,
 `torch/export/quant_utils.py`.
@@ -20,13 +22,14 @@ import torch
 from torch import Tensor
 
 from fp4graph.errors import ModelError
-from fp4graph.formats import MXFP4, NVFP4, PackedWeight
+from fp4graph.formats import FP8, MXFP4, NVFP4, PackedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fp4graph.formats import BlockFormat
 
+_FP8_QDATA = "weight"
 LARGEST = 6.0 * 448.0
 """The largest magnitude over the per-tensor scale: E2M1's largest value times E4M3's."""
 
@@ -64,6 +67,9 @@ class Layout:
             largest_input: largest magnitude of its inputs, where they are quantised with NVFP4.
         """
         scale = packed.scale.contiguous()
+        if packed.format == FP8:
+            scale = scale if self.divides else scale.reshape(-1)
+            return {_FP8_QDATA: packed.qdata.view(torch.float8_e4m3fn), self.scale: scale}
         if packed.per_tensor_scale is None:
             scale = scale.view(torch.uint8)
         found = {self.qdata: packed.qdata.contiguous(), self.scale: scale}
@@ -83,8 +89,12 @@ class Layout:
         Raises:
             ModelError: one is missing, or has another dtype or shape; names it.
         """
+        if _is_fp8(tensors.get(_FP8_QDATA)):
+            return _fp8(tensors[_FP8_QDATA], tensors.get(self.scale), f"{where}.{self.scale}")
         qdata = _checked(tensors, self.qdata, torch.uint8, 2, where)
         scale = tensors.get(self.scale)
+        if scale is not None and scale.dtype == FP8.scale_codec.dtype:  # fp4graph's own
+            return _fp8(qdata.view(torch.float8_e4m3fn), scale, f"{where}.{self.scale}")
         if scale is not None and scale.dtype == MXFP4.scale_codec.dtype:
             scale = scale.view(torch.uint8)
         if scale is None or scale.dtype not in (torch.uint8, torch.float8_e4m3fn):
@@ -108,6 +118,25 @@ class Layout:
                 raise ModelError(f"{where}.{self.scale} holds NaN")
         scale = scale.view(format.scale_codec.dtype)
         return PackedWeight(qdata, scale, top, (rows, columns), format)
+
+
+def _is_fp8(codes: Tensor | None) -> bool:
+    return codes is not None and codes.dtype == torch.float8_e4m3fn
+
+
+def _fp8(codes: Tensor, scale: Tensor | None, where: str) -> PackedWeight:
+    """Return an FP8 weight; one scale of the whole becomes one a row, which is the same."""
+    rows = codes.shape[0]
+    if scale is None or not scale.is_floating_point() or scale.numel() not in (1, rows):
+        given = "missing" if scale is None else f"{scale.dtype} {list(scale.shape)}"
+        raise ModelError(f"{where} is {given}: expected a factor a row of {rows}, or one of all")
+    factor = scale.float().reshape(-1, 1).expand(rows, 1).contiguous()
+    if not bool((factor.isfinite() & (factor > 0)).all()):
+        raise ModelError(f"{where} holds what is no factor above zero")
+    qdata = codes.view(torch.uint8)
+    if bool(((qdata & 0x7F) == 0x7F).any()):
+        raise ModelError(f"{where}: its codes hold NaN")
+    return PackedWeight(qdata, factor, None, (rows, codes.shape[1]), FP8)
 
 
 def _checked(

@@ -16,9 +16,12 @@ from fp4graph.cli.options import check_trained, device_option, one_selection, pa
 from fp4graph.errors import OptionError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from fp4graph.checkpoints.export import Exported
+    from fp4graph.linears.tags import LinearTag
     from fp4graph.policy import Policy
 
 _SAMPLE = (2048, 256)
@@ -38,6 +41,11 @@ _SAMPLE = (2048, 256)
     "how",
     type=click.Choice(["up", "down"]),
     help="Where the selection cuts what engines compute as one: take the rest in, or leave it out.",
+)
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    help="Results of `ablate`: what rounding costs, and what the model card says of damage.",
 )
 @click.option(
     "--corpus",
@@ -62,6 +70,7 @@ def export_command(
     calibration: Path | None,
     to: str,
     how: str | None,
+    store: Path | None,
     corpus: str,
     out: Path,
     device: torch.device,
@@ -77,6 +86,7 @@ def export_command(
     from fp4graph.loading import dense_of
     from fp4graph.models import local_folder
     from fp4graph.skeleton import checkpoint_skeleton
+    from fp4graph.study.results import open_results
 
     known = dense_of(model)
     if known is not None and (select or mix or calibration):
@@ -84,6 +94,8 @@ def export_command(
     what = one_selection(select, mix) or "all"
     wanted = policy_of(what, format, quantizer, activations, "auto", calibration)
     check_trained(model)
+    if store is not None:
+        open_results(store).close()
     if to == "gguf":
         _to_gguf(model, wanted, out)
         return
@@ -105,9 +117,11 @@ def export_command(
             round=how,  # type: ignore[arg-type]
             inputs=inputs,
             progress=lambda read, total: status.update(f"{read / total:.0%} of {model} packed"),
-            card=partial(_card, model, to, calibration),
+            card=partial(_card, model, known or model, to, calibration, store),
         )
     _say(done, out)
+    if store is not None:
+        _say_cost(done, wanted, known or model, store)
 
 
 def _to_gguf(model: str, policy: Policy, out: Path) -> None:
@@ -156,19 +170,46 @@ def _ranges(model: str, corpus: str, device: torch.device) -> dict[str, float]:
     return {row.path: row.input.max for row in found.values()}
 
 
-def _card(model: str, to: str, calibration: Path | None, policy: Policy) -> str:
+def _card(
+    model: str,
+    dense: str,
+    to: str,
+    calibration: Path | None,
+    store: Path | None,
+    policy: Policy,
+    tags: Sequence[LinearTag],
+) -> str:
     """Return the README of what is written: what is in it, and the command that writes it again."""
+    from fp4graph.budget.known import Known
+
+    cost = None if store is None else Known(store, dense, tags).of(policy)
+    damage = f"Damage: {cost}.\n\n" if cost else ""
     codes = () if calibration is None else ("--calibration", str(calibration))
     select = json.dumps({str(each): scheme and scheme.options for each, scheme in policy.entries})
     command = shlex.join(["fp4graph", "export", model, "--select", select, "--to", to, *codes])
     return (
         f"# {Path(model).name} in FP4\n\n"
-        f"Linears in FP4: `{policy}`. All others are as in {model}.\n\n"
+        f"What runs how: `{policy}`. All other linears are as in {dense}.\n\n{damage}"
         f"Layout: {to}. fp4graph {fp4graph.__version__} wrote it:\n\n"
         f"    {command} --out FOLDER\n\n"
         "What it costs in accuracy, on a text of yours:\n\n"
-        f"    fp4graph ablate FOLDER --dense {model} --corpus FILE\n"
+        f"    fp4graph ablate FOLDER --dense {dense} --corpus FILE\n"
     )
+
+
+def _say_cost(done: Exported, wanted: Policy, model: str, store: Path) -> None:
+    """Say what the selection costs, and what it was rounded by, as far as results tell."""
+    from fp4graph.budget.known import Known
+
+    console, known = output(as_json=False), Known(store, model, done.tags)
+    for sign, policy in (("+", done.policy), ("-", wanted)) if done.changed else ():
+        ways = [(tag, policy.decide(tag).scheme) for tag in done.changed]
+        chosen = [(tag, scheme) for tag, scheme in ways if scheme]
+        if chosen:
+            cost = known.alone(chosen) or "unknown: single linears were not measured"
+            console.print(f"rounding costs {sign}{cost}", markup=False)
+    whole = known.of(done.policy) or f"{store} does not tell"
+    console.print(f"damage: {whole}", markup=False)
 
 
 def _say(done: Exported, out: Path) -> None:

@@ -213,7 +213,7 @@ def _scheme(group: Mapping[str, Any]) -> str:
     if _is_mxfp4(weights):
         return f"mxfp4 {mode}"
     if weights.get("type") == "float" and weights.get("num_bits") == 8:
-        return "fp8"
+        return f"fp8 {'W8A8' if inputs else 'W8A16'}"
     return "of another kind"
 
 
@@ -288,8 +288,11 @@ def _sglang_modelopt(config: Mapping[str, Any], layer: Layer) -> str:
     return _algo(algo)
 
 
+_FP8 = {"FP8": "fp8 W8A8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8 W8A8"}
+
+
 def _algo(algo: str) -> str:
-    known = {"NVFP4": "nvfp4 W4A4", "W4A16_NVFP4": "nvfp4 W4A16", "FP8": "fp8"}
+    known = {"NVFP4": "nvfp4 W4A4", "W4A16_NVFP4": "nvfp4 W4A16", **_FP8}
     if algo not in known:
         raise Refused(f"there is no quant_algo {algo!r} for linears")
     return known[algo]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fp4graph.linears.tags import LinearTag
-    from fp4graph.study.store import Store
+    from fp4graph.study.store import Store, Stored
     from fp4graph.study.trial import Row
 
 
@@ -43,21 +43,27 @@ class Measured:
         return {next(iter(paths)): row for paths, row in self.trials.items() if len(paths) == 1}
 
 
-def measured(store: Store, revision: str, tags: Sequence[LinearTag]) -> list[Measured]:
+def is_of(stored: Stored, model: str, protocol: int) -> bool:
+    """Whether a trial is of a model, by its revision or its name, and of a protocol."""
+    identity = stored.identity
+    names = (identity.get("model"), stored.run.get("model_name"))
+    return identity.get("protocol") == protocol and model in names
+
+
+def measured(store: Store, model: str, tags: Sequence[LinearTag]) -> list[Measured]:
     """Return what was measured of a model, setting by setting, by today's protocol.
 
     Args:
         store: the results.
-        revision: of the model, see `LoadedModel.revision`.
+        model: its revision, see `LoadedModel.revision`, or its name.
         tags: its linears.
     """
     found: dict[str, Measured] = {}
     everything = frozenset(tag.fqn for tag in tags if tag.is_block_linear)
     for stored in store.all():
-        identity = stored.identity
-        if identity.get("protocol") != PROTOCOL or identity["model"] != revision:
+        if not is_of(stored, model, PROTOCOL):
             continue
-        row = stored.row
+        identity, row = stored.identity, stored.row
         if row.format is None or "," in f"{row.format}{row.activations}{row.quantizer}":
             continue  # dense, or a mix of several ways
         setting = {key: identity[key] for key in sorted(identity.keys() - _OF_A_TRIAL)}

@@ -53,7 +53,14 @@ def parts(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize(
     "family, select",
-    [("llama", "all"), ("qwen3", MIX), ("llama", {"attn": "mxfp4"}), ("mixtral", "attn,expert")],
+    [
+        ("llama", "all"),
+        ("qwen3", MIX),
+        ("llama", {"attn": "mxfp4"}),
+        ("mixtral", "attn,expert"),
+        ("llama", {"attn": "fp8"}),
+        ("qwen3", {"all": "nvfp4", "o,down": "fp8"}),
+    ],
 )
 def test_compressed_tensors_reads_the_same_values(family: str, select: Any, tmp_path: Path) -> None:
     folder = dense(family, tmp_path / "dense")
@@ -179,7 +186,7 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for select, to, options, problem in (
         ("q", "compressed-tensors", {}, "cuts 2 sets"),
-        ("all", "modelopt", {"scheme": {"format": "mxfp4"}}, "no mxfp4 that engines load"),
+        ("all", "modelopt", {"scheme": {"format": "mxfp4"}}, "no mxfp4 W4A16 that engines load"),
         ("all", "modelopt", {"scheme": {"quantizer": "rtn@16"}}, "changes its inputs"),
         ("all", "modelopt", {"scheme": {"activations": "int8"}}, "fp4graph's own"),
         ("all", "compressed-tensors", {"scheme": {"format": "mxfp4-fitted"}}, "no engine reads"),

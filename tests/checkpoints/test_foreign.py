@@ -94,7 +94,9 @@ def test_what_compressed_tensors_packs(presets: dict[str, str], tmp_path: Path) 
     model = fp4graph.load(str(tmp_path), dtype=torch.float32)
     rows = {row.path: row for row in fp4graph.report_of(model).selected}
     codes = [name for name in tensors if name.endswith(".weight_packed")]
-    assert {name.removesuffix(".weight_packed") for name in codes} == set(rows)
+    fp8 = [name for name in tensors if tensors[name].dtype == torch.float8_e4m3fn]
+    fp8 = [name.removesuffix(".weight") for name in fp8 if name.endswith(".weight")]
+    assert {*fp8, *(name.removesuffix(".weight_packed") for name in codes)} == set(rows)
     for name in codes:
         path = name.removesuffix(".weight_packed")
         found = model.get_submodule(path).packed
@@ -106,12 +108,10 @@ def test_what_compressed_tensors_packs(presets: dict[str, str], tmp_path: Path) 
         preset = next(v for k, v in presets.items() if k.removeprefix("re:").strip(".*") in path)
         rounds = not preset.endswith("A16")
         assert ("W4A4" in rows[path].reason) == rounds
-    for name in [name for name in tensors if tensors[name].dtype == torch.float8_e4m3fn]:
-        if not name.endswith(".weight"):
-            continue
-        path = name.removesuffix(".weight")
-        want = tensors[name].float() * tensors[f"{path}.weight_scale"].float()
-        assert torch.equal(model.get_submodule(path).weight, want)
+    for path in fp8:
+        want = tensors[f"{path}.weight"].float() * tensors[f"{path}.weight_scale"].float()
+        assert torch.equal(model.get_submodule(path).packed.dequantize(), want)
+        assert "W8A8" in rows[path].reason
     if set(presets.values()) == {"NVFP4A16"}:  # else activations are rounded there, in its own way
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
         want = logits(theirs)
