@@ -129,10 +129,11 @@ def variants(n: int, k: int, rows: int) -> list[Variant]:
     w = torch.randn(n, k)
     float32, bfloat16 = torch.float32, torch.bfloat16
     found = [dense(w, float32, rows), dense(w, bfloat16, rows)]
-    for name in ("nvfp4", "mxfp4"):
+    for name in cpu.CPU.ops:
         found.append(fp4(name, cpu.CPU.ops, w, float32, rows, f"{name} float32"))
         found.append(fp4(name, cpu.CPU.ops, w, bfloat16, rows, f"{name} bfloat16"))
-        found.append(fp4(name, cpu.CPU.int8_ops, w, float32, rows, f"{name} int8"))
+        if name in cpu.CPU.int8_ops:
+            found.append(fp4(name, cpu.CPU.int8_ops, w, float32, rows, f"{name} int8"))
     if k % 32 == 0 and n % 64 == 0:
         found.append(int4(w, rows))
     library = ggml.library()

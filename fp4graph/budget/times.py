@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     Timed = dict[tuple[Shape, Scheme | None], float]
 
 _POOL_BYTES = 128e6
+_MOST_COPIES = 512
 _ROUNDS = 9
 
 
@@ -135,8 +136,7 @@ def _calls(w_NK: Tensor, x_MK: Tensor, scheme: Scheme | None) -> list[Callable[[
     """Return a call for each copy of the weight."""
     if scheme is None:
         dense = w_NK.to(x_MK.dtype)
-        copies = range(max(2, round(_POOL_BYTES / dense.nbytes)))
-        return [_dense_call(x_MK, dense.clone()) for _ in copies]
+        return [_dense_call(x_MK, dense.clone()) for _ in range(_copies(dense.nbytes))]
     packed = quantize(w_NK, scheme.format, RTN)
     int8 = scheme.activations is Activations.INT8
     target = target_of(w_NK.device)
@@ -151,10 +151,14 @@ def _calls(w_NK: Tensor, x_MK: Tensor, scheme: Scheme | None) -> list[Callable[[
             return rounding(x_MK, format, scheme.rotation)
 
     found: list[Callable[[], Any]] = []
-    for _ in range(max(2, round(_POOL_BYTES / packed.nbytes))):
+    for _ in range(_copies(packed.nbytes)):
         tensors = kernel.prepack(replace(packed, qdata=packed.qdata.clone()), problem)
         found.append(_packed_call(op, x_MK, tensors, before))
     return found
+
+
+def _copies(nbytes: int) -> int:
+    return min(max(2, round(_POOL_BYTES / nbytes)), _MOST_COPIES)
 
 
 def _dense_call(x_MK: Tensor, w_NK: Tensor) -> Callable[[], Any]:

@@ -138,7 +138,8 @@ def _packed(
     weights: dict[str, PackedWeight] = {}
     rest: dict[str, Tensor] = {}
     parts = layout.parts
-    quantised = {name.rpartition(".")[0] for name in shards.files if name.endswith(".weight_scale")}
+    scales = sorted(name for name in shards.files if name.endswith(".weight_scale"))
+    quantised = dict.fromkeys(name.rpartition(".")[0] for name in scales)
     for path in quantised:
         there = [each for each in (*parts, "weight") if f"{path}.{each}" in shards]
         tensors = {each: shards.get(f"{path}.{each}") for each in there}

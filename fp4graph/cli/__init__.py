@@ -18,6 +18,7 @@ from fp4graph.cli.convert import convert_command
 from fp4graph.cli.doctor import doctor_command
 from fp4graph.cli.export import export_command
 from fp4graph.cli.export_results import export_results_command
+from fp4graph.cli.fit import fit_command
 from fp4graph.cli.inspect import inspect_command
 from fp4graph.cli.latency import latency_command
 from fp4graph.cli.outliers import outliers_command
@@ -59,6 +60,7 @@ main.add_command(show_command)
 main.add_command(export_results_command)
 main.add_command(calibrate_command)
 main.add_command(policy_command)
+main.add_command(fit_command)
 main.add_command(convert_command)
 main.add_command(export_command)
 main.add_command(check_serve_command)

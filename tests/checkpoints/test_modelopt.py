@@ -1,4 +1,4 @@
-"""What ModelOpt's own package wrote (tests/support/make_modelopt.py) runs here, code for code."""
+"""What ModelOpt's own package wrote (bench/modelopt/make.py) runs here, code for code."""
 
 from __future__ import annotations
 

@@ -15,8 +15,9 @@ from support.closer import relative_l2
 from torch.nn.functional import linear
 
 import fp4graph
-from fp4graph.formats import FP4_FORMATS, ROTATIONS, rotate
-from fp4graph.kernels import FAKE_QUANTIZE, ROTATE
+from fp4graph.errors import WeightError
+from fp4graph.formats import FORMATS, FP4_FORMATS, FP8, ROTATIONS, rotate
+from fp4graph.kernels import FAKE_QUANTIZE, ROTATE, Problem, Target
 from fp4graph.kernels.cpu import CPU, Native, load, pack_tiles, unpack_tiles
 from fp4graph.quantizers import quantize
 
@@ -79,7 +80,7 @@ def check(y: torch.Tensor, reference: torch.Tensor) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FP4_FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [0, 1, 2, 3, 4, 5, 7, 8, 9, 13, 25, 49, 150])
 @pytest.mark.parametrize("n, k", [(1, 1), (16, 32), (17, 100), (50, 777), (33, 4113), (MANY, 300)])
@@ -117,6 +118,36 @@ def test_tiles_are_a_permutation_of_the_packed_weight(isa: str, name: str, n: in
     qdata, scale = unpack_tiles(pack_tiles(whole)[0], (n, k), whole.format)
     assert torch.equal(qdata, whole.qdata)
     assert torch.equal(scale, whole.scale.view(torch.uint8))
+
+
+@pytest.mark.parametrize("n, k", [(0, 16), (1, 1), (15, 31), (64, 256), (33, 1000)])
+def test_fp8_tiles_are_a_permutation_of_the_packed_weight(isa: str, n: int, k: int) -> None:
+    packed = FP8.quantize(weight(n, k))
+    problem = Problem(n, k, FP8, torch.float32, Target("cpu"))
+    assert CPU.unpack is not None
+    back = CPU.unpack(CPU.prepack(packed, problem), problem, None)
+    assert torch.equal(back.qdata, packed.qdata)
+    assert torch.equal(back.scale, packed.scale)
+
+
+@pytest.mark.parametrize("m", [1, 3, 20])
+def test_every_code_of_fp8(isa: str, m: int) -> None:
+    codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
+    qdata = torch.stack([codes.roll(shift) for shift in range(40)])
+    scale = torch.logspace(-30, 30, 40)[:, None]
+    packed = fp4graph.PackedWeight(qdata, scale, None, (40, len(codes)), FP8)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = activations(m, len(codes), dtype=dtype)
+        y, expected = run(x, packed).double(), exact(x, packed)
+        size = linear(x.abs().double(), packed.dequantize(torch.float64).abs())
+        assert ((y - expected).abs() <= (2e-6 if dtype == torch.float32 else 2**-8) * size).all()
+    one = torch.eye(len(codes))
+    assert torch.equal(run(one, packed).T, packed.dequantize())
+    broken = qdata.clone()
+    broken[3, 5] = 0xFF
+    packed = fp4graph.PackedWeight(broken, scale, None, (40, len(codes)), FP8)
+    with pytest.raises(WeightError, match="FP8 weight are NaN"):
+        pack_tiles(packed)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux")
@@ -197,7 +228,7 @@ def test_every_scale_code(isa: str, name: str, m: int) -> None:
     assert not y[:, :5].isnan().any()
 
 
-@pytest.mark.parametrize("name", FP4_FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [1, 4, 30])
 def test_activations_at_the_ends_of_their_range(
@@ -226,7 +257,7 @@ def test_activations_at_the_ends_of_their_range(
     assert run(x, packed)[1:].isfinite().all()
 
 
-@pytest.mark.parametrize("name", FP4_FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("m", [1, 8, 30])
 def test_small_activations_beside_a_large_one_that_counts_nothing(
     isa: str, name: str, m: int
@@ -239,7 +270,7 @@ def test_small_activations_beside_a_large_one_that_counts_nothing(
     check(run(x, packed), exact(x, packed))
 
 
-@pytest.mark.parametrize("name", FP4_FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("large, small", [(3e4, 1.0), (1.0, 2.0**-110)])
 @pytest.mark.parametrize("columns", [range(1, 8), range(1, 2048, 2)], ids=["few", "many"])
@@ -257,7 +288,7 @@ def test_one_row_with_activations_of_all_sizes(
     check(run(x, packed), exact(x, packed))
 
 
-@pytest.mark.parametrize("name", FP4_FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_more_rows_than_are_taken_at_a_time(isa: str, name: str, dtype: torch.dtype) -> None:
     packed, x = fp4graph.quantize(weight(MANY, 48), name), activations(4100, 48, dtype=dtype)

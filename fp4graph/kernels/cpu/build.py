@@ -43,7 +43,7 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx
 _X86 = {
     "avx2.cpp": _AVX2,
     "avx512.cpp": _AVX512,
-    "avx512bf16.cpp": (*_AVX512, "-mavx512bf16"),
+    "avx512bf16.cpp": (*_AVX512, "-mavx512bf16", "-mavx512vbmi"),
     "amx.cpp": (*_AVX512, "-mavx512bf16", "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"),
 }
 _ISA_FLAGS: dict[str, dict[str, tuple[str, ...]]] = {

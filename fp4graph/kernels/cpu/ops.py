@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fp4graph.errors import RefusalError
-from fp4graph.formats import FP4_FORMATS, BlockFormat, PackedWeight
+from fp4graph.errors import RefusalError, WeightError
+from fp4graph.formats import FORMATS, FP4_FORMATS, FP8, BlockFormat, PackedWeight
 from fp4graph.kernels.contract import Kernel, Plan, Problem
 from fp4graph.kernels.cpu.library import Missing, load
 
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 
 _LIBRARY = torch.library.Library("fp4graph", "FRAGMENT")
 _CODES = {"nvfp4": 0, "mxfp4": 1}
+_EXCESS = 256.0  # kE4M3Excess in native/layout.h
 _RULES = {"nearest": 0, "floor": 0, "ceil": 1, "rceil": 2, "even": 3}
 
 for _schema in (
     "cpu_pack_tiles(Tensor qdata, Tensor scale, Tensor per_tensor_scale, int format)"
     " -> (Tensor, Tensor)",
     "cpu_unpack_tiles(Tensor tiles, int N, int format) -> (Tensor, Tensor)",
+    "cpu_pack_fp8(Tensor qdata, Tensor scale) -> (Tensor, Tensor, Tensor)",
+    "cpu_unpack_fp8(Tensor tiles, int N, int K) -> Tensor",
     "cpu_quantize(Tensor w, int format, int rule) -> (Tensor, Tensor, Tensor, Tensor)",
 ):
     _LIBRARY.define(_schema)
@@ -38,10 +41,16 @@ def pack_tiles(packed: PackedWeight) -> tuple[Tensor, Tensor]:
 
     Raises:
         RefusalError: there is no native library.
+        WeightError: codes of FP8 are NaN.
     """
     found = load()
     if isinstance(found, Missing):
         raise RefusalError(f"no native CPU kernels: {found.reason}")
+    if packed.format == FP8:
+        tiles, row_scale, finite = torch.ops.fp4graph.cpu_pack_fp8(packed.qdata, packed.scale)
+        if not bool(finite):
+            raise WeightError("codes of an FP8 weight are NaN")
+        return tiles, row_scale
     tensor = packed.per_tensor_scale
     tiles, row_scale = torch.ops.fp4graph.cpu_pack_tiles(
         packed.qdata,
@@ -103,6 +112,9 @@ def _unpack(
     tensors: Sequence[Tensor], problem: Problem, per_tensor_scale: Tensor | None
 ) -> PackedWeight:
     shape, format = (problem.out_features, problem.in_features), problem.format
+    if format == FP8:
+        qdata = torch.ops.fp4graph.cpu_unpack_fp8(tensors[0], *shape)
+        return PackedWeight(qdata, (tensors[1] / _EXCESS)[:, None], None, shape, format)
     qdata, scale = unpack_tiles(tensors[0], shape, format)
     scale = scale.view(format.scale_codec.dtype)
     return PackedWeight(qdata, scale, per_tensor_scale, shape, format)
@@ -115,7 +127,7 @@ def _plan(problem: Problem) -> Plan:
 
 CPU = Kernel(
     name="cpu",
-    ops={base: _define(f"cpu_{base}") for base in FP4_FORMATS},
+    ops={base: _define(f"cpu_{base}") for base in FORMATS},
     int8_ops={base: _define(f"cpu_int8_{base}") for base in FP4_FORMATS},
     prepack=lambda packed, _: pack_tiles(packed),
     unpack=_unpack,

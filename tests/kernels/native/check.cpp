@@ -145,6 +145,45 @@ void check_linear(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M,
   expect(ran && close && whole && same, what);
 }
 
+// FP8 codes of all kinds but NaN, with a scale a row.
+void check_fp8(const Fp4Isa& isa, int dtype, int64_t M, int64_t N, int64_t K) {
+  const int64_t bytes = (K + Fp8::kGroup - 1) / Fp8::kGroup * kTileBytes<Fp8>;
+  Buffer qdata(N * K), back(N * K), tiles((N + kPanelRows - 1) / kPanelRows * bytes);
+  Buffer x(M * K * dtype_bytes(dtype)), y(M * N * dtype_bytes(dtype));
+  for (int64_t i = 0; i < N * K; i++) {
+    const uint32_t code = random_bits() & 0xFF;
+    qdata.data()[i] = (code & 127) == 127 ? 0 : code;
+  }
+  for (int64_t i = 0; i < M * K; i++) put(x.data(), i, dtype, normal() / 64);
+  std::vector<float> scale(N), wide(N);
+  for (int64_t n = 0; n < N; n++) wide[n] = (scale[n] = .01f + n * .001f) * kE4M3Excess;
+  const bool finite = fp8_to_tiles(qdata.data(), tiles.data(), N, K);
+  fp8_from_tiles(tiles.data(), back.data(), N, K);
+  const Fp4Linear call{x.data(), tiles.data(), wide.data(), nullptr,  y.data(), M, N,
+                       K,        FP4_FP8,      dtype,       FP4_EXACT};
+  bool close = isa.linear(call);
+  const double rounding = dtype == FP4_FLOAT32 ? 0 : dtype == FP4_BFLOAT16 ? 0x1p-8 : 0x1p-11;
+  for (int64_t m = 0; m < M; m++) {
+    for (int64_t n = 0; n < N; n++) {
+      double sum = 0, all = 0;
+      for (int64_t k = 0; k < K; k++) {
+        const uint8_t code = qdata.data()[n * K + k];
+        const double w = decode_scale(FP4_NVFP4, code & 127) * scale[n] * (code & 128 ? -1 : 1);
+        sum += w * get(x.data(), m * K + k, dtype);
+        all += std::fabs(w * get(x.data(), m * K + k, dtype));
+      }
+      const double off = std::fabs(get(y.data(), m * N + n, dtype) - sum);
+      close &= off <= 1e-6 * all + rounding * std::fabs(sum) + 1e-7;
+    }
+  }
+  const bool whole = qdata.whole() && back.whole() && tiles.whole() && x.whole() && y.whole();
+  const bool same = memcmp(back.data(), qdata.data(), N * K) == 0;
+  char what[160];
+  snprintf(what, sizeof what, "%s FP8 dtype %d M %ld N %ld K %ld: close %d whole %d same %d",
+           isa.name, dtype, (long)M, (long)N, (long)K, close, whole, same);
+  expect(finite && close && whole && same, what);
+}
+
 void check_rounding(const Fp4Isa& isa, int format, int rule, int dtype, int64_t M, int64_t K,
                     int rotation) {
   const int64_t group = format == FP4_NVFP4 ? 16 : 32, groups = (K + group - 1) / group;
@@ -192,6 +231,14 @@ std::vector<const Fp4Isa*> to_check() {
 
 int main() {
   for (const Fp4Isa* isa : to_check()) {
+    for (int dtype : {FP4_FLOAT32, FP4_BFLOAT16, FP4_FLOAT16}) {
+      for (int64_t M : {0, 1, 2, 3, 5, 8, 9, 13, 31, 150}) {
+        check_fp8(*isa, dtype, M, 1 + random_bits() % 70, 1 + random_bits() % 600);
+      }
+      check_fp8(*isa, dtype, 1, 237, 90);
+      check_fp8(*isa, dtype, 3, 16, 0);
+    }
+    check_fp8(*isa, FP4_FLOAT32, 40, 800, 100);
     for (int format : {FP4_NVFP4, FP4_MXFP4}) {
       check_linear(*isa, format, FP4_FLOAT32, FP4_EXACT, 40, 800, 100);  // outputs enough for tiles
       for (int dtype : {FP4_FLOAT32, FP4_BFLOAT16}) {

@@ -47,7 +47,7 @@ struct AmxPairs : Avx512Pairs {
 template <int kSlices>
 constexpr int64_t kSegment<AmxPairs<kSlices>> = AmxPairs<kSlices>::kDepth / 2 * kSlices;
 
-struct Amx : Avx512Intel {
+struct Amx : WithFp8Pairs<Avx512Intel> {
   template <int kSlices>
   using Tiles = AmxPairs<kSlices>;
   static constexpr bool kTiles = true;

@@ -38,10 +38,11 @@ const Fp4Isa* const* available() {  // best first, null at the end
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 =
+      avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
   // On Intel vdpbf16ps is slower than two conversions and FMAs: bench/results, Emerald Rapids.
   const bool slow = __builtin_cpu_is("intel");
-  if (bf16 && __builtin_cpu_supports("avx512vbmi") && has_tiles()) found[n++] = &fp4_amx;
+  if (bf16 && has_tiles()) found[n++] = &fp4_amx;
   if (bf16 && !slow) found[n++] = &fp4_avx512bf16;
   if (avx512) found[n++] = &fp4_avx512;
   if (bf16 && slow) found[n++] = &fp4_avx512bf16;

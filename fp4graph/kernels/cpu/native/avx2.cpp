@@ -75,6 +75,22 @@ struct Avx2 : IsaDefaults {
     d[1][1] = _mm256_castsi256_ps(_mm256_and_si256(b, t.odd));
   }
 
+  // The same lanes from FP8, as float16 with the bits one place lower.
+  struct Fp8Tables {
+    I rows = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    I kept = _mm256_set1_epi16(static_cast<int16_t>(0xBFFF));
+  };
+  static FP4_INLINE void decode_fp8(const Fp8Tables& t, const uint8_t* p, F (&d)[2][2]) {
+    const I bytes = _mm256_permutevar8x32_epi32(load_codes(p), t.rows);
+    const __m128i half[2] = {_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)};
+    FP4_UNROLL for (int s = 0; s < 2; s++) {
+      const I wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(half[s]), 7);
+      const I bits = _mm256_and_si256(wide, t.kept);
+      d[s][0] = _mm256_cvtph_ps(_mm256_castsi256_si128(bits));
+      d[s][1] = _mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1));
+    }
+  }
+
   static FP4_INLINE void swap_middle(F (&d)[2][2]) {
     FP4_UNROLL for (int i = 0; i < 2; i++) {
       const F even = d[0][i], odd = d[1][i];

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-enum Fp4Format { FP4_NVFP4 = 0, FP4_MXFP4 = 1 };
+enum Fp4Format { FP4_NVFP4 = 0, FP4_MXFP4 = 1, FP4_FP8 = 2 };
 enum Fp4Dtype { FP4_FLOAT32 = 0, FP4_BFLOAT16 = 1, FP4_FLOAT16 = 2, FP4_FLOAT64 = 3 };
 
 // Who computes the products: float32, whatever the dtype; or integers of activations that are

@@ -59,7 +59,8 @@ concept IsaArithmetic = requires(typename V::F a, typename V::I i, float* y, con
 
 // Weights and activations.
 //   broadcast   the kStep activations of a step, to all lanes
-//   decode      half an oct of kRows rows -> [kHalfSteps][kVectors]
+//   decode      half an oct of kRows rows -> [kHalfSteps][kVectors]; decode_fp8: 4 columns of FP8
+//               in the same lanes, over kE4M3Excess
 //   scales      of kRows rows; expand: to kVectors vectors
 //   finish      kVectors sums -> one float a row
 //   swap_middle where kSlots is 2: decoded from columns (0, 2), (1, 3) to (0, 1), (2, 3)
@@ -68,9 +69,11 @@ template <class V>
 concept IsaDecoding =
     requires(typename V::F (&d)[V::kHalfSteps][V::kVectors], typename V::F (&s)[V::kVectors],
              const typename V::F (&sums)[V::kVectors], const typename V::Tables& tables,
-             const uint8_t* bytes, uint8_t* out, const float* x, float* y) {
+             const typename V::Fp8Tables& fp8, const uint8_t* bytes, uint8_t* out, const float* x,
+             float* y) {
       { V::broadcast(x) } -> std::same_as<typename V::F>;
       V::decode(tables, load_oct<V>(bytes), 0, d);
+      V::decode_fp8(fp8, bytes, d);
       { V::template scales<Nvfp4>(bytes) } -> std::same_as<typename V::F>;
       { V::template scales<Mxfp4>(bytes) } -> std::same_as<typename V::F>;
       V::expand(V::zero(), s);
@@ -106,6 +109,9 @@ concept Vectors =
 // kTiledOutputs, the fewest outputs of float32 for them.
 template <class V>
 concept Isa = Vectors<V> && IsaIntegers<V>;
+
+template <Vectors V, class Format>
+using TablesOf = std::conditional_t<kIsFp8<Format>, typename V::Fp8Tables, typename V::Tables>;
 
 template <Vectors V>
 constexpr int kRowVectors = kPanelRows / V::kRows;

@@ -13,8 +13,10 @@ class Linear {
 
   bool run() const {
     if (call_.N == 0) return true;
-    if (call_.mode == FP4_INT8 && !exact_is_faster()) return with<Int8Rows<V, Format>>();
-    if constexpr (V::kSplits) {
+    if constexpr (!kIsFp8<Format>) {
+      if (call_.mode == FP4_INT8 && !exact_is_faster()) return with<Int8Rows<V, Format>>();
+    }
+    if constexpr (V::kSplits && !kIsFp8<Format>) {
       if (call_.M == 1 && call_.dtype != FP4_FLOAT32) return with<DigitRow<V, Format>>();
     }
     if constexpr (V::kFewPairRows > 0) {
@@ -65,8 +67,13 @@ bool linear(const Fp4Linear& call) {
     part.x = at(call.x, m * call.K * dtype_bytes(call.dtype));
     part.y = at(call.y, m * call.N * dtype_bytes(call.dtype));
     part.M = min64(kCallRows, call.M - m);
-    const bool nvfp4 = call.format == FP4_NVFP4;
-    if (!(nvfp4 ? Linear<V, Nvfp4>(part).run() : Linear<V, Mxfp4>(part).run())) return false;
+    bool done = false;
+    switch (call.format) {
+      case FP4_NVFP4: done = Linear<V, Nvfp4>(part).run(); break;
+      case FP4_MXFP4: done = Linear<V, Mxfp4>(part).run(); break;
+      default: done = Linear<V, Fp8>(part).run();
+    }
+    if (!done) return false;
   }
   return true;
 }

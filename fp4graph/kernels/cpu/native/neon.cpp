@@ -62,6 +62,20 @@ struct Neon : IsaDefaults {
     d[1][1] = vreinterpretq_f32_u32(vandq_u32(b, t.odd));
   }
 
+  // The same lanes from FP8, as float16 with the bits one place lower.
+  struct Fp8Tables {
+    int16x8_t kept = vdupq_n_s16(static_cast<int16_t>(0xBFFF));
+  };
+  static FP4_INLINE void decode_fp8(const Fp8Tables& t, const uint8_t* p, F (&d)[2][2]) {
+    const int8x16_t codes = vreinterpretq_s8_u8(vld1q_u8(p));
+    const int8x8_t half[2] = {vget_low_s8(codes), vget_high_s8(codes)};
+    FP4_UNROLL for (int s = 0; s < 2; s++) {
+      const int16x8_t bits = vandq_s16(vshlq_n_s16(vmovl_s8(half[s]), 7), t.kept);
+      d[s][0] = vcvt_f32_f16(vreinterpret_f16_s16(vget_low_s16(bits)));
+      d[s][1] = vcvt_f32_f16(vreinterpret_f16_s16(vget_high_s16(bits)));
+    }
+  }
+
   static FP4_INLINE void swap_middle(F (&d)[2][2]) {
     for (int i = 0; i < 2; i++) {
       const F even = d[0][i], odd = d[1][i];

@@ -45,10 +45,14 @@ int dtype_of(const Tensor& x) {
 
 Tensor plain(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-int64_t group_of(int64_t format) { return format == FP4_NVFP4 ? Nvfp4::kGroup : Mxfp4::kGroup; }
+int64_t group_of(int64_t format) {  // of FP8, a tile's columns
+  return format == FP4_NVFP4 ? Nvfp4::kGroup : format == FP4_MXFP4 ? Mxfp4::kGroup : Fp8::kGroup;
+}
 
 int64_t tile_of(int64_t format) {
-  return format == FP4_NVFP4 ? kTileBytes<Nvfp4> : kTileBytes<Mxfp4>;
+  return format == FP4_NVFP4   ? kTileBytes<Nvfp4>
+         : format == FP4_MXFP4 ? kTileBytes<Mxfp4>
+                               : kTileBytes<Fp8>;
 }
 
 std::vector<int64_t> shape_of(const Tensor& x) {
@@ -92,7 +96,9 @@ Tensor linear(const Tensor& input, const Tensor& tiles, const Tensor& row_scale,
                        dtype_of(x),
                        kMode};
   if (call.dtype == FP4_FLOAT64) {
-    kFormat == FP4_NVFP4 ? linear_float64<Nvfp4>(call) : linear_float64<Mxfp4>(call);
+    kFormat == FP4_NVFP4   ? linear_float64<Nvfp4>(call)
+    : kFormat == FP4_MXFP4 ? linear_float64<Mxfp4>(call)
+                           : linear_float64<Fp8>(call);
   } else {
     STD_TORCH_CHECK(fp4_chosen().linear(call), "no memory for ", M, " rows of activations");
   }
@@ -140,6 +146,37 @@ std::tuple<Tensor, Tensor> unpack_tiles(const Tensor& tiles, int64_t N, int64_t 
       static_cast<uint8_t*>(qdata.mutable_data_ptr()),
       static_cast<uint8_t*>(scale.mutable_data_ptr()), N, groups);
   return {qdata, scale};
+}
+
+// -> tiles, row_scale, and [] whether no code is NaN.
+std::tuple<Tensor, Tensor, Tensor> pack_fp8(const Tensor& qdata_in, const Tensor& scale_in) {
+  const Tensor qdata = plain(qdata_in), scale = plain(scale_in);
+  const int64_t N = qdata.size(0), K = qdata.size(1), groups = (K + Fp8::kGroup - 1) / Fp8::kGroup;
+  STD_TORCH_CHECK(scale.numel() == N && scale.scalar_type() == ScalarType::Float,
+                  "qdata and scale do not fit");
+  Tensor tiles = torch::stable::new_empty(
+      qdata, {(N + kPanelRows - 1) / kPanelRows, groups * kTileBytes<Fp8>});
+  advise_huge_pages(tiles.mutable_data_ptr(), tiles.numel());
+  Tensor row_scale = torch::stable::new_empty(scale, {N});
+  const auto* factor = static_cast<const float*>(scale.const_data_ptr());
+  auto* wide = static_cast<float*>(row_scale.mutable_data_ptr());
+  for (int64_t n = 0; n < N; n++) wide[n] = factor[n] * kE4M3Excess;
+  Tensor finite = torch::stable::new_empty(qdata, {}, ScalarType::Bool);
+  *static_cast<bool*>(finite.mutable_data_ptr()) =
+      fp8_to_tiles(static_cast<const uint8_t*>(qdata.const_data_ptr()),
+                   static_cast<uint8_t*>(tiles.mutable_data_ptr()), N, K);
+  return {tiles, row_scale, finite};
+}
+
+Tensor unpack_fp8(const Tensor& tiles, int64_t N, int64_t K) {
+  STD_TORCH_CHECK(tiles.dim() == 2 && tiles.size(0) == (N + kPanelRows - 1) / kPanelRows &&
+                      tiles.size(1) == (K + Fp8::kGroup - 1) / Fp8::kGroup * kTileBytes<Fp8> &&
+                      tiles.is_contiguous(),
+                  "tiles do not fit [N, K]");
+  Tensor qdata = torch::stable::new_empty(tiles, {N, K});
+  fp8_from_tiles(static_cast<const uint8_t*>(tiles.const_data_ptr()),
+                 static_cast<uint8_t*>(qdata.mutable_data_ptr()), N, K);
+  return qdata;
 }
 
 Fp4Matrix matrix_of(const Tensor& x, int64_t format, int64_t rule, int64_t rotation = 0) {
@@ -210,6 +247,9 @@ Tensor fake_quantize_op(const Tensor& x_in, std::string format, int64_t rotation
 STABLE_TORCH_LIBRARY_IMPL(fp4graph, CPU, m) {
   m.impl("cpu_nvfp4", TORCH_BOX((&linear<FP4_NVFP4, FP4_EXACT>)));
   m.impl("cpu_mxfp4", TORCH_BOX((&linear<FP4_MXFP4, FP4_EXACT>)));
+  m.impl("cpu_fp8", TORCH_BOX((&linear<FP4_FP8, FP4_EXACT>)));
+  m.impl("cpu_pack_fp8", TORCH_BOX(&pack_fp8));
+  m.impl("cpu_unpack_fp8", TORCH_BOX(&unpack_fp8));
   m.impl("cpu_int8_nvfp4", TORCH_BOX((&linear<FP4_NVFP4, FP4_INT8>)));
   m.impl("cpu_int8_mxfp4", TORCH_BOX((&linear<FP4_MXFP4, FP4_INT8>)));
   m.impl("cpu_pack_tiles", TORCH_BOX(&pack_tiles));

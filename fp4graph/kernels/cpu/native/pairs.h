@@ -4,6 +4,48 @@
 
 namespace {
 
+// E4M3 over kE4M3Excess as pairs of bfloat16, which hold its subnormals too: both bytes of a value
+// by lookups of 7 bits (VBMI), the sign besides.
+struct Fp8Pairs {
+  using I = __m512i;
+  I high[2], low[2];
+  Fp8Pairs() {
+    alignas(64) uint8_t bytes[2][128];
+    for (uint32_t code = 0; code < 128; code++) {
+      const uint32_t bits = bits_of(decode_e4m3(code) / kE4M3Excess) >> 16;
+      bytes[0][code] = static_cast<uint8_t>(bits);
+      bytes[1][code] = static_cast<uint8_t>(bits >> 8);
+    }
+    for (int i = 0; i < 2; i++) {
+      low[i] = _mm512_load_si512(bytes[0] + 64 * i);
+      high[i] = _mm512_load_si512(bytes[1] + 64 * i);
+    }
+  }
+  // Columns (0, 2), then (1, 3), a dword each row.
+  FP4_INLINE void decode(I raw, I (&pairs)[2]) const {
+    const I lower = _mm512_permutex2var_epi8(low[0], raw, low[1]);
+    const I upper = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high[0], raw, high[1]), raw,
+                                              _mm512_set1_epi8(-128), 0xF8);
+    pairs[0] = _mm512_unpacklo_epi8(lower, upper);
+    pairs[1] = _mm512_unpackhi_epi8(lower, upper);
+  }
+};
+
+// Where there are such lookups, float32 comes of them by a shift and a mask.
+template <class Base>
+struct WithFp8Pairs : Base {
+  using typename Base::F, typename Base::I;
+  using Fp8Tables = Fp8Pairs;
+  static FP4_INLINE void decode_fp8(const Fp8Tables& t, const uint8_t* p, F (&d)[4][1]) {
+    I pairs[2];
+    t.decode(Base::load_codes(p), pairs);
+    FP4_UNROLL for (int s = 0; s < 2; s++) {
+      d[s][0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs[s], 16));
+      d[2 + s][0] = _mm512_castsi512_ps(_mm512_and_si512(pairs[s], _mm512_set1_epi32(0xFFFF0000)));
+    }
+  }
+};
+
 // Vectors of pairs: a dword is one row by two columns, in bfloat16. The 16-bit lanes of a dword of
 // codes hold columns 0 and 2 in their lowest nibbles, 4 and 6 above, then 1 and 3, then 5 and 7.
 struct Avx512Pairs : Avx512 {
@@ -37,6 +79,13 @@ struct Avx512Pairs : Avx512 {
       d[s][0] = _mm512_castsi512_ps(decode_pair(t, raw, half * 2 + s));
     }
   }
+  using Fp8Tables = Fp8Pairs;
+  static FP4_INLINE void decode_fp8(const Fp8Tables& t, const uint8_t* p, F (&d)[2][1]) {
+    I pairs[2];
+    t.decode(load_codes(p), pairs);
+    FP4_UNROLL for (int s = 0; s < 2; s++)
+      d[s][0] = _mm512_castsi512_ps(pairs[s]);
+  }
   // Both of a pair times a row's scale; E2M1 times E4M3 or E8M0 is exact in bfloat16.
   static FP4_INLINE F mul(F pair, F scale) {
     const I bits = _mm512_castps_si512(pair), upper = _mm512_set1_epi32(0xFFFF0000);
@@ -49,10 +98,10 @@ struct Avx512Pairs : Avx512 {
   static FP4_INLINE F fma(F w, F x, F sum) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
   }
-  static FP4_INLINE F dot(F sum, I w, const uint16_t* x) {
+  static FP4_INLINE F dot(F sum, F w, const uint16_t* x) {
     int32_t bits;
     memcpy(&bits, x, 4);
-    return fma(_mm512_castsi512_ps(w), _mm512_castsi512_ps(_mm512_set1_epi32(bits)), sum);
+    return fma(w, _mm512_castsi512_ps(_mm512_set1_epi32(bits)), sum);
   }
   // 32 columns of float32, cut off to bfloat16, in the order of pairs.
   static FP4_INLINE I to_pairs(F first, F second) {

@@ -16,15 +16,55 @@ FP4_INLINE void put(float* y, typename V::F sum, bool accumulate) {
   V::store(y, accumulate ? V::add(sum, V::load(y)) : sum);
 }
 
+// Codes of 8 columns: loaded, or of FP8 where they are.
+template <Vectors V, class Format>
+FP4_INLINE auto codes_of(const uint8_t* codes, int oct) {
+  if constexpr (kIsFp8<Format>) {
+    return codes + oct * 2 * kOctBytes;
+  } else {
+    return load_oct<V>(codes + oct * kOctBytes);
+  }
+}
+
+// The scales of a group for kRows rows from r on, or nothing.
+template <Vectors V, class Format>
+struct Scaling {
+  FP4_INLINE Scaling(const uint8_t* tile, int r) {
+    if constexpr (!kIsFp8<Format>) {
+      V::expand(V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows), scale_);
+    }
+  }
+  // The i-th vector of weights times its scale.
+  FP4_INLINE typename V::F times(typename V::F w, int i) const {
+    if constexpr (kIsFp8<Format>)
+      return w;
+    else
+      return V::mul(w, scale_[i]);
+  }
+  FP4_INLINE typename V::F add(typename V::F sum, typename V::F to, int i) const {
+    if constexpr (kIsFp8<Format>)
+      return V::add(to, sum);
+    else
+      return V::fma(sum, scale_[i], to);
+  }
+
+ private:
+  typename V::F scale_[V::kVectors];
+};
+
 // Weights of one group for kRows rows, decoded one half oct at a time, handed to `use(step, d)`,
 // where step counts kStep columns.
 template <Vectors V, class Format, bool kInOrder = false, class Use>
-FP4_INLINE void decode_group(const typename V::Tables& tables, const uint8_t* codes, Use use) {
+FP4_INLINE void decode_group(const TablesOf<V, Format>& tables, const uint8_t* codes, Use use) {
   FP4_UNROLL for (int oct = 0; oct < Format::kGroup / 8; oct++) {
-    const auto raw = load_oct<V>(codes + oct * kOctBytes);
+    const auto raw = codes_of<V, Format>(codes, oct);
     FP4_UNROLL for (int half = 0; half < 2; half++) {
       typename V::F d[V::kHalfSteps][V::kVectors];
-      V::decode(tables, raw, half, d);
+      if constexpr (kIsFp8<Format>) {
+        V::decode_fp8(tables, raw + half * kOctBytes, d);
+      } else {
+        V::decode(tables, raw, half, d);
+      }
       if constexpr (kInOrder && V::kSlots == 2) V::swap_middle(d);
       FP4_UNROLL for (int s = 0; s < V::kHalfSteps; s++) {
         use((oct * 2 + half) * V::kHalfSteps + s, d[s]);
@@ -49,7 +89,7 @@ FP4_INLINE void prefetch_tile(const uint8_t* tile) {
 
 // acc += a group of one row of activations times the r-th kRows rows of a tile.
 template <Vectors V, class Format>
-FP4_INLINE void add_group(const typename V::Tables& tables, const uint8_t* tile, int r,
+FP4_INLINE void add_group(const TablesOf<V, Format>& tables, const uint8_t* tile, int r,
                           const float* x, typename V::F (&acc)[V::kVectors]) {
   constexpr int kChains = 4 / V::kVectors;  // sums in flight, to hide the FMA's latency
   typename V::F sum[kChains][V::kVectors];
@@ -63,14 +103,13 @@ FP4_INLINE void add_group(const typename V::Tables& tables, const uint8_t* tile,
       sum[step % kChains][i] = V::fma(d[i], xs, sum[step % kChains][i]);
     }
   });
-  typename V::F scale[V::kVectors];
-  V::expand(V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows), scale);
+  const Scaling<V, Format> scale(tile, r);
   FP4_UNROLL for (int i = 0; i < V::kVectors; i++) {
     FP4_UNROLL for (int stride = kChains / 2; stride > 0; stride /= 2) {
       FP4_UNROLL for (int c = 0; c < stride; c++)
         sum[c][i] = V::add(sum[c][i], sum[c + stride][i]);
     }
-    acc[i] = V::fma(sum[0][i], scale[i], acc[i]);
+    acc[i] = scale.add(sum[0][i], acc[i], i);
   }
 }
 
@@ -79,7 +118,7 @@ FP4_INLINE void add_group(const typename V::Tables& tables, const uint8_t* tile,
 template <Vectors V, class Format, int kPanels>
 FP4_HOT void gemv(const uint8_t* tiles, int64_t stride, const float* x, int64_t groups, float* y,
                   bool accumulate) {
-  const typename V::Tables tables;
+  const TablesOf<V, Format> tables;
   typename V::F acc[kPanels][kRowVectors<V>][V::kVectors];
   FP4_UNROLL for (int p = 0; p < kPanels; p++) {
     FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
@@ -109,7 +148,7 @@ FP4_HOT void gemv(const uint8_t* tiles, int64_t stride, const float* x, int64_t 
 template <Vectors V, class Format, int kM>
 FP4_HOT void gemv_rows(const uint8_t* panel, const float* x, int64_t stride, int64_t groups,
                        float* y, bool accumulate) {
-  const typename V::Tables tables;
+  const TablesOf<V, Format> tables;
   for (int r = 0; r < kRowVectors<V>; r++) {
     const uint8_t* tile = panel;
     const float* xg = x;
@@ -120,13 +159,12 @@ FP4_HOT void gemv_rows(const uint8_t* panel, const float* x, int64_t stride, int
     }
     for (int64_t g = 0; g < groups; g++) {
       if (r == 0) prefetch_tile<V, Format>(tile);
-      typename V::F scale[V::kVectors];
-      V::expand(V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows), scale);
+      const Scaling<V, Format> scale(tile, r);
       decode_group<V, Format>(tables, tile + r * V::kRows * 4,
                               [&](int step, const auto& d) FP4_LAMBDA {
                                 typename V::F w[V::kVectors];
                                 FP4_UNROLL for (int i = 0; i < V::kVectors; i++)
-                                  w[i] = V::mul(d[i], scale[i]);
+                                  w[i] = scale.times(d[i], i);
                                 FP4_UNROLL for (int m = 0; m < kM; m++) {
                                   const auto xs = V::broadcast(xg + m * stride + step * V::kStep);
                                   FP4_UNROLL for (int i = 0; i < V::kVectors; i++)
@@ -147,7 +185,7 @@ FP4_HOT void gemv_rows(const uint8_t* panel, const float* x, int64_t stride, int
 template <Vectors V, class Format, int kM>
 FP4_HOT void gemv_pairs(const uint8_t* tile, const uint16_t* x, int64_t stride, int64_t groups,
                         float* y, bool accumulate) {
-  const typename V::Pairs::Tables tables;
+  const TablesOf<typename V::Pairs, Format> tables;
   typename V::F acc[kM];
   FP4_UNROLL for (int m = 0; m < kM; m++)
     acc[m] = V::zero();
@@ -159,23 +197,19 @@ FP4_HOT void gemv_pairs(const uint8_t* tile, const uint16_t* x, int64_t stride, 
       FP4_UNROLL for (int c = 0; c < kChains; c++)
         sum[m][c] = V::zero();
     }
-    FP4_UNROLL for (int oct = 0; oct < Format::kGroup / 8; oct++) {
-      const auto raw = V::load_codes(tile + oct * kOctBytes);
-      FP4_UNROLL for (int pair = 0; pair < 4; pair++) {
-        const auto w = V::Pairs::decode_pair(tables, raw, pair);
-        FP4_UNROLL for (int m = 0; m < kM; m++) {
-          auto& to = sum[m][pair % kChains];
-          to = V::Pairs::dot(to, w, x + m * stride + oct * 8 + pair * 2);
-        }
+    decode_group<typename V::Pairs, Format>(tables, tile, [&](int pair, const auto& w) FP4_LAMBDA {
+      FP4_UNROLL for (int m = 0; m < kM; m++) {
+        auto& to = sum[m][pair % kChains];
+        to = V::Pairs::dot(to, w[0], x + m * stride + pair * 2);
       }
-    }
-    const auto scale = V::template scales<Format>(tile + kScaleOffset<Format>);
+    });
+    const Scaling<V, Format> scale(tile, 0);
     FP4_UNROLL for (int m = 0; m < kM; m++) {
       FP4_UNROLL for (int stride = kChains / 2; stride > 0; stride /= 2) {
         FP4_UNROLL for (int c = 0; c < stride; c++)
           sum[m][c] = V::add(sum[m][c], sum[m][c + stride]);
       }
-      acc[m] = V::fma(sum[m][0], scale, acc[m]);
+      acc[m] = scale.add(sum[m][0], acc[m], 0);
     }
     tile += kTileBytes<Format>;
     x += Format::kGroup;
@@ -187,14 +221,15 @@ FP4_HOT void gemv_pairs(const uint8_t* tile, const uint16_t* x, int64_t stride, 
 // Whether a weight may be so small that products in pairs, whose subnormals are 0, lose bits of it.
 template <class Format>
 FP4_INLINE bool fades(const uint8_t* tile) {
-  if constexpr (Format::kE4M3) return false;
-  constexpr uint8_t kSmall = 127 - 40;  // 2^-40
-  const uint8_t* scale = tile + kScaleOffset<Format>;
-  uint8_t least = 255;
-  for (int r = 0; r < kPanelRows; r++) least = scale[r] < least ? scale[r] : least;
-  if (least >= kSmall) return false;
-  for (int at = 0; at < kScaleOffset<Format>; at++) {
-    if (tile[at] & 0x77 && scale[at % kOctBytes / 4] < kSmall) return true;
+  if constexpr (std::is_same_v<Format, Mxfp4>) {
+    constexpr uint8_t kSmall = 127 - 40;  // 2^-40
+    const uint8_t* scale = tile + kScaleOffset<Format>;
+    uint8_t least = 255;
+    for (int r = 0; r < kPanelRows; r++) least = scale[r] < least ? scale[r] : least;
+    if (least >= kSmall) return false;
+    for (int at = 0; at < kScaleOffset<Format>; at++) {
+      if (tile[at] & 0x77 && scale[at % kOctBytes / 4] < kSmall) return true;
+    }
   }
   return false;
 }
@@ -205,7 +240,7 @@ FP4_INLINE bool fades(const uint8_t* tile) {
 template <Vectors V, class Format>
 FP4_HOT bool decode_panels(const uint8_t* tiles, int64_t stride, int64_t groups, float* w) {
   constexpr int kWidth = V::kRows * V::kVectors, kStride = kWidth * V::kTilePanels;
-  const typename V::Tables tables;
+  const TablesOf<V, Format> tables;
   const int64_t row_vector = groups * (Format::kGroup / V::kStep) * kStride;
   bool exact = true;
   for (int p = 0; p < V::kTilePanels; p++) {
@@ -215,13 +250,12 @@ FP4_HOT bool decode_panels(const uint8_t* tiles, int64_t stride, int64_t groups,
       prefetch_tile<V, Format>(tile);
       if constexpr (V::kFlushes) exact &= !fades<Format>(tile);
       FP4_UNROLL for (int r = 0; r < kRowVectors<V>; r++) {
-        typename V::F scale[V::kVectors];
-        V::expand(V::template scales<Format>(tile + kScaleOffset<Format> + r * V::kRows), scale);
+        const Scaling<V, Format> scale(tile, r);
         float* out = at + r * row_vector;
         decode_group<V, Format, true>(
             tables, tile + r * V::kRows * 4, [&](int step, const auto& d) FP4_LAMBDA {
               FP4_UNROLL for (int i = 0; i < V::kVectors; i++) {
-                V::store(out + step * kStride + i * V::kRows, V::mul(d[i], scale[i]));
+                V::store(out + step * kStride + i * V::kRows, scale.times(d[i], i));
               }
             });
       }

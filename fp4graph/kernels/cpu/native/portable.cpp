@@ -50,6 +50,15 @@ struct Portable : IsaDefaults {
       d[s][0] = F{kValues[index[0]], kValues[index[1]], kValues[index[2]], kValues[index[3]]};
     }
   }
+  struct Fp8Tables {};
+  static FP4_INLINE void decode_fp8(const Fp8Tables&, const uint8_t* p, F (&d)[4][1]) {
+    FP4_UNROLL for (int s = 0; s < 4; s++) {
+      FP4_UNROLL for (int r = 0; r < kRows; r++) {
+        const uint32_t code = p[s % 2 * 8 + 2 * r + s / 2];
+        d[s][0][r] = (code & 128 ? -1.f : 1.f) * decode_e4m3(code & 127) / kE4M3Excess;
+      }
+    }
+  }
   template <class Format>
   static FP4_INLINE F scales(const uint8_t* p) {
     F out;

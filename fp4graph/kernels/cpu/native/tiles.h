@@ -79,4 +79,42 @@ void from_tiles(const uint8_t* tiles, uint8_t* qdata, uint8_t* scale, int64_t N,
   });
 }
 
+// Where a code of FP8 lies in the 64 bytes of 4 columns: see layout.h.
+FP4_INLINE int64_t fp8_place(int64_t r, int64_t k) {
+  return r / 4 * 16 + k % 2 * 8 + r % 4 * 2 + k / 2;
+}
+
+// Codes [N, K] to tiles; false if one of them is NaN.
+FP4_INLINE bool fp8_to_tiles(const uint8_t* qdata, uint8_t* tiles, int64_t N, int64_t K) {
+  const int64_t bytes = (K + Fp8::kGroup - 1) / Fp8::kGroup * kTileBytes<Fp8>;
+  const int64_t panels = (N + kPanelRows - 1) / kPanelRows;
+  std::atomic<bool> finite{true};
+  parallel_ranges(panels, tile_tasks(N * K), [&](int64_t p0, int64_t p1) {
+    memset(tiles + p0 * bytes, 0, (p1 - p0) * bytes);
+    bool here = true;
+    for (int64_t n = p0 * kPanelRows; n < min64(N, p1 * kPanelRows); n++) {
+      uint8_t* panel = tiles + n / kPanelRows * bytes;
+      for (int64_t k = 0; k < K; k++) {
+        const uint8_t code = qdata[n * K + k];
+        here &= (code & 127) != 127;
+        panel[k / 4 * kOctBytes + fp8_place(n % kPanelRows, k % 4)] = code;
+      }
+    }
+    if (!here) finite = false;
+  });
+  return finite;
+}
+
+FP4_INLINE void fp8_from_tiles(const uint8_t* tiles, uint8_t* qdata, int64_t N, int64_t K) {
+  const int64_t bytes = (K + Fp8::kGroup - 1) / Fp8::kGroup * kTileBytes<Fp8>;
+  parallel_ranges(N, tile_tasks(N * K), [&](int64_t n0, int64_t n1) {
+    for (int64_t n = n0; n < n1; n++) {
+      const uint8_t* panel = tiles + n / kPanelRows * bytes;
+      for (int64_t k = 0; k < K; k++) {
+        qdata[n * K + k] = panel[k / 4 * kOctBytes + fp8_place(n % kPanelRows, k % 4)];
+      }
+    }
+  });
+}
+
 }  // namespace

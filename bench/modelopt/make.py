@@ -1,7 +1,7 @@
 """Writes the tiny checkpoints of tests/checkpoints/modelopt with ModelOpt's own package.
 
     pip install nvidia-modelopt==0.47.0 transformers accelerate requests
-    python tests/support/make_modelopt.py tests/checkpoints/modelopt
+    python bench/modelopt/make.py tests/checkpoints/modelopt
 
 It needs no GPU. `dense` is the model before, which the others are made of.
 """

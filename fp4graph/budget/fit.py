@@ -1,0 +1,331 @@
+"""The main job in one go: from a model and a budget to a verified checkpoint, step by step.
+
+Each step leaves a file in one folder and is skipped where that is there: `policy.toml`,
+`calibration.safetensors`, `checkpoint/`, `trials.sqlite`, `summary.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import fp4graph
+from fp4graph import (
+    Calibration,
+    ModelError,
+    OptionError,
+    Policy,
+    Scheme,
+    StudyError,
+    get_format,
+)
+from fp4graph.budget.file import write_policy
+from fp4graph.budget.find import Request, search
+from fp4graph.budget.plan import Budget, dense_plan
+from fp4graph.checkpoints.export import export
+from fp4graph.files import read_text, write_text
+from fp4graph.loading import load_packed
+from fp4graph.models import local_folder
+from fp4graph.quantizers import Quantizer
+from fp4graph.serve.check import check
+from fp4graph.skeleton import checkpoint_skeleton
+from fp4graph.study import ablate
+from fp4graph.study.outliers import outliers
+from fp4graph.study.plan import read_mix
+from fp4graph.study.progress import duration
+from fp4graph.study.verdicts import nats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from fp4graph.linears.tags import LinearTag
+    from fp4graph.models import LoadedModel
+    from fp4graph.study.evaluate import Windows
+    from fp4graph.study.progress import Progress
+    from fp4graph.study.trial import Row
+
+QUANTIZERS = ("gptq:weighted-scale-search", "gptq")
+"""What codes are found with: the first that a format has, and that engines need not know of."""
+_ERRORS = 2.0
+# Runs of the dense model over as many tokens that a step takes, measured on SmolLM2-135M, 2 CPUs.
+_SENSITIVITY, _CALIBRATION, _TRIAL = 30.0, 10.0, 1.5
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What `fit` is asked for; kept in the folder, so that no other wish is mixed with it.
+
+    Attributes:
+        model: its name.
+        kind: of the budget.
+        value: of the budget.
+        formats: what linears may run in beside dense.
+        activations: `none` or `same`.
+        serve: the engine that is to load it, or None.
+        to: layout of the checkpoint.
+        corpus: text that damage is estimated on and codes are found with.
+        verify_corpus: text that the result is measured on.
+    """
+
+    model: str
+    kind: str
+    value: float
+    formats: tuple[str, ...]
+    activations: str
+    serve: str | None
+    to: str
+    corpus: str
+    verify_corpus: str
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """What linears may run in, by the best quantizer that there is for it."""
+        found = []
+        for format in self.formats:
+            base = Scheme.read(format, "rtn", self.activations, "auto")
+            found.append(replace(base, quantizer=_best(base)))
+        return tuple(found)
+
+
+def _best(scheme: Scheme) -> Quantizer:
+    for name in QUANTIZERS:
+        try:
+            return Quantizer.parse(name, scheme.format)
+        except OptionError:
+            continue
+    return scheme.quantizer
+
+
+class Fit:
+    """One run of all steps.
+
+    Args:
+        wish: what is asked for.
+        loaded: the model.
+        texts: windows to estimate on, to calibrate with, and to measure on.
+        out: the folder.
+        progress: is told how far each step is.
+        say: is told what each step came to.
+
+    Raises:
+        ModelError: the folder is of another wish, or cannot be written.
+        StudyError: the model's weights are random.
+    """
+
+    def __init__(
+        self,
+        wish: Wish,
+        loaded: LoadedModel,
+        texts: tuple[Windows, Windows, Windows],
+        out: Path,
+        progress: Progress,
+        say: Callable[[str], None],
+    ) -> None:
+        if loaded.is_random:
+            raise StudyError(f"{loaded.name} has random weights: its accuracy means nothing")
+        self.wish, self.loaded, self.out = wish, loaded, out
+        self._estimate, self._calibrate, self._measure = texts
+        self._progress, self._say = progress, say
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        file = self.out / "fit.json"
+        mine = json.loads(json.dumps({**asdict(self.wish), "revision": self.loaded.revision()}))
+        if file.is_file():
+            known = json.loads(read_text(file))
+            other = sorted(key for key in mine if known.get(key) != mine[key])
+            if other:
+                was = ", ".join(f"{key} {known.get(key)!r}" for key in other)
+                raise ModelError(f"{self.out} is of another wish ({was}): give a new folder")
+            return
+        try:
+            write_text(file, json.dumps(mine, indent=2) + "\n")
+        except OSError as error:
+            raise ModelError(f"cannot write {self.out}: {error}") from None
+
+    def forecast(self) -> str:
+        """Return what all steps are going to take, from one window's time."""
+        windows = (self._estimate, self._calibrate, self._measure)
+        ids = self._estimate.ids[:1].to(self.loaded.device)
+        with torch.no_grad():
+            self.loaded.model(input_ids=ids, use_cache=False)
+            start = time.perf_counter()
+            self.loaded.model(input_ids=ids, use_cache=False)
+            token = (time.perf_counter() - start) / ids.numel()
+        shares = (_SENSITIVITY * len(self.wish.formats), _CALIBRATION, 4 * _TRIAL)
+        seconds = [
+            token * each.ids.numel() * share for each, share in zip(windows, shares, strict=True)
+        ]
+        model = sum(each.nbytes for each in self.loaded.model.parameters())
+        return (
+            f"about {duration(sum(seconds))} in all: sensitivity {duration(seconds[0])}, "
+            f"calibration {duration(seconds[1])}, verification {duration(seconds[2])}; "
+            f"{2 * model / 1e9:.1f} GB of memory, {model / 1e9:.1f} GB on disk at most"
+        )
+
+    def run(self) -> str:
+        """Go through all steps, and return the summary.
+
+        Raises:
+            OptionError: a budget that cannot be met.
+            RefusalError: what engines cannot load.
+            as the steps' own functions.
+        """
+        self._say(f"forecast: {self.forecast()}")
+        policy = self._policy()
+        codes = self._codes(policy)
+        self._checkpoint(policy.calibrated((codes,)) if codes else policy)
+        rows = self._verify()
+        text = self._summary(policy, rows)
+        write_text(self.out / "summary.md", text)
+        return text
+
+    def _policy(self) -> Policy:
+        file = self.out / "policy.toml"
+        if not file.is_file():
+            budget = Budget(self.wish.kind, self.wish.value)
+            request = Request(
+                budget, self.wish.schemes, self.wish.serve, timed=self.loaded.device.type == "cpu"
+            )
+            found = search(self.loaded, self._estimate, request, self._progress)
+            best = found.plans[0]
+            facts = {
+                "bits": best.bits,
+                "bytes": best.nbytes,
+                "bytes_dense": dense_plan(found.items).nbytes,
+                "predicted_kl": best.kl,
+                "predicted_se": best.kl_se,
+            }
+            write_text(self.out / "plan.json", json.dumps(facts, indent=2) + "\n")
+            about = f"fp4graph fit {self.wish.model}, {budget}"
+            write_policy(best.policy(found.tags), file, f"{budget}", about)
+        policy = Policy.read(read_mix(file)[0], Scheme())
+        self._say(f"policy: {file}: {policy}")
+        return policy
+
+    def _codes(self, policy: Policy) -> Calibration | None:
+        if not any(scheme.quantizer.needs_data for scheme in policy.schemes):
+            return None
+        file = self.out / "calibration.safetensors"
+        if file.is_file():
+            found = Calibration.load(file)
+        else:
+
+            def progress(done: int, total: int) -> None:
+                if done:
+                    self._progress.advance()
+                else:
+                    self._progress.start(total, "blocks")
+
+            found = fp4graph.calibrate(
+                self.loaded.model,
+                self._calibrate.ids.to(self.loaded.device).split(1),
+                policy,
+                out=file,
+                about={"model": self.wish.model, "corpus": self.wish.corpus},
+                progress=progress,
+            )
+        self._say(f"codes: {file}: {len(found.packed)} linears")
+        return found
+
+    def _checkpoint(self, policy: Policy) -> None:
+        out = self.out / "checkpoint"
+        if not out.is_dir():
+            folder = local_folder(self.wish.model)
+            inputs = None
+            if any(
+                s.activations == "same" and s.format.has_per_tensor_scale for s in policy.schemes
+            ):
+                seen = outliers(self.loaded, self._calibrate, lambda *_: None)
+                inputs = {row.path: row.input.max for row in seen.values()}
+
+            def card(policy: Policy, tags: Sequence[LinearTag]) -> str:
+                return f"# {self.wish.model}\n\nWhat runs how: `{policy}`. See `../summary.md`.\n"
+
+            export(
+                folder, checkpoint_skeleton(folder), policy, self.wish.to, out,
+                inputs=inputs, card=card,
+            )  # fmt: skip
+        size = sum(file.stat().st_size for file in out.iterdir())
+        self._say(f"checkpoint: {out}: {size / 1e6:.1f} MB")
+
+    def _verify(self) -> list[Row]:
+        """Return the rows of the checkpoint as it lies there, and of every uniform format."""
+        packed = load_packed(
+            str(self.out / "checkpoint"), next(self.loaded.model.parameters()).dtype,
+            self.loaded.device,
+        )  # fmt: skip
+        rows = ablate(
+            self.loaded,
+            self._measure,
+            "all",
+            self.wish.formats,
+            self.wish.activations,
+            out=self.out,
+            packed=packed,
+            corpus=self.wish.verify_corpus,
+            progress=self._progress,
+        )
+        return [row for row in rows if not row.is_dense]
+
+    def _summary(self, policy: Policy, rows: Sequence[Row]) -> str:
+        facts: dict[str, Any] = json.loads(read_text(self.out / "plan.json"))
+        ours = next(row for row in rows if row.name == "checkpoint")
+        dense, now = facts["bytes_dense"], facts["bytes"]
+        lines = [
+            f"# {self.wish.model} at {self.wish.value:g} {self.wish.kind}",
+            "",
+            f"- What was chosen: `{policy.text}`.",
+            f"- What it saves: block linears take {now / 1e6:.1f} MB instead of "
+            f"{dense / 1e6:.1f} MB in 16 bits, {facts['bits']:.3f} bits a weight.",
+            f"- What it costs: {nats(ours.kl)} KL a token (+- {nats(ours.kl_se or 0)}), measured "
+            f"on {self.wish.verify_corpus} with the checkpoint as it lies there; "
+            f"{1 - ours.top1:.1%} of tokens have another first choice.",
+            f"- How sure that is: +- is the standard error between {len(self._measure.ids)} "
+            f"windows; {nats(facts['predicted_kl'])} were predicted for codes to nearest.",
+        ]
+        lines += [f"- {_beside(ours, row)}." for row in rows if row is not ours]
+        if self.wish.serve is not None:
+            _, verdicts = check(self.out / "checkpoint", (self.wish.serve,))
+            for each in verdicts:
+                said = "loads it as it is" if each.loads else f"does not load it: {each.why}"
+                lines.append(
+                    f"- {each.engine} {each.rules} {said}, by its own rules; not run here."
+                )
+        return "\n".join([*lines, "", *self._commands()]) + "\n"
+
+    def _commands(self) -> list[str]:
+        wish, out = self.wish, self.out
+        serve = f" --serve {wish.serve}" if wish.serve else ""
+        formats = ",".join(wish.formats)
+        return [
+            "The commands that this stands for:",
+            "",
+            f"    fp4graph policy {wish.model} --{wish.kind} {wish.value:g} --format {formats}"
+            f"{serve} --out {out}/policy.toml",
+            f"    fp4graph calibrate {wish.model} --mix {out}/policy.toml "
+            f"--out {out}/calibration.safetensors",
+            f"    fp4graph export {wish.model} --policy {out}/policy.toml "
+            f"--calibration {out}/calibration.safetensors --to {wish.to} --out {out}/checkpoint",
+            f"    fp4graph ablate {out}/checkpoint --dense {wish.model} "
+            f"--corpus {wish.verify_corpus} --out {out}",
+            f"    fp4graph check-serve {out}/checkpoint",
+        ]
+
+
+def _beside(ours: Row, row: Row) -> str:
+    error = ((ours.kl_se or 0) ** 2 + (row.kl_se or 0) ** 2) ** 0.5
+    share = ours.kl / row.kl if row.kl else float("inf")
+    bits = 8 * get_format(row.format or "nvfp4").packed_bytes(1, 1 << 20) / (1 << 20)
+    kept = (
+        f"Beside it, all block linears in {row.format} to nearest, {bits:.2f} bits: "
+        f"{nats(row.kl)} (+- {nats(row.kl_se or 0)})"
+    )
+    if abs(row.kl - ours.kl) < _ERRORS * error:
+        return f"{kept}, which is no different by two errors"
+    return f"{kept}; this costs {share:.2f} of it"
