@@ -69,7 +69,7 @@ def times(
     known = _known(file)
     found: Timed = {}
     for shape in dict.fromkeys(shapes):
-        keys = {scheme: _key(shape, scheme, rows, dtype) for scheme in schemes}
+        keys = {scheme: _key(shape, scheme, rows, dtype, where) for scheme in schemes}
         if not all(key in known for key in keys.values()):
             measured = _measure(shape, schemes, rows, dtype, where)
             known |= {keys[scheme]: us for scheme, us in measured.items()}
@@ -96,9 +96,19 @@ def _known(file: Path) -> dict[str, float]:
     return {}
 
 
-def _key(shape: Shape, scheme: Scheme | None, rows: int, dtype: torch.dtype) -> str:
-    how = "dense" if scheme is None else f"{scheme.format} {scheme.activations} @{scheme.rotation}"
+def _key(
+    shape: Shape, scheme: Scheme | None, rows: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    how = "dense"
+    if scheme is not None:
+        kernel = choose(_problem(shape, scheme, dtype, device), scheme.kernel)
+        how = f"{scheme.format} {scheme.activations} @{scheme.rotation} {kernel.name}"
     return f"{shape[0]}x{shape[1]} {rows} {dtype} {how}"
+
+
+def _problem(shape: Shape, scheme: Scheme, dtype: torch.dtype, device: torch.device) -> Problem:
+    int8 = scheme.activations is Activations.INT8
+    return Problem(*shape, scheme.format, dtype, target_of(device), int8=int8)
 
 
 def _measure(
@@ -138,11 +148,9 @@ def _calls(w_NK: Tensor, x_MK: Tensor, scheme: Scheme | None) -> list[Callable[[
         dense = w_NK.to(x_MK.dtype)
         return [_dense_call(x_MK, dense.clone()) for _ in range(_copies(dense.nbytes))]
     packed = quantize(w_NK, scheme.format, RTN)
-    int8 = scheme.activations is Activations.INT8
-    target = target_of(w_NK.device)
-    problem = Problem(*packed.shape, scheme.format, x_MK.dtype, target, int8=int8)
+    problem = _problem(packed.shape, scheme, x_MK.dtype, w_NK.device)
     kernel = choose(problem, scheme.kernel)
-    op = (kernel.int8_ops if int8 else kernel.ops)[scheme.format.base]
+    op = (kernel.int8_ops if problem.int8 else kernel.ops)[scheme.format.base]
     before = None
     if scheme.activations is Activations.SAME:
         rounding, format = fake_quantize_op(scheme.format), scheme.format.name
