@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from fp4graph import TracedModel
     from fp4graph.budget.damage import Damage
     from fp4graph.budget.plan import Plan
     from fp4graph.linears.tags import LinearTag
@@ -196,9 +195,10 @@ def search(loaded: LoadedModel, windows: Windows, request: Request, progress: Pr
         settings = measured(results, loaded.revision(), tags)
         results.close()
     scores = _scores(scored, schemes, tags)
-    able = _able(scored.traced, schemes, tags)
+    left_out = _left_out(scored, schemes)
+    able = {tag for tag in tags if _ALL.picks(tag) and tag.fqn not in left_out}
     costs: dict[Scheme, dict[LinearTag, Damage]] = {}
-    notes = []
+    notes = [_left(left_out)] if left_out else []
     for scheme in schemes:
         mine = [tag for tag in tags if tag in able]
         costs[scheme], said = damages(scheme, mine, settings, scored.rows)
@@ -237,15 +237,18 @@ def _scores(
     }
 
 
-def _able(
-    traced: TracedModel, schemes: Sequence[Scheme], tags: Sequence[LinearTag]
-) -> set[LinearTag]:
-    """Return the block linears that can be rewritten in every scheme."""
-    found = {tag for tag in tags if _ALL.picks(tag)}
+def _left_out(scored: Sensitivity, schemes: Sequence[Scheme]) -> dict[str, str]:
+    """Return the paths of block linears that stay dense whatever the budget, and why."""
+    found = dict.fromkeys(scored.left_out, "its weight or its damage cannot be told from a run")
     for scheme in schemes:
-        refused = {row.path for row in traced.plan(Policy(((_ALL, scheme),))).refused}
-        found = {tag for tag in found if tag.fqn not in refused}
+        report = scored.traced.plan(Policy(((_ALL, scheme),)))
+        found |= {row.path: row.reason for row in report.refused}
     return found
+
+
+def _left(left_out: Mapping[str, str]) -> str:
+    path, why = next(iter(left_out.items()))
+    return f"{len(left_out)} linears stay dense and are not counted, such as {path}: {why}"
 
 
 def _groups(

@@ -46,7 +46,7 @@ def rivals(items: Sequence[Item], budget: Budget, scores: Scores) -> list[Plan]:
     found = [uniform(scheme, items, f"uniform {scheme}") for scheme in schemes]
     found += _by_hand(items, budget, schemes)
     found.append(_greedy(items, budget))
-    for name, score in (("HIGGS", _higgs), ("Fisher", _fisher), ("output error", _output)):
+    for name, score in SCORES.items():
         found += solve(items, budget, aim=_aim(scores, score), name=name)
     generator = random.Random(0)
     found += [_random(items, budget, generator, f"random {n + 1}") for n in range(RANDOM)]
@@ -59,12 +59,12 @@ def _higgs(tag: LinearTag, row: SensitivityRow) -> float:
     return row.weight_error * math.log(tag.parameters + 1) * depth * _HIGGS.get(group, 1.0)
 
 
-def _fisher(tag: LinearTag, row: SensitivityRow) -> float:
-    return row.fisher
-
-
-def _output(tag: LinearTag, row: SensitivityRow) -> float:
-    return row.output_error
+SCORES: dict[str, Callable[[LinearTag, SensitivityRow], float]] = {
+    "HIGGS": _higgs,
+    "Fisher": lambda _, row: row.fisher,
+    "output error": lambda _, row: row.output_error,
+}
+"""What other tools choose by, see `rivals`."""
 
 
 def _aim(

@@ -15,6 +15,7 @@ from fp4graph.budget.rivals import rivals
 from fp4graph.budget.solve import solve
 from fp4graph.study import Table, ablate
 from fp4graph.study.plot_style import COLORS, MARKERS, save, title_over
+from fp4graph.study.trial import DENSE, Trial
 from fp4graph.study.verdicts import nats as in_nats
 from fp4graph.tables import Column, TextTable, digits_for, nats
 
@@ -99,7 +100,7 @@ def compare(
     measured: dict[Schemes, Row] = {}
     if windows is not None:
         plans += rivals(found.items, _same_size(found), found.scores)
-        distinct = {plan.schemes: plan for plan in reversed(plans)}
+        distinct = {plan.schemes: plan for plan in reversed(plans) if any(plan.schemes)}
         policies = {key: plan.policy(found.tags) for key, plan in distinct.items()}
         ready = [each.calibrated(calibrations) for each in policies.values()]
         rows = ablate(
@@ -111,10 +112,11 @@ def compare(
             corpus=corpus,
             progress=progress,
         )
-        by_text = {row.selector + str(row.format): row for row in rows if not row.is_dense}
+        by_way = {tuple(getattr(row, key) for key in DENSE.facts): row for row in rows}
         for key, policy in zip(policies, ready, strict=True):
-            formats = ",".join(dict.fromkeys(str(way.format) for way in policy.schemes))
-            measured[key] = by_text[policy.text + formats]
+            measured[key] = by_way[tuple(Trial(policy).facts.values())]
+        dense = next(row for row in rows if row.is_dense)
+        measured |= {plan.schemes: dense for plan in plans if not any(plan.schemes)}
     table = [_row(plan, measured, found.tags) for plan in plans]
     return Table(
         table,
@@ -217,10 +219,10 @@ def _verdict(rows: Sequence[PlanRow], found: Search) -> list[str]:
         if group:
             rival = min(group, key=lambda row: row.measured_kl or 0.0)
             said.append(_against(best, rival, f"the {name}, {rival.plan}"))
-    off = best.predicted_kl / best.measured_kl - 1 if best.measured_kl else 0.0
-    said.append(
-        f"the prediction is {abs(off):.0%} {'above' if off > 0 else 'below'} what was measured"
-    )
+    if best.measured_kl:
+        off = best.predicted_kl / best.measured_kl - 1
+        side = "above" if off > 0 else "below"
+        said.append(f"the prediction is {abs(off):.0%} {side} what was measured")
     return said
 
 

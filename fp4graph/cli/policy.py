@@ -68,8 +68,8 @@ def budget_options(command: Any) -> Any:
 @click.option("--serve", type=click.Choice(["vllm", "sglang"]),
               help="Linears that this engine computes as one run in one way.")  # fmt: skip
 @click.option("--store", type=click.Path(path_type=Path),
-              help="Results of `ablate`: what was measured stands in place of estimates.  "
-              "[default: fp4graph-out/MODEL if it is there]")  # fmt: skip
+              help="Results of `ablate`, which stand in place of estimates; what is measured here "
+              "gathers there.  [default: fp4graph-out/MODEL]")  # fmt: skip
 @click.option("--calibration", "calibrations", multiple=True,
               type=click.Path(path_type=Path, dir_okay=False),
               help="Codes that `fp4graph calibrate` found, to verify with.")  # fmt: skip
@@ -135,7 +135,7 @@ def policy_command(
     budget = Budget.of(bits=bits, bytes=bytes, ms=ms, speedup=speedup, kl=kl)
     schemes = schemes_for(format, quantizer, activations)
     codes = read_calibrations(calibrations)
-    model, store = _model_and_store(target, store)
+    model, out_of, store = _model_and_store(target, store)
     if verify and verify_corpus == corpus:
         raise OptionError(f"--verify-corpus {corpus}: damage is estimated on that text")
     check_trained(model)
@@ -149,7 +149,7 @@ def policy_command(
     with progress_shown() as progress:
         found = search(loaded, windows, request, progress)
         table = compare(
-            found, loaded, held_out, calibrations=codes, out=store, corpus=verify_corpus,
+            found, loaded, held_out, calibrations=codes, out=out_of, corpus=verify_corpus,
             title=f"{loaded.name}, {budget}, {short(verify_corpus if verify else corpus)}",
             progress=progress,
         )  # fmt: skip
@@ -168,20 +168,23 @@ def policy_command(
         stderr.print(f"the plan: {out}", markup=False)
 
 
-def _model_and_store(target: str, store: Path | None) -> tuple[str, Path | None]:
-    """Return the model and the results that a name means.
+def _model_and_store(target: str, store: Path | None) -> tuple[str, Path, Path | None]:
+    """Return the model that a name means, where its results go, and where there are some.
 
     Raises:
         OptionError: a folder of results, and another one beside it.
-        StudyError: results that do not say what model they are of.
+        StudyError: there are no results in `store`, or they do not say what model they are of.
     """
     from fp4graph.errors import StudyError
     from fp4graph.study.results import STORE, open_results
 
     folder = Path(target)
     if not (folder / STORE).is_file():
+        if store is not None:
+            open_results(store).close()
+            return target, store, store
         usual = Path("fp4graph-out") / folder.name
-        return target, store or (usual if (usual / STORE).is_file() else None)
+        return target, usual, usual if (usual / STORE).is_file() else None
     if store is not None:
         raise OptionError(f"{target} has results itself: give the model, or no --store")
     results = open_results(folder)
@@ -189,4 +192,4 @@ def _model_and_store(target: str, store: Path | None) -> tuple[str, Path | None]
     results.close()
     if not names:
         raise StudyError(f"{target} does not say which model it is of: give MODEL --store {target}")
-    return names[-1], folder
+    return names[-1], folder, folder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,7 +13,7 @@ from support.models import tiny, tokens
 from support.trials import row
 
 import fp4graph
-from fp4graph import OptionError, Policy, Scheme, StudyError, study
+from fp4graph import OptionError, Policy, Report, Scheme, StudyError, TracedModel, study
 from fp4graph.budget import times as timing
 from fp4graph.budget.damage import damages
 from fp4graph.budget.file import write_policy
@@ -190,7 +191,8 @@ def test_a_quantizer_that_needs_data_is_told_from_rounding_to_nearest() -> None:
         damages(gptq, TAGS, [], [])
 
 
-def test_the_command(folder_of: Any, tmp_path: Path) -> None:
+def test_the_command(folder_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     folder, out = folder_of("llama"), tmp_path / "p.toml"
     sizes = ("--tokens", "128", "--seq-len", "16", "--verify-tokens", "128", "--verify", "1")
     arguments = ["policy", str(folder), "--bits", "6", *sizes, "--out", str(out), "--json"]
@@ -199,6 +201,9 @@ def test_the_command(folder_of: Any, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     keys = "plan bits bytes ms predicted_kl predicted_se measured_kl kl_se regret select"
     assert list(rows[0]) == keys.split()
+    again = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert "kept of" in again.stderr or "nothing to run" in again.stderr
+    assert again.stdout == result.stdout
     select, _ = read_mix(out)
     assert Policy.of(select, Scheme.of()) == Policy.of(rows[0]["select"], Scheme.of())
     for wrong, message in (
@@ -221,3 +226,36 @@ def test_results_say_which_model_they_are_of(tmp_path: Path, folder_of: Any) -> 
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert "plan 1" in result.output
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt2", "mixtral"])
+def test_fused_weights_and_budgets_that_leave_all_dense(family: str) -> None:
+    other = LoadedModel(family, tiny(family).requires_grad_(False).eval(), None)
+    for bits in (6.0, 16.0):
+        request = Request(
+            Budget("bits", bits), schemes_for(("nvfp4", "fp8"), ("rtn",), "none"), "vllm"
+        )
+        result = search(other, Windows(IDS, 1), request, SILENT)
+        best = compare(result, other, Windows(OTHER, 1), progress=SILENT)[0]
+        policy = result.plans[0].policy(result.tags)
+        for item, choice in zip(result.items, result.plans[0].chosen, strict=True):
+            assert all(policy.decide(tag).scheme == choice.scheme for tag in item.tags)
+        assert best.bits <= bits
+        assert (best.measured_kl == 0.0) == (bits == 16.0)
+
+
+def test_linears_that_cannot_run_are_named(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(traced: TracedModel, policy: Policy) -> Report:
+        report = plan(traced, policy)
+        refused = [row for row in report if "up_proj" in row.path]
+        report.include(replace(row, selected=False, reason="refused: why") for row in refused)
+        return report
+
+    plan = TracedModel.plan
+    monkeypatch.setattr(TracedModel, "plan", refuses)
+    result = found(model, Budget("bits", 6.0))
+    assert len(result.items) == 12
+    assert result.notes[0].startswith("2 linears stay dense and are not counted, such as ")
+    assert result.notes[0].endswith("up_proj: refused: why")

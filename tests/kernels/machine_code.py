@@ -21,7 +21,7 @@ import torch
 from kernels.offline import Catch, Facts, Launch, facts
 
 import fp4graph
-from fp4graph.formats import FP4_FORMATS
+from fp4graph.formats import FORMATS, FP4_FORMATS
 from fp4graph.kernels import Target, parse_target
 from fp4graph.kernels.triton import launch, layout, tiles
 from fp4graph.kernels.triton.mma import launch as mma
@@ -40,14 +40,13 @@ _MATRIX = r"mma\.sync\.aligned|wgmma\.mma_async|tcgen05\.mma|v_mfma"
 def launches(target: Target) -> Iterator[tuple[str, str, Launch]]:
     """Yield (name, dtype, launch) of each different launch of a few linears."""
     seen = set()
-    for base, format in FP4_FORMATS.items():
+    for base, format in FORMATS.items():
         for dtype in (torch.bfloat16, torch.float16):
             for n, k in _ROWS:
+                qdata, scale = format.shapes(n, k)
                 packed = fp4graph.PackedWeight(
-                    torch.zeros(n, k // 2, dtype=torch.uint8),
-                    torch.zeros(n, k // format.block_size, dtype=torch.uint8).view(
-                        format.scale_codec.dtype
-                    ),
+                    torch.zeros(qdata, dtype=torch.uint8),
+                    torch.zeros(scale).to(format.scale_codec.dtype),
                     torch.ones(()) if format.has_per_tensor_scale else None,
                     (n, k),
                     format,
@@ -69,21 +68,29 @@ def launches(target: Target) -> Iterator[tuple[str, str, Launch]]:
 
 def _caught(packed: fp4graph.PackedWeight, dtype: torch.dtype, target: Target) -> Iterator[Launch]:
     plain = layout.pack(packed)
-    order = fragment_layout.order_of(dtype, target)
-    blocks = tuple(-(-size // by) for size, by in zip(packed.shape, (64, 128), strict=True))
-    record = 1024 + 2048 // packed.format.block_size
-    stream = torch.zeros((*blocks, record), dtype=torch.int32)
     for rows in _ROWS[packed.shape]:
         catch = Catch()
         x = torch.zeros(rows, packed.shape[1], dtype=dtype)
         programs = tiles.programs(target)
         if rows != 32 and dtype == torch.bfloat16:  # the others are like these
             launch.linear(x, *plain, None, packed.format, programs=programs, run=catch)
-        if target.backend == "cuda":
-            mma.linear(
-                x, stream, plain[2], None, order, packed.format.block_size, target, run=catch
-            )
+        if target.backend == "cuda" and packed.format.base in FP4_FORMATS:
+            _multiply(packed, plain[2], x, target, catch)
         yield from catch.launches
+
+
+def _multiply(
+    packed: fp4graph.PackedWeight,
+    row_scale: torch.Tensor,
+    x: torch.Tensor,
+    target: Target,
+    run: Any,
+) -> None:
+    order = fragment_layout.order_of(x.dtype, target)
+    blocks = tuple(-(-size // by) for size, by in zip(packed.shape, (64, 128), strict=True))
+    record = 1024 + 2048 // packed.format.block_size
+    stream = torch.zeros((*blocks, record), dtype=torch.int32)
+    mma.linear(x, stream, row_scale, None, order, packed.format.block_size, target, run=run)
 
 
 def report(name: str, half: str, each: Launch, target: Target) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fp4graph.formats import FP4_FORMATS
+from fp4graph.formats import FORMATS, FP4_FORMATS
 from fp4graph.kernels import Target
 from fp4graph.kernels.triton import mma, ops
 
@@ -22,10 +22,11 @@ def run_triton_ops_on_cpu() -> torch.library.Library | None:
     if importlib.util.find_spec("triton") is None:
         return None
     library = torch.library.Library("fp4graph", "IMPL")
-    for base, format in FP4_FORMATS.items():
+    for base, format in FORMATS.items():
         portable = ops.body(format, run=stand_in(STAND_IN))
-        fast = mma.ops.body(format, STAND_IN, run=stand_in(STAND_IN))
         library.impl(f"triton_{base}", portable, "CPU")
+    for base, format in FP4_FORMATS.items():
+        fast = mma.ops.body(format, STAND_IN, run=stand_in(STAND_IN))
         library.impl(f"triton_fragments_{base}", fast, "CPU")
     return library
 

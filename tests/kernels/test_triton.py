@@ -8,7 +8,7 @@ from support.closer import relative_l2
 from torch.nn.functional import linear
 
 import fp4graph
-from fp4graph.formats import FP4_FORMATS
+from fp4graph.formats import FORMATS, FP4_FORMATS, FP8
 from fp4graph.kernels.triton import layout, tiles
 from fp4graph.kernels.triton.tiles import Tile
 
@@ -56,7 +56,7 @@ def run(
     )
 
 
-@pytest.mark.parametrize("name", FP4_FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("m, n, k", SHAPES)
@@ -104,7 +104,7 @@ def test_nan_scales_make_their_row_nan_and_spread_no_further(name: str) -> None:
     assert y[:, [0, 1, 2, *range(4, 20)]].isfinite().all()
 
 
-@pytest.mark.parametrize("name", FP4_FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_groups_of_very_different_size_in_one_row(name: str) -> None:
     w = torch.randn(8, 128) * torch.logspace(-12, 2, 128)
     packed = fp4graph.quantize(w, name)
@@ -113,7 +113,7 @@ def test_groups_of_very_different_size_in_one_row(name: str) -> None:
     assert relative_l2(run(x, packed, None, TILES["gemm"], torch.float32), exact) < 1e-6
 
 
-@pytest.mark.parametrize("name", FP4_FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_many_rows_are_the_reference_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     packed = fp4graph.quantize(torch.randn(40, 200) * torch.logspace(-2, 7, 200), name)
@@ -131,6 +131,21 @@ def test_empty_and_many_dimensional_inputs() -> None:
         if y.numel():
             exact = linear(x.double(), packed.dequantize(torch.float64))
             assert relative_l2(y, exact) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("tile", ["gemm", "gemv"])
+def test_every_code_of_fp8(dtype: torch.dtype, tile: str) -> None:
+    codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
+    scale = torch.tensor([[0.25], [3e-5], [7e8]])
+    packed = fp4graph.PackedWeight(codes.expand(3, -1).clone(), scale, None, (3, len(codes)), FP8)
+    rows = torch.eye(len(codes), dtype=dtype)[::29]
+    y = run(rows, packed, None, TILES[tile], torch.float32).T
+    assert torch.equal(y, packed.dequantize()[:, ::29])
+    packed.qdata[1, 7] = 0xFF
+    y = run(rows, packed, None, TILES[tile], torch.float32)
+    assert y[:, 1].isnan().all()
+    assert y[:, [0, 2]].isfinite().all()
 
 
 def test_packing_is_a_view_of_the_packed_weight() -> None:

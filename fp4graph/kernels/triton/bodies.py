@@ -2,7 +2,8 @@
 
 Codes become float32 by way of float16: the three magnitude bits stand where float16's exponent
 ends, so the number is 2^-14 of the value, exact down to the subnormal 0.5. No float8 casts: E4M3 is
-read as the float16 of the same bits, one place lower, which is 2^-8 of it.
+read as the float16 of the same bits, one place lower, which is 2^-8 of it. G, the values that share
+a scale, is 0 for FP8, whose scale is the row's.
 """
 
 # Triton compiles these by their source, and takes no annotation but tl.constexpr.
@@ -35,18 +36,32 @@ def decode_scales(s, row_scale, E4M3: tl.constexpr):
 
 
 @triton.jit
+def decode_fp8(q):
+    """Codes of FP8 -> float32, 2^-8 of the values."""
+    wide = q.to(tl.uint16)
+    half = ((wide & 127) << 7) | ((wide & 128) << 8)
+    return half.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def load_weights(qdata, scale, row_scale, rows, k0, N, Kp, E4M3: tl.constexpr, G: tl.constexpr,
                  BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """Columns k0 to k0 + BK of BN rows, without the rows' own scale: float32 [BN, BK]."""
-    byte = k0 // 2 + tl.arange(0, BK // 2)
-    group = k0 // G + tl.arange(0, BK // G)
     inside = rows[:, None] < N
-    q = tl.load(qdata + rows[:, None] * (Kp // 2) + byte[None, :],
-                mask=inside & (byte[None, :] < Kp // 2), other=0)  # fmt: skip
-    s = tl.load(scale + rows[:, None] * (Kp // G) + group[None, :],
-                mask=inside & (group[None, :] < Kp // G), other=0)  # fmt: skip
-    factor = decode_scales(s, row_scale, E4M3)
-    return (decode_codes(q).reshape(BN, BK // G, G) * factor[:, :, None]).reshape(BN, BK)
+    if G == 0:
+        column = k0 + tl.arange(0, BK)
+        w = decode_fp8(tl.load(qdata + rows[:, None] * Kp + column[None, :],
+                               mask=inside & (column[None, :] < Kp), other=0))  # fmt: skip
+    else:
+        byte = k0 // 2 + tl.arange(0, BK // 2)
+        group = k0 // G + tl.arange(0, BK // G)
+        q = tl.load(qdata + rows[:, None] * (Kp // 2) + byte[None, :],
+                    mask=inside & (byte[None, :] < Kp // 2), other=0)  # fmt: skip
+        s = tl.load(scale + rows[:, None] * (Kp // G) + group[None, :],
+                    mask=inside & (group[None, :] < Kp // G), other=0)  # fmt: skip
+        factor = decode_scales(s, row_scale, E4M3)
+        w = (decode_codes(q).reshape(BN, BK // G, G) * factor[:, :, None]).reshape(BN, BK)
+    return w
 
 
 @triton.jit

@@ -40,8 +40,8 @@ def linear(
 
     Args:
         x: [..., K] bfloat16 or float16.
-        qdata: uint8 [N, Kp/2]; this and the next two are from `layout.pack`.
-        scale: uint8 [N, Kp/B].
+        qdata: uint8 [N, Kp/2], of FP8 [N, K]; this and the next two are from `layout.pack`.
+        scale: uint8 [N, Kp/B]; of FP8 it is not read.
         row_scale: float32 [N].
         bias: [N] in the dtype of x, or None.
         format: of the weight.
@@ -55,7 +55,7 @@ def linear(
     """
     rows = as_matrix(x)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    (M, K), N, Kp = rows.shape, len(row_scale), qdata.shape[1] * 2
+    (M, K), N, Kp = rows.shape, len(row_scale), qdata.shape[1] * 8 // format.bits
     y = torch.empty((*x.shape[:-1], N), dtype=dtype or x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -118,7 +118,7 @@ def dequantize(
     w = torch.empty((N, in_features), dtype=dtype, device=qdata.device)
     if w.numel():
         run(bodies.dequantize)[(-(-N // rows), -(-in_features // columns))](
-            w, qdata, scale, row_scale, N, in_features, qdata.shape[1] * 2,
+            w, qdata, scale, row_scale, N, in_features, qdata.shape[1] * 8 // format.bits,
             E4M3=format.has_per_tensor_scale, G=format.block_size,
             LARGEST=torch.finfo(dtype).max, BN=rows, BK=columns,
         )  # fmt: skip

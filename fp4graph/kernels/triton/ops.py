@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fp4graph.formats import FP4_FORMATS, BlockFormat
+from fp4graph.formats import FORMATS, BlockFormat
 from fp4graph.kernels.contract import Kernel, Plan, Problem
 from fp4graph.kernels.target import target_of
 from fp4graph.kernels.triton import layout, tiles
@@ -76,7 +76,7 @@ TRITON = Kernel(
     name="triton",
     ops={
         base: define(f"triton_{base}", "qdata scale", body(format))
-        for base, format in FP4_FORMATS.items()
+        for base, format in FORMATS.items()
     },
     prepack=lambda packed, _: layout.pack(packed),
     dtypes=DTYPES,
