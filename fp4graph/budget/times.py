@@ -2,12 +2,14 @@
 
 Protocol: each variant owns copies of one weight that together outgrow the caches, and takes the
 next copy at each call, as a model's layers do. Rounds run every variant of a shape once, in an
-order that rotates; the median over rounds counts.
+order that rotates; the median over rounds counts. Where a median is far above the least, the
+machine was busy: such times are used, with a warning, and not kept.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import statistics
 import time
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 _POOL_BYTES = 128e6
 _MOST_COPIES = 512
+_BUSY = 1.5  # times the least
+_LOG = logging.getLogger("fp4graph.budget")
 _ROUNDS = 9
 
 
@@ -50,7 +54,8 @@ def times(
 ) -> Timed:
     """Return the microseconds of a linear, for each shape and scheme.
 
-    What was timed before on this machine, with these versions and as many threads, is read.
+    What was timed before on this machine, with these versions and as many threads, is read. A
+    warning says where the machine was busy meanwhile.
 
     Args:
         shapes: (N, K) of weights.
@@ -71,15 +76,22 @@ def times(
     for shape in dict.fromkeys(shapes):
         keys = {scheme: _key(shape, scheme, rows, dtype, where) for scheme in schemes}
         if not all(key in known for key in keys.values()):
-            measured = _measure(shape, schemes, rows, dtype, where)
+            measured, quiet = _measure(shape, schemes, rows, dtype, where)
             known |= {keys[scheme]: us for scheme, us in measured.items()}
-            try:
-                write_text(file, json.dumps(known, indent=0) + "\n")
-            except OSError as error:
-                raise StudyError(f"cannot write {file}: {error}") from None
+            if quiet:
+                _keep(file, {keys[scheme]: us for scheme, us in measured.items()})
+            else:
+                _LOG.warning("the machine was busy while %s was timed: not kept", shape)
         found |= {(shape, scheme): known[key] for scheme, key in keys.items()}
         progress()
     return found
+
+
+def _keep(file: Path, more: dict[str, float]) -> None:
+    try:
+        write_text(file, json.dumps(_known(file) | more, indent=0) + "\n")
+    except OSError as error:
+        raise StudyError(f"cannot write {file}: {error}") from None
 
 
 def _file(device: torch.device) -> Path:
@@ -117,7 +129,8 @@ def _measure(
     rows: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> dict[Scheme | None, float]:
+) -> tuple[dict[Scheme | None, float], bool]:
+    """Return the median time of each scheme, and whether they all are near the least."""
     torch.manual_seed(0)
     w_NK = torch.randn(shape, device=device) / math.sqrt(shape[1])
     x_MK = torch.randn(rows, shape[1], device=device).to(dtype)
@@ -134,7 +147,9 @@ def _measure(
                     call()
                 _wait(device)
                 taken[scheme].append((time.perf_counter() - start) / len(calls[scheme]) * 1e6)
-    return {scheme: statistics.median(each[1:]) for scheme, each in taken.items()}
+    medians = {scheme: statistics.median(each[1:]) for scheme, each in taken.items()}
+    quiet = all(medians[scheme] < _BUSY * min(each) for scheme, each in taken.items())
+    return medians, quiet
 
 
 def _wait(device: torch.device) -> None:

@@ -93,6 +93,7 @@ def test_an_engine_s_sets_run_in_one_way(model: LoadedModel) -> None:
 
 
 def test_times_are_measured_once(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "_BUSY", 1e9)
     first = found(model, Budget("speedup", 1.01), timed=True)
     dense = sum(choice.us or 0.0 for choice in (item.choices[0] for item in first.items))
     assert 0 < first.plans[0].us <= dense / 1.01
@@ -101,6 +102,18 @@ def test_times_are_measured_once(model: LoadedModel, monkeypatch: pytest.MonkeyP
     assert [item.choices[1].us for item in again.items] == [
         item.choices[1].us for item in first.items
     ]
+
+
+def test_times_of_a_busy_machine_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scheme, answers = SCHEMES[0], [({SCHEMES[0]: 9.0}, False), ({SCHEMES[0]: 3.0}, True)]
+    monkeypatch.setattr(timing, "_measure", lambda *_: answers.pop(0))
+    assert timing.times([(16, 32)], [scheme]) == {((16, 32), scheme): 9.0}
+    assert "the machine was busy while (16, 32) was timed" in caplog.text
+    for _ in range(2):
+        assert timing.times([(16, 32)], [scheme]) == {((16, 32), scheme): 3.0}
+    assert not answers
 
 
 def test_plans_are_measured_beside_what_they_have_to_beat(

@@ -100,6 +100,10 @@ def study(folder: Path, out: Path) -> dict[str, Callable[[], tuple[str, ...]]]:
         "ablate --plan grid": lambda: ("ablate", model, "--plan", "grid", *TEXT, "--out", results),
         "show": lambda: ("show", results),
         "sensitivity": lambda: ("sensitivity", model, *TEXT, "--against", results),
+        "policy": lambda: (
+            "policy", model, "--bits", "6", *TEXT, "--verify", "1", "--verify-tokens", "64",
+            "--store", results,
+        ),
         "outliers": lambda: ("outliers", model, *TEXT, "--against", results),
         "additivity": lambda: ("additivity", model, results),
         "latency": lambda: (
