@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from fp4graph.checkpoints.shards import INDEX
 from fp4graph.errors import ModelError, RefusalError
 from fp4graph.files import write_text
 from fp4graph.formats import FORMATS
+from fp4graph.formats.minifloat import E4M3
 from fp4graph.linears.tags import Role
 from fp4graph.memory import give_back_memory, let_go
 from fp4graph.packed.packing import pack
@@ -242,14 +244,20 @@ def _split(whole: PackedWeight, rows: Sequence[int]) -> list[PackedWeight]:
 
 
 def _one_scale(packed: Sequence[PackedWeight]) -> list[PackedWeight]:
-    """Return weights under one per-tensor scale, the largest; block scales and codes are new.
+    """Return weights under one per-tensor scale, the largest; codes stay as they are.
 
-    The scales of blocks are rounded under the new one, and codes to the nearest values under them.
+    The scales of blocks are rounded under the new one: codes that were found with data would lose
+    what they make up for if they were rounded anew.
     """
     tops = [each.per_tensor_scale for each in packed]
     first = tops[0]
     if first is None or all(top is not None and torch.equal(top, first) for top in tops):
         return list(packed)
-    format = packed[0].format
-    whole = torch.cat([each.dequantize() for each in packed])
-    return _split(format.quantize(whole), [each.shape[0] for each in packed])
+    known = [top for top in tops if top is not None]
+    shared = torch.stack(known).amax()
+    found = []
+    for each in packed:
+        factor = each.format.scale_codec.decode(each.scale_codes, each.per_tensor_scale)
+        scale = E4M3.encode((factor / shared).clamp(min=E4M3.smallest)).view(each.scale.dtype)
+        found.append(replace(each, scale=scale, per_tensor_scale=shared))
+    return found
