@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 QUANTIZERS = ("gptq:weighted-scale-search", "gptq")
 """What codes are found with: the first that a format has, and that engines need not know of."""
 _ERRORS = 2.0
-# Runs of the dense model over as many tokens that a step takes, measured on SmolLM2-135M, 2 CPUs.
+# Runs of the dense model over as many tokens that a step takes: guesses, for the forecast alone.
 _SENSITIVITY, _CALIBRATION, _TRIAL = 30.0, 10.0, 1.5
 
 
@@ -135,7 +135,9 @@ class Fit:
 
     def _check_folder(self) -> None:
         file = self.out / "fit.json"
-        mine = json.loads(json.dumps({**asdict(self.wish), "revision": self.loaded.revision()}))
+        texts = [each.digest() for each in (self._estimate, self._calibrate, self._measure)]
+        about = {**asdict(self.wish), "revision": self.loaded.revision(), "texts": texts}
+        mine = json.loads(json.dumps(about))
         if file.is_file():
             known = json.loads(read_text(file))
             other = sorted(key for key in mine if known.get(key) != mine[key])

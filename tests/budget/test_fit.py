@@ -84,6 +84,9 @@ def test_a_run_that_was_stopped_goes_on(
     other = fit(folder, out, "--format", "nvfp4,mxfp4")
     assert other.exit_code == 2
     assert "is of another wish (formats ['nvfp4', 'fp8'])" in other.output
+    longer = fit(folder, out, "--samples", "5")
+    assert longer.exit_code == 2
+    assert "is of another wish (texts " in longer.output
 
 
 def test_what_cannot_be_is_said_at_once(folder_of: Any, tmp_path: Path) -> None:
