@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,20 +17,18 @@ import fp4graph
 from fp4graph import (
     Calibration,
     ModelError,
-    OptionError,
     Policy,
     Scheme,
     StudyError,
     get_format,
 )
 from fp4graph.budget.file import write_policy
-from fp4graph.budget.find import Request, search
+from fp4graph.budget.find import Request, schemes_for, search
 from fp4graph.budget.plan import Budget, dense_plan
 from fp4graph.checkpoints.export import export
 from fp4graph.files import read_text, write_text
 from fp4graph.loading import load_packed
 from fp4graph.models import local_folder
-from fp4graph.quantizers import Quantizer
 from fp4graph.serve.check import check
 from fp4graph.skeleton import checkpoint_skeleton
 from fp4graph.study import ablate
@@ -50,7 +48,7 @@ if TYPE_CHECKING:
     from fp4graph.study.trial import Row
 
 QUANTIZERS = ("gptq:weighted-scale-search", "gptq")
-"""What codes are found with: the first that a format has, and that engines need not know of."""
+"""What codes are found with: of those that a format has the first, for they are estimated alike."""
 _ERRORS = 2.0
 # Runs of the dense model over as many tokens that a step takes: guesses, for the forecast alone.
 _SENSITIVITY, _CALIBRATION, _TRIAL = 30.0, 10.0, 1.5
@@ -84,21 +82,8 @@ class Wish:
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
-        """What linears may run in, by the best quantizer that there is for it."""
-        found = []
-        for format in self.formats:
-            base = Scheme.read(format, "rtn", self.activations, "auto")
-            found.append(replace(base, quantizer=_best(base)))
-        return tuple(found)
-
-
-def _best(scheme: Scheme) -> Quantizer:
-    for name in QUANTIZERS:
-        try:
-            return Quantizer.parse(name, scheme.format)
-        except OptionError:
-            continue
-    return scheme.quantizer
+        """What linears may run in beside dense."""
+        return schemes_for(self.formats, QUANTIZERS, self.activations)
 
 
 class Fit:
@@ -304,20 +289,26 @@ class Fit:
     def _commands(self) -> list[str]:
         wish, out = self.wish, self.out
         serve = f" --serve {wish.serve}" if wish.serve else ""
-        formats = ",".join(wish.formats)
+        (count, length), corpus = self._calibrate.ids.shape, wish.corpus
         return [
             "The commands that this stands for:",
             "",
-            f"    fp4graph policy {wish.model} --{wish.kind} {wish.value:g} --format {formats}"
-            f"{serve} --out {out}/policy.toml",
-            f"    fp4graph calibrate {wish.model} --mix {out}/policy.toml "
-            f"--out {out}/calibration.safetensors",
+            f"    fp4graph policy {wish.model} --{wish.kind} {wish.value!r} "
+            f"--format {','.join(wish.formats)} --quantizer {','.join(QUANTIZERS)} "
+            f"--activations {wish.activations}{serve} --corpus {corpus} {_size(self._estimate)} "
+            f"--verify 0 --out {out}/policy.toml",
+            f"    fp4graph calibrate {wish.model} --mix {out}/policy.toml --corpus {corpus} "
+            f"--samples {count} --seq-len {length} --out {out}/calibration.safetensors",
             f"    fp4graph export {wish.model} --policy {out}/policy.toml "
             f"--calibration {out}/calibration.safetensors --to {wish.to} --out {out}/checkpoint",
             f"    fp4graph ablate {out}/checkpoint --dense {wish.model} "
-            f"--corpus {wish.verify_corpus} --out {out}",
+            f"--corpus {wish.verify_corpus} {_size(self._measure)} --out {out}",
             f"    fp4graph check-serve {out}/checkpoint",
         ]
+
+
+def _size(windows: Windows) -> str:
+    return f"--tokens {windows.ids.numel()} --seq-len {windows.ids.shape[1]}"
 
 
 def _beside(ours: Row, row: Row) -> str:

@@ -59,6 +59,11 @@ def test_from_a_model_to_a_checkpoint(
     for said in ("What was chosen", "What it saves", "What it costs", "How sure", "Beside it, all"):
         assert said in summary
     assert "vllm 0.33.0 loads it as it is" in summary
+    command = next(line for line in summary.splitlines() if line.startswith("    fp4graph policy"))
+    again = [*command.split()[1:-1], str(tmp_path / "again.toml")]
+    done = CliRunner().invoke(main, again, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert Policy.read(read_mix(tmp_path / "again.toml")[0], Scheme()) == policy
 
 
 def test_a_run_that_was_stopped_goes_on(
