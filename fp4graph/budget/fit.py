@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,70 +20,34 @@ from fp4graph import (
     Policy,
     Scheme,
     StudyError,
-    get_format,
 )
 from fp4graph.budget.file import write_policy
-from fp4graph.budget.find import Request, schemes_for, search
+from fp4graph.budget.find import Request, search
 from fp4graph.budget.plan import Budget, dense_plan
+from fp4graph.budget.summary import summary
 from fp4graph.checkpoints.export import export
 from fp4graph.files import read_text, write_text
 from fp4graph.loading import load_packed
 from fp4graph.models import local_folder
-from fp4graph.serve.check import check
 from fp4graph.skeleton import checkpoint_skeleton
 from fp4graph.study import ablate
-from fp4graph.study.outliers import outliers
+from fp4graph.study.outliers import input_ranges
 from fp4graph.study.plan import read_mix
 from fp4graph.study.progress import duration
-from fp4graph.study.verdicts import nats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from fp4graph.budget.summary import Wish
     from fp4graph.linears.tags import LinearTag
     from fp4graph.models import LoadedModel
     from fp4graph.study.evaluate import Windows
     from fp4graph.study.progress import Progress
     from fp4graph.study.trial import Row
 
-QUANTIZERS = ("gptq:weighted-scale-search", "gptq")
-"""What codes are found with: of those that a format has the first, for they are estimated alike."""
-_ERRORS = 2.0
 # Runs of the dense model over as many tokens that a step takes: guesses, for the forecast alone.
 _SENSITIVITY, _CALIBRATION, _TRIAL = 30.0, 10.0, 1.5
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What `fit` is asked for; kept in the folder, so that no other wish is mixed with it.
-
-    Attributes:
-        model: its name.
-        kind: of the budget.
-        value: of the budget.
-        formats: what linears may run in beside dense.
-        activations: `none` or `same`.
-        serve: the engine that is to load it, or None.
-        to: layout of the checkpoint.
-        corpus: text that damage is estimated on and codes are found with.
-        verify_corpus: text that the result is measured on.
-    """
-
-    model: str
-    kind: str
-    value: float
-    formats: tuple[str, ...]
-    activations: str
-    serve: str | None
-    to: str
-    corpus: str
-    verify_corpus: str
-
-    @property
-    def schemes(self) -> tuple[Scheme, ...]:
-        """What linears may run in beside dense."""
-        return schemes_for(self.formats, QUANTIZERS, self.activations)
 
 
 class Fit:
@@ -168,7 +132,9 @@ class Fit:
         codes = self._codes(policy)
         self._checkpoint(policy.calibrated((codes,)) if codes else policy)
         rows = self._verify()
-        text = self._summary(policy, rows)
+        facts = json.loads(read_text(self.out / "plan.json"))
+        texts = self._estimate, self._calibrate, self._measure
+        text = summary(self.wish, policy, facts, rows, texts, self.out)
         write_text(self.out / "summary.md", text)
         return text
 
@@ -202,20 +168,13 @@ class Fit:
         if file.is_file():
             found = Calibration.load(file)
         else:
-
-            def progress(done: int, total: int) -> None:
-                if done:
-                    self._progress.advance()
-                else:
-                    self._progress.start(total, "blocks")
-
             found = fp4graph.calibrate(
                 self.loaded.model,
                 self._calibrate.ids.to(self.loaded.device).split(1),
                 policy,
                 out=file,
                 about={"model": self.wish.model, "corpus": self.wish.corpus},
-                progress=progress,
+                progress=self._progress.counted("blocks"),
             )
         self._say(f"codes: {file}: {len(found.packed)} linears")
         return found
@@ -228,8 +187,7 @@ class Fit:
             if any(
                 s.activations == "same" and s.format.has_per_tensor_scale for s in policy.schemes
             ):
-                seen = outliers(self.loaded, self._calibrate, lambda *_: None)
-                inputs = {row.path: row.input.max for row in seen.values()}
+                inputs = input_ranges(self.loaded, self._calibrate)
 
             def card(policy: Policy, tags: Sequence[LinearTag]) -> str:
                 return f"# {self.wish.model}\n\nWhat runs how: `{policy}`. See `../summary.md`.\n"
@@ -259,66 +217,3 @@ class Fit:
             progress=self._progress,
         )
         return [row for row in rows if not row.is_dense]
-
-    def _summary(self, policy: Policy, rows: Sequence[Row]) -> str:
-        facts: dict[str, Any] = json.loads(read_text(self.out / "plan.json"))
-        ours = next(row for row in rows if row.name == "checkpoint")
-        dense, now = facts["bytes_dense"], facts["bytes"]
-        lines = [
-            f"# {self.wish.model} at {self.wish.value:g} {self.wish.kind}",
-            "",
-            f"- What was chosen: `{policy.text}`.",
-            f"- What it saves: block linears take {now / 1e6:.1f} MB instead of "
-            f"{dense / 1e6:.1f} MB in 16 bits, {facts['bits']:.3f} bits a weight.",
-            f"- What it costs: {nats(ours.kl)} KL a token (+- {nats(ours.kl_se or 0)}), measured "
-            f"on {self.wish.verify_corpus} with the checkpoint as it lies there; "
-            f"{1 - ours.top1:.1%} of tokens have another first choice.",
-            f"- How sure that is: +- is the standard error between {len(self._measure.ids)} "
-            f"windows; {nats(facts['predicted_kl'])} were predicted for codes to nearest.",
-        ]
-        lines += [f"- {_beside(ours, row)}." for row in rows if row is not ours]
-        if self.wish.serve is not None:
-            _, verdicts = check(self.out / "checkpoint", (self.wish.serve,))
-            for each in verdicts:
-                said = "loads it as it is" if each.loads else f"does not load it: {each.why}"
-                lines.append(
-                    f"- {each.engine} {each.rules} {said}, by its own rules; not run here."
-                )
-        return "\n".join([*lines, "", *self._commands()]) + "\n"
-
-    def _commands(self) -> list[str]:
-        wish, out = self.wish, self.out
-        serve = f" --serve {wish.serve}" if wish.serve else ""
-        (count, length), corpus = self._calibrate.ids.shape, wish.corpus
-        return [
-            "The commands that this stands for:",
-            "",
-            f"    fp4graph policy {wish.model} --{wish.kind} {wish.value!r} "
-            f"--format {','.join(wish.formats)} --quantizer {','.join(QUANTIZERS)} "
-            f"--activations {wish.activations}{serve} --corpus {corpus} {_size(self._estimate)} "
-            f"--verify 0 --out {out}/policy.toml",
-            f"    fp4graph calibrate {wish.model} --mix {out}/policy.toml --corpus {corpus} "
-            f"--samples {count} --seq-len {length} --out {out}/calibration.safetensors",
-            f"    fp4graph export {wish.model} --policy {out}/policy.toml "
-            f"--calibration {out}/calibration.safetensors --to {wish.to} --out {out}/checkpoint",
-            f"    fp4graph ablate {out}/checkpoint --dense {wish.model} "
-            f"--corpus {wish.verify_corpus} {_size(self._measure)} --out {out}",
-            f"    fp4graph check-serve {out}/checkpoint",
-        ]
-
-
-def _size(windows: Windows) -> str:
-    return f"--tokens {windows.ids.numel()} --seq-len {windows.ids.shape[1]}"
-
-
-def _beside(ours: Row, row: Row) -> str:
-    error = ((ours.kl_se or 0) ** 2 + (row.kl_se or 0) ** 2) ** 0.5
-    share = ours.kl / row.kl if row.kl else float("inf")
-    bits = 8 * get_format(row.format or "nvfp4").packed_bytes(1, 1 << 20) / (1 << 20)
-    kept = (
-        f"Beside it, all block linears in {row.format} to nearest, {bits:.2f} bits: "
-        f"{nats(row.kl)} (+- {nats(row.kl_se or 0)})"
-    )
-    if abs(row.kl - ours.kl) < _ERRORS * error:
-        return f"{kept}, which is no different by two errors"
-    return f"{kept}; this costs {share:.2f} of it"

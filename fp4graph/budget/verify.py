@@ -17,6 +17,7 @@ from fp4graph.study import Table, ablate
 from fp4graph.study.plot_style import COLORS, MARKERS, save, title_over
 from fp4graph.study.trial import DENSE, Trial
 from fp4graph.study.verdicts import nats as in_nats
+from fp4graph.study.views import ERRORS, is_nothing
 from fp4graph.tables import Column, TextTable, digits_for, nats
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from fp4graph.study.progress import Progress
     from fp4graph.study.trial import Row
 
-_ERRORS = 2.0
 _CURVE = 24  # budgets that the curve of predictions is solved for
 _RANDOM = "random "
 _BEYOND = 1.5  # of the dearest plan, where a picture ends
@@ -235,8 +235,8 @@ def _against(best: PlanRow, rival: PlanRow, name: str) -> str:
     error = math.hypot(best.kl_se or 0.0, rival.kl_se or 0.0)
     share = f"{best.plan} costs {best.measured_kl / rival.measured_kl:.2f} of {name}"
     sizes = f"at {best.bits:.3f} bits to its {rival.bits:.3f}"
-    if difference < _ERRORS * error:
-        return f"{share}, {sizes}: no better by two errors ({in_nats(_ERRORS * error)})"
+    if difference < 0 or is_nothing(difference, error):
+        return f"{share}, {sizes}: no better by two errors ({in_nats(ERRORS * error)})"
     return f"{share}, {sizes}: {in_nats(difference)} less"
 
 
@@ -285,7 +285,7 @@ def _points(axes: Axes, rows: Sequence[PlanRow], kind: str) -> None:
     for number, (name, group) in enumerate(groups.items()):
         x = [row.bits if kind == "bits" else row.ms or 0.0 for row in group]
         y = [row.measured_kl or 0.0 for row in group]
-        error = [_ERRORS * (row.kl_se or 0.0) for row in group]
+        error = [ERRORS * (row.kl_se or 0.0) for row in group]
         color, marker = COLORS[number % 8], MARKERS[(number + number // 8) % 8]
         axes.errorbar(x, y, error, label=name, color=color, fmt=marker, markersize=5, capsize=2)
     shown = [row.bits if kind == "bits" else row.ms or 0.0 for row in rows]

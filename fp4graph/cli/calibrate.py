@@ -94,13 +94,6 @@ def calibrate_command(
     loaded, windows = load_windows(model, corpus, samples * seq_len, seq_len, dtype, device)
     fp4graph.models.check_length(loaded.model, seq_len)
     with progress_shown() as shown:
-
-        def progress(done: int, total: int) -> None:
-            if not done:
-                shown.start(total, "blocks")
-            else:
-                shown.advance()
-
         about: dict[str, Any] = {
             "model": model,
             "revision": loaded.revision(),
@@ -120,7 +113,7 @@ def calibrate_command(
             propagate=propagate,
             out=out,
             about=about,
-            progress=progress,
+            progress=shown.counted("blocks"),
         )
     ways = " and ".join(f"{each}, {how}" for each, how in found.ways)
     console = output(as_json=False)

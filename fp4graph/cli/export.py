@@ -158,7 +158,7 @@ def _to_gguf(model: str, policy: Policy, out: Path) -> None:
 def _ranges(model: str, corpus: str, device: torch.device) -> dict[str, float]:
     """Return the largest magnitude of each linear's inputs on a text."""
     from fp4graph.study.evaluate import cut
-    from fp4graph.study.outliers import outliers
+    from fp4graph.study.outliers import input_ranges
 
     tokens, length = _SAMPLE
     loaded = load_model(model, "float32", device)
@@ -166,8 +166,7 @@ def _ranges(model: str, corpus: str, device: torch.device) -> dict[str, float]:
     length = min(length, positions)
     windows = cut(read_text(corpus, tokens), loaded.text_tokenizer(), tokens, length)
     with stderr.status(f"measuring inputs on {tokens} tokens of {corpus}"):
-        found = outliers(loaded, windows, lambda *_: None)
-    return {row.path: row.input.max for row in found.values()}
+        return input_ranges(loaded, windows)
 
 
 def _card(

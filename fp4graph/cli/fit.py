@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fp4graph.cli.budget_options import budget_options
 from fp4graph.cli.common import load_model, output, progress_shown, read_text, stderr
 from fp4graph.cli.options import (
-    CommaList,
     check_trained,
     device_option,
     dtype_option,
     weights_option,
 )
-from fp4graph.cli.policy import budget_options
 from fp4graph.errors import OptionError
 
 if TYPE_CHECKING:
@@ -24,11 +23,7 @@ if TYPE_CHECKING:
 
 @click.command("fit", short_help="All of it: policy, codes, checkpoint, verified.")
 @click.argument("model")
-@budget_options
-@click.option("--format", type=CommaList(), default="nvfp4,fp8", show_default=True,
-              help="What linears may run in beside dense.")  # fmt: skip
-@click.option("--activations", type=click.Choice(["none", "same"]), default="none",
-              show_default=True, help="none is W4A16, same is W4A4.")  # fmt: skip
+@budget_options("nvfp4,fp8")
 @click.option("--serve", type=click.Choice(["vllm", "sglang"]), default="vllm", show_default=True,
               help="The engine that is to load it.")  # fmt: skip
 @click.option("--to", type=click.Choice(["compressed-tensors", "modelopt"]),
@@ -38,10 +33,7 @@ if TYPE_CHECKING:
 @click.option("--tokens", type=click.IntRange(min=2), default=2048, show_default=True,
               help="Of that text, to estimate on.")  # fmt: skip
 @click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True,
-              help="Windows of 512 tokens to find codes with.")  # fmt: skip
-@click.option("--verify-corpus", default="pydoc-second", show_default=True,
-              help="The text to measure the result on.")  # fmt: skip
-@click.option("--verify-tokens", type=click.IntRange(min=2), default=4096, show_default=True)
+              help="Windows to find codes with.")  # fmt: skip
 @click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True,
               help="Tokens of a window to find codes with and to measure on.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True,
@@ -75,8 +67,9 @@ def fit_command(
     OUT has policy.toml, calibration.safetensors, checkpoint/, all that was measured, and summary.md
     with the commands that this one stands for.
     """
-    from fp4graph.budget.fit import Fit, Wish
+    from fp4graph.budget.fit import Fit
     from fp4graph.budget.plan import Budget
+    from fp4graph.budget.summary import Wish
     from fp4graph.study.evaluate import cut
 
     budget = Budget.of(bits=bits, bytes=bytes, ms=ms, speedup=speedup, kl=kl)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
+from fp4graph.cli.budget_options import budget_options
 from fp4graph.cli.common import load_model, output, print_table, progress_shown, read_text, stderr
 from fp4graph.cli.options import (
     CommaList,
@@ -25,46 +25,12 @@ from fp4graph.errors import OptionError
 if TYPE_CHECKING:
     import torch
 
-_UNITS = {"": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9}
-
-
-class Size(click.ParamType[float]):
-    """Bytes, with MB or GB behind a number if wanted."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Read the number and its unit."""
-        found = re.fullmatch(r"([\d.]+)\s*([kKmMgG]?[bB]?)", str(value))
-        unit = found[2].lower() if found else None
-        if found is None or unit not in _UNITS:
-            self.fail(f"{value!r}: expected bytes, such as 900MB or 1.2GB", param, ctx)
-        return float(found[1]) * _UNITS[unit]
-
-
-def budget_options(command: Any) -> Any:
-    """Add `--bits`, `--bytes`, `--ms`, `--speedup` and `--kl`."""
-    for option in (
-        click.option("--kl", type=float, help="Most nats a token; the fewest bytes are found."),
-        click.option("--speedup", type=float, help="How much faster than dense linears are to be."),
-        click.option("--ms", type=float, help="Most milliseconds that linears take for --rows."),
-        click.option("--bytes", type=Size(), help="Most bytes of block linears: 900MB, 1.2GB."),
-        click.option("--bits", type=float,
-                     help="Most bits a weight of block linears, scales included; dense is 16."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
 
 @click.command("policy", short_help="Find the best mix of formats for a budget, and verify it.")
 @click.argument("target", metavar="MODEL|STORE")
-@budget_options
-@click.option("--format", type=CommaList(), default="nvfp4,mxfp4,fp8", show_default=True,
-              help="What linears may run in beside dense.")  # fmt: skip
+@budget_options("nvfp4,mxfp4,fp8")
 @click.option("--quantizer", type=CommaList(), default="rtn", show_default=True,
               help="How codes are found; of several each is a choice.")  # fmt: skip
-@click.option("--activations", type=click.Choice(["none", "same"]), default="none",
-              show_default=True, help="none is W4A16, same is W4A4.")  # fmt: skip
 @click.option("--serve", type=click.Choice(["vllm", "sglang"]),
               help="Linears that this engine computes as one run in one way.")  # fmt: skip
 @click.option("--store", type=click.Path(path_type=Path),
@@ -81,9 +47,6 @@ def budget_options(command: Any) -> Any:
 @click.option("--seq-len", type=click.IntRange(min=2), default=128, show_default=True)
 @click.option("--samples", type=click.IntRange(min=1), default=2, show_default=True,
               help="Random backward passes a window.")  # fmt: skip
-@click.option("--verify-corpus", default="pydoc-second", show_default=True,
-              help="The text to measure plans on.")  # fmt: skip
-@click.option("--verify-tokens", type=click.IntRange(min=2), default=4096, show_default=True)
 @click.option("--rows", type=click.IntRange(min=1), default=1, show_default=True,
               help="Rows of the input that linears are timed with: 1 is decoding.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False),

@@ -116,6 +116,11 @@ class OutlierRow:
 
 
 @torch.no_grad()
+def input_ranges(loaded: LoadedModel, windows: Windows) -> dict[str, float]:
+    """Return the largest magnitude of each linear's inputs, by its path; errors as `outliers`."""
+    return {row.path: row.input.max for row in outliers(loaded, windows, lambda: None).values()}
+
+
 def outliers(
     loaded: LoadedModel, windows: Windows, progress: Callable[[], None]
 ) -> dict[LinearTag, OutlierRow]:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _EVERY_S = 30.0
 
@@ -43,6 +43,17 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Something that a user should know before the run."""
+
+    def counted(self, what: str) -> Callable[[int, int], None]:
+        """Return what `fp4graph.calibrate` tells how many of how many are done, from 0 on."""
+
+        def told(done: int, total: int) -> None:
+            if done:
+                self.advance()
+            else:
+                self.start(total, what)
+
+        return told
 
 
 SILENT = Progress()

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 SHOWN = 40
 ENDS = 12
-_ERRORS = 2.0
+ERRORS = 2.0
 NOTHING = "~"
 """Stands behind a number that is within two standard errors of 0."""
 
 
 def is_nothing(value: float, error: float | None) -> bool:
     """Whether a number is within two standard errors of 0."""
-    return error is not None and abs(value) < _ERRORS * error
+    return error is not None and abs(value) < ERRORS * error
 
 
 def _how(rows: Sequence[OfTrial]) -> list[Column]:
