@@ -241,6 +241,22 @@ def test_a_converted_folder_is_written_code_for_code(format: str, tmp_path: Path
     assert "is packed already" in done.stderr
 
 
+def test_codes_of_fused_sets_stay_under_scales_that_are_rounded_anew(tmp_path: Path) -> None:
+    folder = dense("llama", tmp_path / "dense")
+    model = fp4graph.models.load(str(folder), torch.float32).model
+    codes = fp4graph.calibrate(model, BATCHES, "all", quantizer="gptq:weighted-scale-search")
+    policy = Policy.of("all", Scheme.of(calibration=codes))
+    export(folder, skeleton(folder, torch.bfloat16), policy, "modelopt", tmp_path / "out")
+    found, written = parts(tmp_path / "out"), fp4graph.load(str(tmp_path / "out"))
+    tops = {path: float(each["weight_scale_2"]) for path, each in found.items()}
+    assert len(set(tops.values())) < len({float(p.per_tensor_scale) for p in codes.packed.values()})
+    for path, known in codes.packed.items():
+        packed = written.get_submodule(path).packed
+        assert torch.equal(packed.qdata, known.qdata)
+        ours, theirs = packed.dequantize(), known.dequantize()
+        assert torch.allclose(ours, theirs, rtol=2**-4, atol=float(theirs.abs().max()) / 1000)
+
+
 @pytest.mark.slow
 def test_calibrated_codes_are_written(tmp_path: Path) -> None:
     folder = dense("llama", tmp_path / "dense")
