@@ -34,9 +34,9 @@ def solve(
 ) -> list[Plan]:
     """Return the best plans within a budget, the best first.
 
-    Solved by HiGHS to optimality; what a plan comes to is then added up anew and held against the
-    budget, which it never exceeds. Plans after the first differ from each before in 5 % of the
-    items at least: there may be fewer than `count`.
+    Solved by HiGHS to within 1e-6 of the largest damage of a choice; what a plan comes to is then
+    added up anew and held against the budget, which it never exceeds. Plans after the first differ
+    from each before in 5 % of the items at least: there may be fewer than `count`.
 
     Args:
         items: what to choose for.

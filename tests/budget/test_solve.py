@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fp4graph.budget.solve as knapsack
@@ -47,6 +47,7 @@ COSTS = st.lists(
 
 
 @given(COSTS, st.floats(0.05, 1.2))
+@example([[(1.0, 1), (1e-9, 2)]], 1.0)
 @settings(deadline=None)
 def test_it_is_the_best_of_all_plans(costs: list[list[tuple[float, int]]], share: float) -> None:
     items = items_of(costs)
@@ -59,7 +60,8 @@ def test_it_is_the_best_of_all_plans(costs: list[list[tuple[float, int]]], share
         return
     (found,) = solve(items, budget)
     assert found.nbytes <= budget.value
-    assert found.kl == pytest.approx(min(plan.kl for plan in allowed), abs=1e-12, rel=1e-9)
+    largest = max(choice.kl for item in items for choice in item.choices)
+    assert found.kl <= min(plan.kl for plan in allowed) + 1e-6 * largest  # HiGHS' own tolerance
 
 
 @given(COSTS, st.floats(0.001, 2.0))
