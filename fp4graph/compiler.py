@@ -27,6 +27,7 @@ from fp4graph.linears.stacks import Stacks, below_block, list_of
 from fp4graph.linears.tags import Role
 from fp4graph.packed.stale import bind
 from fp4graph.passes.choose import refusal
+from fp4graph.passes.merge import MergeLinears, merges
 from fp4graph.passes.pipeline import (
     OnRefusal,
     bindings,
@@ -148,6 +149,9 @@ class Backend:
         if any(row.selected for row in found):
             check_no_gradients(gm, example_inputs)
             run_passes(gm, example_inputs, rewrite_passes())
+            found = rows(gm)  # which now know whom they were merged with
+        elif merges(gm):  # a converted model
+            run_passes(gm, example_inputs, (MergeLinears(),))
         bound = bindings(gm)
         self._entries.update(binding.entry for binding in bound)
         self._reached.update(

@@ -38,6 +38,7 @@ class LinearRow:
         stack: the stack of blocks that it belongs to: text, vision, audio, encoder, decoder.
         expert: of an expert, which of its linears it is; None elsewhere.
         rows: of a fused weight of which a part alone runs in FP4, that part's rows; else None.
+        merged: paths of the linears that are computed in the same call, for they share its input.
     """
 
     path: str
@@ -55,6 +56,7 @@ class LinearRow:
     stack: str = "text"
     expert: str | None = None
     rows: int | None = None
+    merged: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -221,6 +223,7 @@ class Report:
             columns += [
                 Column("layout", [row.layout or "" for row in first], "text", rank=1),
                 Column("tile", [row.tile or "" for row in first], "text", rank=2),
+                Column("merged with", [_merged(row) for row in first], "text", rank=2),
             ]
         columns += [
             Column("dense MB", [_mb(size) for size in sizes], rank=4),
@@ -249,6 +252,10 @@ class Report:
 
 def _shape(row: LinearRow) -> str:
     return "x".join(map(str, row.shape))
+
+
+def _merged(row: LinearRow) -> str:
+    return ", ".join(path.rpartition(".")[2] for path in row.merged)
 
 
 def _mb(size: int | None) -> str:

@@ -306,7 +306,7 @@ def test_report_prints_and_serialises() -> None:
     rows = [json.loads(line) for line in report.json_lines().splitlines()]
     assert set(rows[0]) == {
         "path", "role", "block", "shape", "selected", "kernel", "reason", "bytes_dense",
-        "bytes_packed", "layout", "tile", "why", "stack", "expert", "rows",
+        "bytes_packed", "layout", "tile", "why", "stack", "expert", "rows", "merged",
     }  # fmt: skip
     text = str(report)
     assert "model.layers.1.self_attn.q_proj" in text

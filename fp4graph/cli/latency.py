@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of torch.compile: reduce-overhead captures CUDA graphs.",
 )
+@click.option(
+    "--attention",
+    help="Of transformers: eager, sdpa, ... By default the model's own. On CPUs eager decodes "
+    "faster.",
+)
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True)
@@ -62,6 +67,7 @@ def latency_command(
     quantizer: tuple[str, ...],
     inner: str,
     mode: str,
+    attention: str | None,
     prompt_tokens: int,
     new_tokens: int,
     rounds: int,
@@ -100,6 +106,7 @@ def latency_command(
             packed=packed,
             inner=inner,
             mode=mode,
+            attention=attention,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             rounds=rounds,

@@ -38,6 +38,7 @@ class LinearSite:
         problem: what a kernel has to solve.
         kernel: who will compute it.
         entry: its packed weight.
+        merged: paths of the linears that the same op computes.
         caller: path of the module whose forward computes it; empty where unknown.
     """
 
@@ -53,6 +54,7 @@ class LinearSite:
     problem: Problem | None = None
     kernel: Kernel | None = None
     entry: PackEntry | None = None
+    merged: tuple[str, ...] = ()
     caller: str = ""
 
     @property

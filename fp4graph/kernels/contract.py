@@ -95,6 +95,8 @@ class Kernel:
         plan: says how a problem is served.
         int8_ops: for each format an op on the same tensors that rounds activations to 8 bits in
             groups, an approximation; empty where there is none.
+        merged: for an op, one for several weights of one x: `(x, *lists of packed tensors, list of
+            biases) -> list of y`, each to the bit what the op gives; empty where there is none.
         unpack: gives a packed weight back, to the bit, from those tensors, the problem and the
             weight's per-tensor scale; None where it cannot.
         saves_memory: whether what is kept is smaller than the dense weight.
@@ -109,6 +111,9 @@ class Kernel:
     refuses: Callable[[Problem], str | None] = _no_refusal
     plan: Callable[[Problem], Plan] = _as_it_is
     int8_ops: Mapping[str, OpOverload[..., Tensor]] = field(default_factory=dict)
+    merged: Mapping[OpOverload[..., Tensor], OpOverload[..., list[Tensor]]] = field(
+        default_factory=dict
+    )
     unpack: Callable[[Sequence[Tensor], Problem, Tensor | None], PackedWeight] | None = None
     saves_memory: bool = True
     note: str = ""

@@ -14,6 +14,7 @@ from fp4graph.graph.site import sites
 from fp4graph.packed.stale import Binding
 from fp4graph.passes.base import GraphPass, run_passes, skipped
 from fp4graph.passes.choose import ChooseKernels, OnRefusal
+from fp4graph.passes.merge import MergeLinears
 from fp4graph.passes.pack import PackWeights
 from fp4graph.passes.rewrite import RewriteLinears
 from fp4graph.passes.rotate_inputs import RotateInputs
@@ -42,6 +43,7 @@ PASSES: tuple[type[GraphPass], ...] = (
     RotateInputs,  # before rewrite: after it `match_linear` no longer finds the node
     SmoothInputs,  # the same
     RewriteLinears,
+    MergeLinears,  # after rewrite: it joins the kernels' ops
 )
 """All passes in their order."""
 
@@ -66,7 +68,7 @@ def plan_passes(
 
 def rewrite_passes() -> tuple[GraphPass, ...]:
     """Return the passes that act on what was decided."""
-    return PackWeights(), RotateInputs(), SmoothInputs(), RewriteLinears()
+    return PackWeights(), RotateInputs(), SmoothInputs(), RewriteLinears(), MergeLinears()
 
 
 def rows(gm: GraphModule) -> list[LinearRow]:
@@ -89,6 +91,7 @@ def _row(site: LinearSite) -> LinearRow:
         tile=plan.tile,
         bytes_packed=_bytes_packed(site, plan.padded),
         rows=None if site.rows is None else len(site.rows),
+        merged=site.merged,
     )
 
 

@@ -3,11 +3,13 @@
 Protocol: fixed random prompt, static cache, batch 1, greedy, no stop at EOS. Each variant is
 warmed up by two whole generations, whose time is reported apart as compilation; then rounds run
 every variant once, in an order that rotates, so that a slow moment of the machine hits all alike.
+Nothing changes the model meanwhile, so Dynamo need not guard its modules (docs/speed.md).
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ from fp4graph.study.statistics import bootstrap
 from fp4graph.study.trial import DENSE, OfTrial
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -46,11 +48,13 @@ class Variant:
         trial: what is in FP4, and how; the dense model is the inner compiler alone.
         inner: `inductor` or `eager`.
         mode: of torch.compile, for Inductor; `reduce-overhead` for CUDA graphs.
+        attention: transformers' `attn_implementation`; None leaves the model's.
     """
 
     trial: Trial
     inner: str
     mode: str = "default"
+    attention: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class LatencyRow(OfTrial):
     Attributes:
         selector: of its trial, and so are `format`, `quantizer`, `activations`, `direction` and
             `name`.
-        inner: see `Variant`, and so is `mode`.
+        inner: see `Variant`, and so are `mode` and `attention`.
         ttft_s: time to first token, median over rounds, seconds.
         prefill_tokens_per_s: prompt tokens over `ttft_s`.
         decode_tokens_per_s: tokens after the first over their time, median over rounds.
@@ -104,6 +108,7 @@ class LatencyRow(OfTrial):
     ratio: dict[str, Ratio] | None
     quantizer: str
     mode: str
+    attention: str
     device: str
     activations: str
     rounds: int
@@ -112,7 +117,7 @@ class LatencyRow(OfTrial):
 
 
 class Runner:
-    """A compiled variant with its measurements."""
+    """A compiled variant with its measurements; it generates from `prompt`, int64 [1, length]."""
 
     def __init__(
         self, model: nn.Module, variant: Variant, prompt_tokens: int, new_tokens: int
@@ -122,10 +127,11 @@ class Runner:
         policy, packed = variant.trial.policy, variant.trial.packed
         if packed is not None:
             model, policy = packed.model, DENSE.policy
-        self._prompt = prompt = _prompt(model, prompt_tokens)
+        self.prompt = prompt = _prompt(model, prompt_tokens)
         self._new_tokens = new_tokens
         backend = fp4graph.backend(policy, inner=variant.inner, model=model, report=self.report)
-        self._call = compiled(model, backend, dynamic=False, mode=variant.mode)
+        self._call = compiled(model, backend, dynamic=False, **_options(variant.mode))
+        self._model = model
         self._cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
         with torch.no_grad():  # allocates the cache; a CUDA graph takes none that a graph allocated
             model(input_ids=prompt[:, :1], past_key_values=self._cache, use_cache=True)
@@ -149,36 +155,67 @@ class Runner:
     @property
     def device(self) -> str:
         """Where it runs."""
-        return self._prompt.device.type
+        return self.prompt.device.type
 
     @property
     def recompiles(self) -> int:
         """Graphs compiled after the warm-up."""
         return self.report.graphs - self._graphs
 
+    @property
+    def attention(self) -> str:
+        """The attention's implementation, as transformers calls it."""
+        return self.variant.attention or str(self._model.config._attn_implementation)  # type: ignore[union-attr]
+
     @torch.no_grad()
     def generate(self) -> None:
         """Generate once and note the times."""
         self._cache.reset()
-        start = time.perf_counter()
-        token = self._next(self._prompt)
-        first = time.perf_counter()
-        times, tokens = [first], [int(token)]
-        for _ in range(self._new_tokens - 1):
-            token = self._next(token)
-            times.append(time.perf_counter())
-            tokens.append(int(token))
+        with _attending(self._model, self.variant.attention):
+            start = time.perf_counter()
+            token = self.next(self.prompt)
+            first = time.perf_counter()
+            times, tokens = [first], [int(token)]
+            for _ in range(self._new_tokens - 1):
+                token = self.next(token)
+                times.append(time.perf_counter())
+                tokens.append(int(token))
         self.first_s.append(first - start)
         self.decode_s.append(np.diff(times).tolist())
         self.tokens = tokens
 
-    def _next(self, ids: Tensor) -> Tensor:
+    def next(self, ids: Tensor) -> Tensor:
+        """Return the token [1, 1] that follows `ids` and what the cache holds."""
         out = self._call(
             input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
         )
-        token: Tensor = out.logits[:, -1:].argmax(-1)
+        token: Tensor = out.logits[:, -1:].float().argmax(-1)  # torch has no fast one for 16 bits
         token.sum().item()  # waits for an accelerator
         return token
+
+
+def _options(mode: str) -> dict[str, Any]:
+    """Return what `torch.compile` is asked for; it takes options for the default mode alone."""
+    if mode != "default":
+        return {"mode": mode}
+    return {"options": {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}}
+
+
+@contextmanager
+def _attending(model: Any, how: str | None) -> Iterator[None]:
+    """Let a model of transformers attend by another implementation within."""
+    before = model.config._attn_implementation
+    if how is None or how == before:
+        yield
+        return
+    try:
+        model.set_attn_implementation(how)
+    except (ValueError, ImportError) as error:
+        raise OptionError(f"attention={how!r}: {error}") from error
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _prompt(model: nn.Module, length: int) -> Tensor:
@@ -211,7 +248,7 @@ def measure(
         progress: is told about each generation.
 
     Raises:
-        OptionError: a number too small.
+        OptionError: a number too small; an attention that transformers does not have.
         ModelError: prompt and new tokens are more than the model has positions.
         SelectorError: a selector matches nothing; said before anything is compiled.
         StudyError: a variant did not run as selected.
@@ -309,6 +346,7 @@ def _row(
         ratio=None if runner is dense else ratio,
         quantizer=trial.facts["quantizer"],
         mode=variant.mode,
+        attention=runner.attention,
         device=runner.device,
         activations=trial.facts["activations"],
         rounds=len(runner.first_s),

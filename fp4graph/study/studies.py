@@ -234,6 +234,7 @@ def latency(
     packed: Packed = (),
     inner: str = "inductor",
     mode: str = "default",
+    attention: str | None = None,
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     rounds: int = 5,
@@ -253,6 +254,7 @@ def latency(
         packed: as in `ablate`.
         inner: `inductor` or `eager`.
         mode: of torch.compile, for Inductor.
+        attention: transformers' `attn_implementation`; None leaves the model's.
         prompt_tokens: length of the prompt.
         new_tokens: tokens to generate, at least 2.
         rounds: how many times each variant generates.
@@ -269,7 +271,7 @@ def latency(
         raise OptionError(f"mode {mode!r} is for inner='inductor'")
     selects = _or_all(select, packed)
     plan = plan_of(selects, format, activations, quantizer, name, calibration, packed=packed)
-    variants = [Variant(trial, inner, mode) for trial in plan]
+    variants = [Variant(trial, inner, mode, attention) for trial in plan]
     with shown(progress) as told, in_evaluation(model) as loaded:
         rows = measure(
             loaded,
@@ -282,7 +284,7 @@ def latency(
         )
         dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
     work = f"{prompt_tokens} prompt + {new_tokens} new tokens, {rounds} rounds"
-    title = f"{loaded.name}, {dtype}, {inner}: {work}"
+    title = f"{loaded.name}, {dtype}, {inner}, {rows[0].attention} attention: {work}"
     return Table(rows, views.of_latency(rows, title), verdicts.of_latency(rows))
 
 

@@ -35,7 +35,7 @@ LATENCY_KEYS = (
 )
 INSPECT_KEYS = (
     "path role block shape selected kernel reason bytes_dense bytes_packed layout tile why "
-    "stack expert rows"
+    "stack expert rows merged"
 )
 
 

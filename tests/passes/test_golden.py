@@ -14,9 +14,11 @@ import fp4graph
 from fp4graph import Calibration, Policy, Scheme
 from fp4graph.fingerprint import fingerprint
 from fp4graph.graph.site import mark, sites
+from fp4graph.kernels import cpu
 from fp4graph.packed.cache import PackCache
 from fp4graph.passes.base import GraphPass, run_passes
 from fp4graph.passes.choose import ChooseKernels
+from fp4graph.passes.merge import MergeLinears
 from fp4graph.passes.pack import PackWeights
 from fp4graph.passes.pipeline import PASSES
 from fp4graph.passes.select import SelectLinears
@@ -66,6 +68,8 @@ def passes_for(made: type[GraphPass], case: Case, built: Built) -> list[GraphPas
         return [SelectLinears(Policy.of(select, Scheme.of()))]
     if made is ChooseKernels:
         return [ChooseKernels("keep")]
+    if made is MergeLinears:
+        return [MergeLinears()]
     before = [ChooseKernels(), PackWeights(PackCache())]
     return before if made is PackWeights else [*before, made()]
 
@@ -78,6 +82,10 @@ def test_given_becomes_result(made: type[GraphPass], case: Case) -> None:
         inputs["qkv_weight"] = weight(12, 64)
     if "transposed" in case.title:
         inputs["q_proj"] = weight(64, 32)
+    if made is MergeLinears:
+        for name in ("q", "k"):
+            packed = fp4graph.quantize(inputs[f"{name}_weight"], "nvfp4")
+            inputs[f"{name}_tiles"], inputs[f"{name}_row_scale"] = cpu.pack_tiles(packed)
     built = build(case.given, inputs)
     if made is SmoothInputs:
         linears = {site.tag.fqn: built.inputs[site.weight] for _, site in sites(built.gm)}

@@ -63,8 +63,9 @@ def test_only_rewrite_changes_ops() -> None:
         "rotate_inputs",
         "smooth_inputs",
         "rewrite",
+        "merge",
     ]
-    assert [bool(r.changes) for r in recorder.records] == [False] * 6 + [True]
+    assert [bool(r.changes) for r in recorder.records] == [False] * 6 + [True, False]
 
 
 def test_none_changes_no_op() -> None:

@@ -78,6 +78,22 @@ def test_a_variant_generates_what_generate_does(monkeypatch: pytest.MonkeyPatch)
     assert runner.report.graphs > 0
 
 
+def test_attention_is_another_within() -> None:
+    model = tiny("llama").requires_grad_(False)
+    options = {"prompt_tokens": 4, "new_tokens": 3, "rounds": 2, "progress": Counted()}
+    variants = [VARIANTS[0], Variant(DENSE, "eager", attention="eager")]
+    rows = measure(LoadedModel("it", model, None), variants, **options)
+    assert [row.attention for row in rows] == ["sdpa", "eager"]
+    assert [row.recompiles for row in rows] == [0, 0]
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(OptionError, match="attention='quick'"):
+        measure(
+            LoadedModel("it", model, None),
+            [Variant(DENSE, "eager", attention="quick")],
+            **options,
+        )
+
+
 def test_misfits_are_errors() -> None:
     model = LoadedModel("it", tiny("llama").requires_grad_(False), None)
     options = {"prompt_tokens": 4, "new_tokens": 3, "rounds": 1, "progress": Counted()}

@@ -190,9 +190,12 @@ def build(text: str, values: Mapping[str, Tensor]) -> Built:
             return known[value.name] if isinstance(value, _Name) else value
 
         args, kwargs = _map(line.args, node_of), _map_values(line.kwargs, node_of)
+        callee = line.callee
+        if isinstance(callee, str) and not line.method:
+            callee = getattr(torch.ops.fp4graph, callee).default
         make = graph.call_method if line.method else graph.call_function
-        node = make(line.callee, tuple(args), kwargs)
-        call = getattr(torch.Tensor, line.callee) if line.method else line.callee
+        node = make(callee, tuple(args), kwargs)
+        call = getattr(torch.Tensor, callee) if line.method else callee
         value = call(*_map(line.args, value_of), **_map_values(line.kwargs, value_of))
         node.meta["example_value"] = value
         nodes[line.target], known[line.target] = node, value

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     Op = torch._ops.OpOverload[..., Tensor]
+    MergedOp = torch._ops.OpOverload[..., list[Tensor]]
 
 _LIBRARY = torch.library.Library("fp4graph", "FRAGMENT")
 _CODES = {"nvfp4": 0, "mxfp4": 1}
@@ -101,6 +102,20 @@ def _define(name: str) -> Op:
     return op
 
 
+def _define_merged(name: str) -> MergedOp:
+    lists = "Tensor[] tiles, Tensor[] row_scale, Tensor?[] bias"
+    _LIBRARY.define(f"{name}(Tensor x, {lists}) -> Tensor[]")
+
+    def fake(
+        x: Tensor, tiles: list[Tensor], row_scale: list[Tensor], bias: list[Tensor | None]
+    ) -> list[Tensor]:
+        return [x.new_empty((*x.shape[:-1], each.shape[0])) for each in row_scale]
+
+    torch.library.register_fake(f"fp4graph::{name}", fake, lib=_LIBRARY)
+    op: MergedOp = getattr(torch.ops.fp4graph, name).default
+    return op
+
+
 def _refuses(problem: Problem) -> str | None:
     if not problem.int8 and problem.autocast_refusal:
         return problem.autocast_refusal
@@ -125,10 +140,17 @@ def _plan(problem: Problem) -> Plan:
     return Plan("panels of 16 rows", "panels, which many rows share once decoded", padded)
 
 
+_OPS = {base: _define(f"cpu_{base}") for base in FORMATS}
+_INT8_OPS = {base: _define(f"cpu_int8_{base}") for base in FP4_FORMATS}
+
 CPU = Kernel(
     name="cpu",
-    ops={base: _define(f"cpu_{base}") for base in FORMATS},
-    int8_ops={base: _define(f"cpu_int8_{base}") for base in FP4_FORMATS},
+    ops=_OPS,
+    int8_ops=_INT8_OPS,
+    merged={
+        **{op: _define_merged(f"cpu_merged_{base}") for base, op in _OPS.items()},
+        **{op: _define_merged(f"cpu_merged_int8_{base}") for base, op in _INT8_OPS.items()},
+    },
     prepack=lambda packed, _: pack_tiles(packed),
     unpack=_unpack,
     backends=("cpu",),

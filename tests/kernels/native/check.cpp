@@ -111,7 +111,7 @@ void check_linear(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M,
   unpack(tiles.data(), back.data(), back_scale.data(), N, groups);
   const Fp4Linear call{x.data(), tiles.data(), aligned.data(), bias.data(), y.data(), M, N,
                        K,        format,       dtype,          mode};
-  const bool ran = isa.linear(call);
+  const bool ran = isa.linear(&call, 1);
   double error = 0, size = 0;
   const double rounding = dtype == FP4_FLOAT32 ? 0 : dtype == FP4_BFLOAT16 ? 0x1p-8 : 0x1p-11;
   bool close = true;
@@ -161,7 +161,7 @@ void check_fp8(const Fp4Isa& isa, int dtype, int64_t M, int64_t N, int64_t K) {
   fp8_from_tiles(tiles.data(), back.data(), N, K);
   const Fp4Linear call{x.data(), tiles.data(), wide.data(), nullptr,  y.data(), M, N,
                        K,        FP4_FP8,      dtype,       FP4_EXACT};
-  bool close = isa.linear(call);
+  bool close = isa.linear(&call, 1);
   const double rounding = dtype == FP4_FLOAT32 ? 0 : dtype == FP4_BFLOAT16 ? 0x1p-8 : 0x1p-11;
   for (int64_t m = 0; m < M; m++) {
     for (int64_t n = 0; n < N; n++) {
@@ -182,6 +182,56 @@ void check_fp8(const Fp4Isa& isa, int dtype, int64_t M, int64_t N, int64_t K) {
   snprintf(what, sizeof what, "%s FP8 dtype %d M %ld N %ld K %ld: close %d whole %d same %d",
            isa.name, dtype, (long)M, (long)N, (long)K, close, whole, same);
   expect(finite && close && whole && same, what);
+}
+
+// Weights of one x in a call: the results of each alone, to the bit.
+void check_together(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M, int64_t K) {
+  constexpr int64_t kSizes[] = {37, 0, 1600, 16};
+  const int64_t group = format == FP4_NVFP4 ? 16 : 32, groups = (K + group - 1) / group;
+  const int64_t tile = format == FP4_NVFP4 ? kTileBytes<Nvfp4> : kTileBytes<Mxfp4>;
+  const auto pack = format == FP4_NVFP4 ? to_tiles<Nvfp4> : to_tiles<Mxfp4>;
+  Buffer x(M * K * dtype_bytes(dtype));
+  for (int64_t i = 0; i < M * K; i++) put(x.data(), i, dtype, normal());
+  std::vector<Buffer> tiles, alone, together;
+  std::vector<std::vector<float>> row_scales;
+  std::vector<Fp4Linear> calls;
+  bool same = true;
+  for (int64_t N : kSizes) {
+    Buffer qdata(N * groups * group / 2), scale(N * groups);
+    for (int64_t i = 0; i < N * groups * group / 2; i++) qdata.data()[i] = random_bits() & 0xFF;
+    for (int64_t i = 0; i < N * groups; i++) scale.data()[i] = 100 + random_bits() % 20;
+    tiles.emplace_back((N + 15) / 16 * groups * tile);
+    row_scales.emplace_back(N);
+    pack(qdata.data(), scale.data(), .01f, tiles.back().data(), row_scales.back().data(), N,
+         groups);
+    alone.emplace_back(M * N * dtype_bytes(dtype));
+    together.emplace_back(M * N * dtype_bytes(dtype));
+  }
+  for (size_t i = 0; i < std::size(kSizes); i++) {
+    Fp4Linear call{x.data(),
+                   tiles[i].data(),
+                   row_scales[i].data(),
+                   nullptr,
+                   alone[i].data(),
+                   M,
+                   kSizes[i],
+                   K,
+                   format,
+                   dtype,
+                   mode};
+    same &= isa.linear(&call, 1);
+    call.y = together[i].data();
+    calls.push_back(call);
+  }
+  same &= isa.linear(calls.data(), calls.size());
+  for (size_t i = 0; i < calls.size(); i++) {
+    same &= together[i].whole() && x.whole() &&
+            memcmp(alone[i].data(), together[i].data(), M * kSizes[i] * dtype_bytes(dtype)) == 0;
+  }
+  char what[120];
+  snprintf(what, sizeof what, "%s together: format %d dtype %d mode %d M %ld K %ld", isa.name,
+           format, dtype, mode, (long)M, (long)K);
+  expect(same, what);
 }
 
 void check_rounding(const Fp4Isa& isa, int format, int rule, int dtype, int64_t M, int64_t K,
@@ -249,7 +299,10 @@ int main() {
       for (int dtype : {FP4_FLOAT32, FP4_BFLOAT16, FP4_FLOAT16}) {
         for (int64_t M : {0, 1, 2, 3, 5, 8, 9, 13, 31, 150}) {
           const int64_t N = 1 + random_bits() % 70, K = 1 + random_bits() % 600;
-          for (int mode : {FP4_EXACT, FP4_INT8}) check_linear(*isa, format, dtype, mode, M, N, K);
+          for (int mode : {FP4_EXACT, FP4_INT8}) {
+            check_linear(*isa, format, dtype, mode, M, N, K);
+            check_together(*isa, format, dtype, mode, M, K);
+          }
         }
         check_linear(*isa, format, dtype, FP4_EXACT, 3, 16, 0);
         check_linear(*isa, format, dtype, FP4_EXACT, 1, 20, 2100, Sizes::kUneven);

@@ -9,7 +9,7 @@ namespace {
 template <Isa V, class Format>
 class FewRows : Call<V, Format> {
  public:
-  explicit FewRows(const Fp4Linear& call) : Call<V, Format>(call) {}
+  using Call<V, Format>::Call;
 
   bool run() {
     float *x, *unit;
@@ -24,13 +24,15 @@ class FewRows : Call<V, Format> {
       unit[m] = load_row<V>(row(m), call_.dtype, call_.K, Kp_, x + m * Kp_, &amax);
       V::reorder_row(x + m * Kp_, Kp_, x + m * Kp_);
     }
-    parallel_ranges(panels_, tasks_, [&](int64_t p0, int64_t p1) {
-      if (call_.M == 1) return one_row(p0, p1, x, unit[0]);
-      for (int64_t p = p0; p < p1; p++) {
-        float sums[V::kFewRows * kPanelRows];
-        exact_rows(panel(p), x, sums);
-        for (int64_t m = 0; m < call_.M; m++) store(sums + m * kPanelRows, m, p, unit[m]);
-      }
+    parallel_ranges(panels_, tasks_, [&](int64_t begin, int64_t end) {
+      for_weights(begin, end, [&](const Fp4Linear& call, int64_t p0, int64_t p1) {
+        if (call_.M == 1) return one_row(call, p0, p1, x, unit[0]);
+        for (int64_t p = p0; p < p1; p++) {
+          float sums[V::kFewRows * kPanelRows];
+          exact_rows(panel(call, p), x, sums);
+          for (int64_t m = 0; m < call_.M; m++) store(sums + m * kPanelRows, call, m, p, unit[m]);
+        }
+      });
     });
     return true;
   }
@@ -38,7 +40,7 @@ class FewRows : Call<V, Format> {
  private:
   using Base = Call<V, Format>;
   using Base::call_, Base::groups_, Base::Kp_, Base::panels_, Base::panel_bytes_, Base::tasks_;
-  using Base::panel, Base::row, Base::store, Base::for_columns, Base::in_streams;
+  using Base::panel, Base::row, Base::store, Base::for_columns, Base::for_weights;
 
   template <int kM = V::kFewRows>
   FP4_INLINE void exact_rows(const uint8_t* tiles, const float* x, float* sums) const {
@@ -50,13 +52,13 @@ class FewRows : Call<V, Format> {
     });
   }
 
-  void one_row(int64_t p0, int64_t p1, const float* x, float unit) const {
-    in_streams(
-        p0, p1,
+  void one_row(const Fp4Linear& call, int64_t p0, int64_t p1, const float* x, float unit) const {
+    this->in_streams(
+        call, p0, p1,
         [&](auto panels, const uint8_t* tile, int64_t g, int64_t groups, float* sums, bool more) {
           gemv<V, Format, panels>(tile, panel_bytes_, x + g * Format::kGroup, groups, sums, more);
         },
-        [&](int64_t p, const float* sums) { store(sums, 0, p, unit); });
+        [&](int64_t p, const float* sums) { store(sums, call, 0, p, unit); });
   }
 };
 
@@ -64,7 +66,7 @@ class FewRows : Call<V, Format> {
 template <Isa V, class Format>
 class PairRows : Call<V, Format> {
  public:
-  explicit PairRows(const Fp4Linear& call) : Call<V, Format>(call) {}
+  using Call<V, Format>::Call;
 
   bool run() {
     float *wide, *unit;
@@ -81,12 +83,14 @@ class PairRows : Call<V, Format> {
       unit[m] = load_row<V, true>(row(m), call_.dtype, call_.K, Kp_, wide, &amax);
       V::Pairs::reorder_row(wide, Kp_, reinterpret_cast<float*>(x + m * Kp_));
     }
-    parallel_ranges(panels_, tasks_, [&](int64_t p0, int64_t p1) {
-      for (int64_t p = p0; p < p1; p++) {
-        float sums[V::kFewPairRows * kPanelRows];
-        run_pairs(panel(p), x, sums);
-        for (int64_t m = 0; m < call_.M; m++) store(sums + m * kPanelRows, m, p, unit[m]);
-      }
+    parallel_ranges(panels_, tasks_, [&](int64_t begin, int64_t end) {
+      for_weights(begin, end, [&](const Fp4Linear& call, int64_t p0, int64_t p1) {
+        for (int64_t p = p0; p < p1; p++) {
+          float sums[V::kFewPairRows * kPanelRows];
+          run_pairs(panel(call, p), x, sums);
+          for (int64_t m = 0; m < call_.M; m++) store(sums + m * kPanelRows, call, m, p, unit[m]);
+        }
+      });
     });
     return true;
   }
@@ -94,7 +98,7 @@ class PairRows : Call<V, Format> {
  private:
   using Base = Call<V, Format>;
   using Base::call_, Base::groups_, Base::Kp_, Base::panels_, Base::panel_bytes_, Base::tasks_;
-  using Base::panel, Base::row, Base::store, Base::for_columns;
+  using Base::panel, Base::row, Base::store, Base::for_columns, Base::for_weights;
 
   template <int kM = V::kFewPairRows>
   FP4_INLINE void run_pairs(const uint8_t* tiles, const uint16_t* x, float* sums) const {

@@ -34,8 +34,9 @@ struct Fp4Matrix {
 // What each instruction set's file exports.
 struct Fp4Isa {
   const char* name;
-  // False when memory for scratch ran out.
-  bool (*linear)(const Fp4Linear&);
+  // `count` linears of one x: all but weights, N and y are the same. False when memory for scratch
+  // ran out.
+  bool (*linear)(const Fp4Linear* calls, int64_t count);
   // -> qdata [M, Kp/2], scale [M, Kp/group], per_tensor_scale [1]; returns how many groups hold NaN
   // or Inf, and where any does the outputs mean nothing.
   int64_t (*quantize)(const Fp4Matrix&, uint8_t* qdata, uint8_t* scale, float* per_tensor_scale);

@@ -14,9 +14,10 @@ struct IntegerCall : Call<V, Format> {
   using Call<V, Format>::Call;
 
   template <int kCount, class Use>
-  void one_int_row(int64_t p0, int64_t p1, const IntRows<Format, kCount>& in, Use use) const {
+  void one_int_row(const Fp4Linear& call, int64_t p0, int64_t p1, const IntRows<Format, kCount>& in,
+                   Use use) const {
     this->in_streams(
-        p0, p1,
+        call, p0, p1,
         [&](auto panels, const uint8_t* tile, int64_t g, int64_t groups, float* sums, bool more) {
           int_rows<V, Format, 1, panels>(tile, this->panel_bytes_, in.from(0, g), groups, sums,
                                          more);
@@ -29,7 +30,7 @@ struct IntegerCall : Call<V, Format> {
 template <Isa V, class Format>
 class DigitRow : IntegerCall<V, Format> {
  public:
-  explicit DigitRow(const Fp4Linear& call) : IntegerCall<V, Format>(call) {}
+  using IntegerCall<V, Format>::IntegerCall;
 
   bool run() {
     const int64_t most = Kp_ / 64;
@@ -48,14 +49,16 @@ class DigitRow : IntegerCall<V, Format> {
     }
     uint32_t amax;
     const float unit = load_row<V>(row(0), call_.dtype, call_.K, Kp_, x, &amax);
-    if (amax >= 0x7F800000) return FewRows<V, Format>(call_).run();
+    if (amax >= 0x7F800000) return FewRows<V, Format>(calls_, count_).run();
     const int64_t count = split_row<V, Format>(x, groups_, digits, scale, offset, apart, most);
-    if (count > most) return FewRows<V, Format>(call_).run();
-    parallel_ranges(panels_, tasks_, [&](int64_t p0, int64_t p1) {
+    if (count > most) return FewRows<V, Format>(calls_, count_).run();
+    parallel_ranges(panels_, tasks_, [&](int64_t begin, int64_t end) {
       const IntRows<Format, kDigits> in{digits, scale, offset, groups_};
-      this->one_int_row(p0, p1, in, [&](int64_t p, float* sums) {
-        for (int64_t i = 0; i < count; i++) add_column<V, Format>(panel(p), apart[i], sums);
-        store(sums, 0, p, unit);
+      for_weights(begin, end, [&](const Fp4Linear& call, int64_t p0, int64_t p1) {
+        this->one_int_row(call, p0, p1, in, [&](int64_t p, float* sums) {
+          for (int64_t i = 0; i < count; i++) add_column<V, Format>(panel(call, p), apart[i], sums);
+          store(sums, call, 0, p, unit);
+        });
       });
     });
     return true;
@@ -63,15 +66,15 @@ class DigitRow : IntegerCall<V, Format> {
 
  private:
   using Base = IntegerCall<V, Format>;
-  using Base::call_, Base::groups_, Base::Kp_, Base::panels_, Base::tasks_;
-  using Base::panel, Base::row, Base::store;
+  using Base::call_, Base::calls_, Base::count_, Base::groups_, Base::Kp_, Base::panels_;
+  using Base::tasks_, Base::panel, Base::row, Base::store, Base::for_weights;
 };
 
 // Rows rounded to 8 bits, an approximation; with Inf or NaN in any of them the exact way.
 template <Isa V, class Format>
 class Int8Rows : IntegerCall<V, Format> {
  public:
-  explicit Int8Rows(const Fp4Linear& call) : IntegerCall<V, Format>(call) {}
+  using IntegerCall<V, Format>::IntegerCall;
 
   bool run() {
     float *scale, *unit;
@@ -100,38 +103,43 @@ class Int8Rows : IntegerCall<V, Format> {
     });
     if (failed) return false;
     if (odd) {
-      return call_.M <= V::kFewRows ? FewRows<V, Format>(call_).run()
-                                    : ManyRows<V, Format, V>(call_).run();
+      return call_.M <= V::kFewRows ? FewRows<V, Format>(calls_, count_).run()
+                                    : ManyRows<V, Format, V>(calls_, count_).run();
     }
     const IntRows<Format, 1> in{rounded, scale, offset, groups_};
-    parallel_ranges(panels_, tasks_, [&](int64_t p0, int64_t p1) {
-      if (call_.M == 1) {
-        return this->one_int_row(p0, p1, in,
-                                 [&](int64_t p, float* sums) { store(sums, 0, p, unit[0]); });
-      }
-      for (int64_t p = p0; p < p1; p++) {
-        for (int64_t m = 0; m < call_.M;) {
-          float sums[4 * kPanelRows];
-          const int64_t left = call_.M - m;
-          const int64_t taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-          for_columns(panel(p), [&](const uint8_t* tile, int64_t g, int64_t groups, bool more) {
-            const auto run = taken == 4   ? int_rows<V, Format, 4, 1, 1>
-                             : taken == 2 ? int_rows<V, Format, 2, 1, 1>
-                                          : int_rows<V, Format, 1, 1, 1>;
-            run(tile, 0, in.from(m, g), groups, sums, more);
-          });
-          for (int64_t i = 0; i < taken; i++) store(sums + i * kPanelRows, m + i, p, unit[m + i]);
-          m += taken;
+    parallel_ranges(panels_, tasks_, [&](int64_t begin, int64_t end) {
+      for_weights(begin, end, [&](const Fp4Linear& call, int64_t p0, int64_t p1) {
+        if (call_.M == 1) {
+          return this->one_int_row(
+              call, p0, p1, in, [&](int64_t p, float* sums) { store(sums, call, 0, p, unit[0]); });
         }
-      }
+        for (int64_t p = p0; p < p1; p++) some_rows(call, p, in, unit);
+      });
     });
     return true;
   }
 
  private:
   using Base = IntegerCall<V, Format>;
-  using Base::call_, Base::groups_, Base::Kp_, Base::panels_, Base::tasks_;
-  using Base::panel, Base::row, Base::store, Base::for_columns;
+  using Base::call_, Base::calls_, Base::count_, Base::groups_, Base::Kp_, Base::panels_;
+  using Base::tasks_, Base::panel, Base::row, Base::store, Base::for_columns, Base::for_weights;
+
+  void some_rows(const Fp4Linear& call, int64_t p, const IntRows<Format, 1>& in,
+                 const float* unit) const {
+    for (int64_t m = 0; m < call_.M;) {
+      float sums[4 * kPanelRows];
+      const int64_t left = call_.M - m;
+      const int64_t taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      for_columns(panel(call, p), [&](const uint8_t* tile, int64_t g, int64_t groups, bool more) {
+        const auto run = taken == 4   ? int_rows<V, Format, 4, 1, 1>
+                         : taken == 2 ? int_rows<V, Format, 2, 1, 1>
+                                      : int_rows<V, Format, 1, 1, 1>;
+        run(tile, 0, in.from(m, g), groups, sums, more);
+      });
+      for (int64_t i = 0; i < taken; i++) store(sums + i * kPanelRows, call, m + i, p, unit[m + i]);
+      m += taken;
+    }
+  }
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// y = x W^T + bias of one call: which strategy serves how many rows of which dtype.
+// y = x W^T + bias of one x: which strategy serves how many rows of which dtype.
 #pragma once
 #include "few_rows.h"
 #include "integer_rows.h"
@@ -9,10 +9,9 @@ namespace {
 template <Isa V, class Format>
 class Linear {
  public:
-  explicit Linear(const Fp4Linear& call) : call_(call) {}
+  Linear(const Fp4Linear* calls, int64_t count) : call_(*calls), calls_(calls), count_(count) {}
 
   bool run() const {
-    if (call_.N == 0) return true;
     if constexpr (!kIsFp8<Format>) {
       if (call_.mode == FP4_INT8 && !exact_is_faster()) return with<Int8Rows<V, Format>>();
     }
@@ -37,7 +36,7 @@ class Linear {
  private:
   template <class Strategy>
   bool with() const {
-    return Strategy(call_).run();
+    return Strategy(calls_, count_).run();
   }
 
   template <Vectors W>
@@ -55,25 +54,45 @@ class Linear {
   }
 
   const Fp4Linear& call_;
+  const Fp4Linear* calls_;
+  int64_t count_;
 };
 
 // So many rows at a time that scratch stays small; weights are decoded anew for fewer.
 constexpr int64_t kCallRows = 2048;
 
+// Rows up to which what serves them does not depend on N, so that weights can be taken together.
 template <Isa V>
-bool linear(const Fp4Linear& call) {
+constexpr int64_t kTogether =
+    V::kFewPairRows > 0 && V::kFewPairRows < V::kFewRows ? V::kFewPairRows : V::kFewRows;
+
+template <Isa V>
+bool run_linears(const Fp4Linear* calls, int64_t count) {
+  switch (calls->format) {
+    case FP4_NVFP4: return Linear<V, Nvfp4>(calls, count).run();
+    case FP4_MXFP4: return Linear<V, Mxfp4>(calls, count).run();
+    default: return Linear<V, Fp8>(calls, count).run();
+  }
+}
+
+template <Isa V>
+bool one_linear(const Fp4Linear& call) {
+  if (call.N == 0) return true;
   for (int64_t m = 0; m < call.M; m += kCallRows) {
     Fp4Linear part = call;
     part.x = at(call.x, m * call.K * dtype_bytes(call.dtype));
     part.y = at(call.y, m * call.N * dtype_bytes(call.dtype));
     part.M = min64(kCallRows, call.M - m);
-    bool done = false;
-    switch (call.format) {
-      case FP4_NVFP4: done = Linear<V, Nvfp4>(part).run(); break;
-      case FP4_MXFP4: done = Linear<V, Mxfp4>(part).run(); break;
-      default: done = Linear<V, Fp8>(part).run();
-    }
-    if (!done) return false;
+    if (!run_linears<V>(&part, 1)) return false;
+  }
+  return true;
+}
+
+template <Isa V>
+bool linear(const Fp4Linear* calls, int64_t count) {
+  if (count > 1 && calls->M > 0 && calls->M <= kTogether<V>) return run_linears<V>(calls, count);
+  for (int64_t i = 0; i < count; i++) {
+    if (!one_linear<V>(calls[i])) return false;
   }
   return true;
 }

@@ -1,8 +1,8 @@
-// Many rows, by the vector type W: V itself, or pairs of bfloat16, V's or those of tiles. A thread
-// takes runs of panels, decodes kTilePanels of them by kDepth columns and multiplies all row blocks
-// of the moment with these, whose activations and sums stay in L2. Activations are read where they
-// are, if they are ordinary float32 and rows end with a group; else they are packed
-// [blocks of kDepth columns][rows][kSegment].
+// Many rows and one weight, by the vector type W: V itself, or pairs of bfloat16, V's or those of
+// tiles. A thread takes runs of panels, decodes kTilePanels of them by kDepth columns and
+// multiplies all row blocks of the moment with these, whose activations and sums stay in L2.
+// Activations are read where they are, if they are ordinary float32 and rows end with a group; else
+// they are packed [blocks of kDepth columns][rows][kSegment].
 #pragma once
 #include <atomic>
 #include <type_traits>
@@ -15,7 +15,7 @@ namespace {
 template <Isa V, class Format, Vectors W>
 class ManyRows : Call<V, Format> {
  public:
-  explicit ManyRows(const Fp4Linear& call) : Call<V, Format>(call) {}
+  using Call<V, Format>::Call;
 
   bool run() {
     if constexpr (kPlain) {
@@ -58,7 +58,7 @@ class ManyRows : Call<V, Format> {
     });
     if (failed || !multiply_all(packed)) return false;
     if constexpr (!kPlain) {
-      if (!exact_) return ManyRows<V, Format, V>(call_).run();
+      if (!exact_) return ManyRows<V, Format, V>(&call_, 1).run();
     }
     return true;
   }
@@ -139,7 +139,8 @@ class ManyRows : Call<V, Format> {
       }
       for (int64_t p = p0; p < p1; p += W::kTilePanels) {
         const int64_t next_panel = p + 1 < panels_ ? panel_bytes_ : 0;
-        if (!decode_panels<W, Format>(panel(p) + tile, next_panel, columns / Format::kGroup, w)) {
+        if (!decode_panels<W, Format>(panel(call_, p) + tile, next_panel, columns / Format::kGroup,
+                                      w)) {
           exact_ = false;
         }
         float* c = sums + (p - p0) * stride;
@@ -158,7 +159,7 @@ class ManyRows : Call<V, Format> {
       if (looks && row_unit<false>(amax[m]) != 1.f) ordinary_ = false;
       for (int64_t p = p0; p < p1; p++) {
         const float unit = in.unit == nullptr ? 1.f : in.unit[m0 + m];
-        store(sums + (p - p0) * stride + m * kPanelRows, m0 + m, p, unit);
+        store(sums + (p - p0) * stride + m * kPanelRows, call_, m0 + m, p, unit);
       }
     }
   }

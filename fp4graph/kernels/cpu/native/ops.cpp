@@ -61,48 +61,83 @@ std::vector<int64_t> shape_of(const Tensor& x) {
   return shape;
 }
 
-template <int kFormat, int kMode>
-Tensor linear(const Tensor& input, const Tensor& tiles, const Tensor& row_scale,
-              const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(input.dim() > 0, "x needs a dimension");
-  const Tensor x = plain(input);
+int64_t rows_of(const Tensor& x) {
+  int64_t M = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) M *= x.size(i);
+  return M;
+}
+
+// One weight's part of a call on x, which is contiguous; y is made here. `bias` may become a copy.
+Fp4Linear call_of(const Tensor& x, const Tensor& tiles, const Tensor& row_scale,
+                  std::optional<Tensor>& bias, Tensor& y, int format, int mode) {
   auto shape = shape_of(x);
   const int64_t K = shape.back(), N = row_scale.numel();
-  const int64_t groups = (K + group_of(kFormat) - 1) / group_of(kFormat);
+  const int64_t groups = (K + group_of(format) - 1) / group_of(format);
   // what does not fit would read or write memory that is not ours
   STD_TORCH_CHECK(tiles.dim() == 2 && tiles.size(0) == (N + kPanelRows - 1) / kPanelRows &&
-                      tiles.size(1) == groups * tile_of(kFormat) && tiles.is_contiguous() &&
+                      tiles.size(1) == groups * tile_of(format) && tiles.is_contiguous() &&
                       row_scale.is_contiguous() && row_scale.scalar_type() == ScalarType::Float,
                   "x [..., ", K, "] does not fit the packed weight");
-  std::optional<Tensor> b;
   if (bias.has_value()) {
-    b = plain(*bias);
-    STD_TORCH_CHECK(b->numel() == N && b->scalar_type() == x.scalar_type(),
+    bias = plain(*bias);
+    STD_TORCH_CHECK(bias->numel() == N && bias->scalar_type() == x.scalar_type(),
                     "the bias needs one value a row of the weight, in the dtype of x");
   }
   shape.back() = N;
-  int64_t M = 1;
-  for (size_t i = 0; i + 1 < shape.size(); i++) M *= shape[i];
-  Tensor y = torch::stable::new_empty(x, shape);
-  const Fp4Linear call{x.const_data_ptr(),
-                       static_cast<const uint8_t*>(tiles.const_data_ptr()),
-                       static_cast<const float*>(row_scale.const_data_ptr()),
-                       b.has_value() ? b->const_data_ptr() : nullptr,
-                       y.mutable_data_ptr(),
-                       M,
-                       N,
-                       K,
-                       kFormat,
-                       dtype_of(x),
-                       kMode};
-  if (call.dtype == FP4_FLOAT64) {
-    kFormat == FP4_NVFP4   ? linear_float64<Nvfp4>(call)
-    : kFormat == FP4_MXFP4 ? linear_float64<Mxfp4>(call)
-                           : linear_float64<Fp8>(call);
-  } else {
-    STD_TORCH_CHECK(fp4_chosen().linear(call), "no memory for ", M, " rows of activations");
+  y = torch::stable::new_empty(x, shape);
+  return {x.const_data_ptr(),
+          static_cast<const uint8_t*>(tiles.const_data_ptr()),
+          static_cast<const float*>(row_scale.const_data_ptr()),
+          bias.has_value() ? bias->const_data_ptr() : nullptr,
+          y.mutable_data_ptr(),
+          rows_of(x),
+          N,
+          K,
+          format,
+          dtype_of(x),
+          mode};
+}
+
+void run(const Fp4Linear* calls, int64_t count) {
+  if (calls->dtype != FP4_FLOAT64) {
+    STD_TORCH_CHECK(fp4_chosen().linear(calls, count), "no memory for ", calls->M,
+                    " rows of activations");
+    return;
   }
+  for (const Fp4Linear* call = calls; call < calls + count; call++) {
+    call->format == FP4_NVFP4   ? linear_float64<Nvfp4>(*call)
+    : call->format == FP4_MXFP4 ? linear_float64<Mxfp4>(*call)
+                                : linear_float64<Fp8>(*call);
+  }
+}
+
+template <int kFormat, int kMode>
+Tensor linear(const Tensor& input, const Tensor& tiles, const Tensor& row_scale,
+              std::optional<Tensor> bias) {
+  STD_TORCH_CHECK(input.dim() > 0, "x needs a dimension");
+  const Tensor x = plain(input);
+  Tensor y;
+  const Fp4Linear call = call_of(x, tiles, row_scale, bias, y, kFormat, kMode);
+  run(&call, 1);
   return y;
+}
+
+// The same for several weights: each result is that of `linear`, to the bit.
+template <int kFormat, int kMode>
+std::vector<Tensor> merged(const Tensor& input, std::vector<Tensor> tiles,
+                           std::vector<Tensor> row_scales,
+                           std::vector<std::optional<Tensor>> biases) {
+  const size_t count = tiles.size();
+  STD_TORCH_CHECK(input.dim() > 0 && count > 0, "x needs a dimension, and one weight at least");
+  STD_TORCH_CHECK(row_scales.size() == count && biases.size() == count, "lists differ in length");
+  const Tensor x = plain(input);
+  std::vector<Tensor> results(count);
+  std::vector<Fp4Linear> calls;
+  for (size_t i = 0; i < count; i++) {
+    calls.push_back(call_of(x, tiles[i], row_scales[i], biases[i], results[i], kFormat, kMode));
+  }
+  run(calls.data(), count);
+  return results;
 }
 
 // Asks for huge pages before memory is first written: a weight is then read a fifth faster. It is
@@ -248,6 +283,11 @@ STABLE_TORCH_LIBRARY_IMPL(fp4graph, CPU, m) {
   m.impl("cpu_nvfp4", TORCH_BOX((&linear<FP4_NVFP4, FP4_EXACT>)));
   m.impl("cpu_mxfp4", TORCH_BOX((&linear<FP4_MXFP4, FP4_EXACT>)));
   m.impl("cpu_fp8", TORCH_BOX((&linear<FP4_FP8, FP4_EXACT>)));
+  m.impl("cpu_merged_nvfp4", TORCH_BOX((&merged<FP4_NVFP4, FP4_EXACT>)));
+  m.impl("cpu_merged_mxfp4", TORCH_BOX((&merged<FP4_MXFP4, FP4_EXACT>)));
+  m.impl("cpu_merged_fp8", TORCH_BOX((&merged<FP4_FP8, FP4_EXACT>)));
+  m.impl("cpu_merged_int8_nvfp4", TORCH_BOX((&merged<FP4_NVFP4, FP4_INT8>)));
+  m.impl("cpu_merged_int8_mxfp4", TORCH_BOX((&merged<FP4_MXFP4, FP4_INT8>)));
   m.impl("cpu_pack_fp8", TORCH_BOX(&pack_fp8));
   m.impl("cpu_unpack_fp8", TORCH_BOX(&unpack_fp8));
   m.impl("cpu_int8_nvfp4", TORCH_BOX((&linear<FP4_NVFP4, FP4_INT8>)));
