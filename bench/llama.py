@@ -158,7 +158,8 @@ def ours(name: str, options: Any, prompt: Sequence[int], activations: str) -> En
 def exported(file: str, format: str, out: Path) -> None:
     """Write a GGUF file with our codes."""
     how = ("--to", "gguf", "--select", SELECT, "--format", format, "--out", str(out))
-    subprocess.run([sys.executable, "-m", "fp4graph", "export", file, *how], check=True)
+    command = Path(sys.executable).with_name("fp4graph")
+    subprocess.run([command, "export", file, *how], check=True)
 
 
 def quantized(file: str, out: Path) -> None:

@@ -341,3 +341,15 @@ def test_int8_activations_are_named_with_their_error() -> None:
     assert "W4A8, activations within 1.5%" in backend.report.selected[0].reason
     with pytest.raises(RefusalError, match="kernel reference: it does not round activations"):
         logits(compiled(model, activations="int8", kernel="reference"))
+
+
+@pytest.mark.parametrize("family, tied", [("gemma3", True), ("llama", False)])
+def test_a_head_that_is_tied_says_what_becomes_of_the_embeddings(family: str, tied: bool) -> None:
+    model = tiny(family)
+    report = fp4graph.explain(model, tokens(), select="lm_head", use_cache=False)
+    (row,) = report.selected
+    assert ("the embeddings share its weight" in row.reason) is tied
+    embeddings = model.get_input_embeddings().weight.clone()
+    (converted,) = fp4graph.convert(model, "lm_head").selected
+    assert converted.reason == row.reason
+    assert torch.equal(model.get_input_embeddings().weight, embeddings)
