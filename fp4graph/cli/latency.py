@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 @click.option(
     "--mode",
     type=click.Choice(["default", "reduce-overhead", "max-autotune"]),
-    default="default",
-    show_default=True,
-    help="Of torch.compile: reduce-overhead captures CUDA graphs.",
+    help="Of torch.compile: reduce-overhead captures CUDA graphs, and is the default on GPUs.",
 )
 @click.option(
     "--attention",
@@ -66,7 +64,7 @@ def latency_command(
     activations: tuple[str, ...],
     quantizer: tuple[str, ...],
     inner: str,
-    mode: str,
+    mode: str | None,
     attention: str | None,
     prompt_tokens: int,
     new_tokens: int,
@@ -86,7 +84,7 @@ def latency_command(
     from fp4graph.loading import dense_of
     from fp4graph.study.given import plan_of, read_calibrations
 
-    if mode != "default" and inner != "inductor":
+    if mode not in (None, "default") and inner != "inductor":
         raise OptionError(f"--mode {mode} is for --inner inductor")
     select, called = selected(selects, mixes, names)
     if not select and dense_of(model) is None:

@@ -57,6 +57,11 @@ class Variant:
     attention: str | None = None
 
 
+def mode_for(device: str, inner: str) -> str:
+    """Return the mode of torch.compile that serves generation best on a device."""
+    return "reduce-overhead" if device == "cuda" and inner == "inductor" else "default"
+
+
 @dataclass(frozen=True)
 class Ratio:
     """How many times faster than the dense variant: median of paired ratios, 95 % interval."""

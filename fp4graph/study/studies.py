@@ -20,7 +20,7 @@ from fp4graph.study.given import (
     title_of,
     windows_of,
 )
-from fp4graph.study.latency import Variant, measure
+from fp4graph.study.latency import Variant, measure, mode_for
 from fp4graph.study.measured import measured
 from fp4graph.study.outliers import outliers as measure_outliers
 from fp4graph.study.plan import Group, converted, read_plan
@@ -233,7 +233,7 @@ def latency(
     calibration: Calibrations = (),
     packed: Packed = (),
     inner: str = "inductor",
-    mode: str = "default",
+    mode: str | None = None,
     attention: str | None = None,
     prompt_tokens: int = 128,
     new_tokens: int = 32,
@@ -253,7 +253,8 @@ def latency(
         calibration: as in `ablate`.
         packed: as in `ablate`.
         inner: `inductor` or `eager`.
-        mode: of torch.compile, for Inductor.
+        mode: of torch.compile, for Inductor; None is `reduce-overhead` (CUDA graphs) on GPUs, and
+            `default` elsewhere.
         attention: transformers' `attn_implementation`; None leaves the model's.
         prompt_tokens: length of the prompt.
         new_tokens: tokens to generate, at least 2.
@@ -267,12 +268,14 @@ def latency(
     Raises:
         as `fp4graph.study.latency.measure`; OptionError: a value that does not exist.
     """
-    if mode != "default" and inner != "inductor":
+    if mode not in (None, "default") and inner != "inductor":
         raise OptionError(f"mode {mode!r} is for inner='inductor'")
     selects = _or_all(select, packed)
     plan = plan_of(selects, format, activations, quantizer, name, calibration, packed=packed)
-    variants = [Variant(trial, inner, mode, attention) for trial in plan]
     with shown(progress) as told, in_evaluation(model) as loaded:
+        parameter = next(loaded.model.parameters())
+        mode = mode or mode_for(parameter.device.type, inner)
+        variants = [Variant(trial, inner, mode, attention) for trial in plan]
         rows = measure(
             loaded,
             variants,
@@ -282,7 +285,7 @@ def latency(
             memory=memory,
             progress=told,
         )
-        dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+        dtype = str(parameter.dtype).removeprefix("torch.")
     work = f"{prompt_tokens} prompt + {new_tokens} new tokens, {rounds} rounds"
     title = f"{loaded.name}, {dtype}, {inner}, {rows[0].attention} attention: {work}"
     return Table(rows, views.of_latency(rows, title), verdicts.of_latency(rows))

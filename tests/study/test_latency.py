@@ -20,7 +20,7 @@ from fp4graph import OptionError, Policy, Scheme, SelectorError
 from fp4graph.apart import ApartError, call_apart
 from fp4graph.loading import load_packed, save
 from fp4graph.models import LoadedModel
-from fp4graph.study.latency import Runner, Variant, measure, paired_ratio
+from fp4graph.study.latency import Runner, Variant, measure, mode_for, paired_ratio
 from fp4graph.study.trial import DENSE, Trial
 
 if TYPE_CHECKING:
@@ -102,6 +102,11 @@ def test_misfits_are_errors() -> None:
     assert options["progress"].total == 0  # nothing was compiled
     with pytest.raises(OptionError, match="at least 1 prompt token"):
         measure(model, VARIANTS[:1], **{**options, "new_tokens": 1})
+
+
+def test_cuda_graphs_are_the_default_on_gpus_with_inductor_alone() -> None:
+    assert mode_for("cuda", "inductor") == "reduce-overhead"
+    assert {mode_for("cuda", "eager"), mode_for("cpu", "inductor")} == {"default"}
 
 
 def test_paired_ratio() -> None:
