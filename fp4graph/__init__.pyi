@@ -1,4 +1,5 @@
 from . import errors, formats, kernels, models, quantizers, study
+from .attention import set_attention
 from .budget.find import best_policy
 from .calibration.calibrate import calibrate
 from .compiler import backend
@@ -83,5 +84,6 @@ __all__ = [
     "quantize",
     "quantizers",
     "report_of",
+    "set_attention",
     "study",
 ]

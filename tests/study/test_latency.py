@@ -81,10 +81,10 @@ def test_a_variant_generates_what_generate_does(monkeypatch: pytest.MonkeyPatch)
 def test_attention_is_another_within() -> None:
     model = tiny("llama").requires_grad_(False)
     options = {"prompt_tokens": 4, "new_tokens": 3, "rounds": 2, "progress": Counted()}
-    variants = [VARIANTS[0], Variant(DENSE, "eager", attention="eager")]
-    rows = measure(LoadedModel("it", model, None), variants, **options)
-    assert [row.attention for row in rows] == ["sdpa", "eager"]
-    assert [row.recompiles for row in rows] == [0, 0]
+    others = [Variant(DENSE, "eager", attention=how) for how in ("eager", "fp4graph")]
+    rows = measure(LoadedModel("it", model, None), [VARIANTS[0], *others], **options)
+    assert [row.attention for row in rows] == ["sdpa", "eager", "fp4graph"]
+    assert [row.recompiles for row in rows] == [0, 0, 0]
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(OptionError, match="attention='quick'"):
         measure(

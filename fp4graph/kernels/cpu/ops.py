@@ -30,6 +30,7 @@ for _schema in (
     "cpu_pack_fp8(Tensor qdata, Tensor scale) -> (Tensor, Tensor, Tensor)",
     "cpu_unpack_fp8(Tensor tiles, int N, int K) -> Tensor",
     "cpu_quantize(Tensor w, int format, int rule) -> (Tensor, Tensor, Tensor, Tensor)",
+    "cpu_attend(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor",
 ):
     _LIBRARY.define(_schema)
 
@@ -89,6 +90,14 @@ def quantize(weight: Tensor, format: BlockFormat) -> PackedWeight:
         shape=(weight.shape[0], weight.shape[1]),
         format=format,
     )
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    B, H, M, D = q.shape
+    return q.new_empty(B, M, H, D)
+
+
+torch.library.register_fake("fp4graph::cpu_attend", _attended, lib=_LIBRARY)
 
 
 def _define(name: str) -> Op:

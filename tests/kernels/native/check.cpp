@@ -112,22 +112,23 @@ void check_linear(const Fp4Isa& isa, int format, int dtype, int mode, int64_t M,
   const Fp4Linear call{x.data(), tiles.data(), aligned.data(), bias.data(), y.data(), M, N,
                        K,        format,       dtype,          mode};
   const bool ran = isa.linear(&call, 1);
-  double error = 0, size = 0;
+  double error = 0, size = 0;  // of all addends: few sums may be small by chance
   const double rounding = dtype == FP4_FLOAT32 ? 0 : dtype == FP4_BFLOAT16 ? 0x1p-8 : 0x1p-11;
   bool close = true;
   for (int64_t m = 0; m < M; m++) {
     for (int64_t n = 0; n < N; n++) {
       double sum = get(bias.data(), n, dtype), all = std::fabs(sum);
+      size += sum * sum;
       for (int64_t k = 0; k < K; k++) {
         const uint8_t byte = qdata.data()[n * groups * group / 2 + k / 2];
         const double w = kValues[k % 2 ? byte >> 4 : byte & 15] * tensor *
                          decode_scale(format, scale.data()[n * groups + k / group]);
         sum += w * get(x.data(), m * K + k, dtype);
         all += std::fabs(w * get(x.data(), m * K + k, dtype));
+        size += std::pow(w * get(x.data(), m * K + k, dtype), 2);
       }
       const double off = get(y.data(), m * N + n, dtype) - sum;
       error += off * off;
-      size += sum * sum;
       const double least = subnormal ? 0 : 1e-7;
       close &= std::fabs(off) <= 1e-6 * all + rounding * std::fabs(sum) + least;
     }
@@ -234,6 +235,63 @@ void check_together(const Fp4Isa& isa, int format, int dtype, int mode, int64_t 
   expect(same, what);
 }
 
+// Attention against a float64 one: heads of queries that share, a mask of bytes or of numbers.
+void check_attend(const Fp4Isa& isa, int dtype, int kind, int64_t M, int64_t S, int64_t D) {
+  constexpr int64_t kBatch = 2, kHeads = 2, kShare = 3, H = kHeads * kShare;
+  const int64_t size = dtype_bytes(dtype), cache = kBatch * kHeads * S * D;
+  Buffer q(kBatch * H * M * D * size), k(cache * size), v(cache * size), y(q);
+  Buffer mask(kBatch * M * S * (kind == FP4_MASK_SUM ? size : 1));
+  for (int64_t i = 0; i < kBatch * H * M * D; i++) put(q.data(), i, dtype, 2 * normal());
+  for (int64_t i = 0; i < cache; i++) put(k.data(), i, dtype, normal());
+  for (int64_t i = 0; i < cache; i++) put(v.data(), i, dtype, normal());
+  std::vector<double> more(kBatch * M * S);
+  for (int64_t i = 0; i < kBatch * M * S; i++) {
+    const bool seen = i % S == 0 || random_bits() % 3 > 0;
+    if (kind == FP4_MASK_BOOL) mask.data()[i] = seen;
+    if (kind == FP4_MASK_SUM) put(mask.data(), i, dtype, seen ? .5f : -1000.f);
+    more[i] = kind == FP4_MASK_NONE || seen ? (kind == FP4_MASK_SUM) * .5 : -1000;
+  }
+  const float scale = 1 / std::sqrt(static_cast<float>(D));
+  const Fp4Attention call{q.data(),    k.data(), v.data(),
+                          mask.data(), y.data(), kBatch,
+                          H,           kHeads,   M,
+                          S,           D,        H * M * D,
+                          M * D,       D,        kHeads * S * D,
+                          S * D,       D,        kHeads * S * D,
+                          S * D,       D,        M * S,
+                          0,           S,        dtype,
+                          kind,        scale};
+  bool close = isa.attend(call);
+  const double rounding = dtype == FP4_FLOAT32 ? 0 : dtype == FP4_BFLOAT16 ? 0x1p-8 : 0x1p-11;
+  std::vector<double> weight(S);
+  for (int64_t row = 0; row < kBatch * H * M; row++) {
+    const int64_t m = row % M, h = row / M % H, b = row / M / H;
+    const int64_t head = (b * kHeads + h / kShare) * S * D;
+    double total = 0;
+    for (int64_t s = 0; s < S; s++) {
+      double score = 0;
+      for (int64_t d = 0; d < D; d++) {
+        score += get(q.data(), row * D + d, dtype) * get(k.data(), head + s * D + d, dtype);
+      }
+      total += weight[s] = std::exp(score * scale + more[(b * M + m) * S + s]);
+    }
+    for (int64_t d = 0; d < D; d++) {
+      double sum = 0, all = 0;
+      for (int64_t s = 0; s < S; s++) {
+        sum += weight[s] / total * get(v.data(), head + s * D + d, dtype);
+        all += weight[s] / total * std::fabs(get(v.data(), head + s * D + d, dtype));
+      }
+      const double off = get(y.data(), ((b * M + m) * H + h) * D + d, dtype) - sum;
+      close &= std::fabs(off) <= 4e-6 * all + rounding * std::fabs(sum) + 1e-7;
+    }
+  }
+  const bool whole = q.whole() && k.whole() && v.whole() && mask.whole() && y.whole();
+  char what[120];
+  snprintf(what, sizeof what, "%s attention: dtype %d mask %d M %ld S %ld D %ld: close %d whole %d",
+           isa.name, dtype, kind, (long)M, (long)S, (long)D, close, whole);
+  expect(close && whole, what);
+}
+
 void check_rounding(const Fp4Isa& isa, int format, int rule, int dtype, int64_t M, int64_t K,
                     int rotation) {
   const int64_t group = format == FP4_NVFP4 ? 16 : 32, groups = (K + group - 1) / group;
@@ -286,6 +344,11 @@ int main() {
         check_fp8(*isa, dtype, M, 1 + random_bits() % 70, 1 + random_bits() % 600);
       }
       check_fp8(*isa, dtype, 1, 237, 90);
+      for (int mask : {FP4_MASK_NONE, FP4_MASK_BOOL, FP4_MASK_SUM}) {
+        check_attend(*isa, dtype, mask, 1, 1 + random_bits() % 20, 1 + random_bits() % 40);
+        check_attend(*isa, dtype, mask, 1, 700, 64);  // several runs a head
+        check_attend(*isa, dtype, mask, 3, 45, 80);
+      }
       check_fp8(*isa, dtype, 3, 16, 0);
     }
     check_fp8(*isa, FP4_FLOAT32, 40, 800, 100);

@@ -174,5 +174,6 @@ class Multiplier<AmxPairs<kSlices>> {
 
 }  // namespace
 
-const Fp4Isa fp4_amx = {"amx", linear<Amx>, quantize<Amx>, fake_quantize<Amx>, rotate<Amx>};
+const Fp4Isa fp4_amx = {"amx",       linear<Amx>, quantize<Amx>, fake_quantize<Amx>,
+                        rotate<Amx>, attend<Amx>};
 #endif

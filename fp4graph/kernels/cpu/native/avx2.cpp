@@ -164,5 +164,6 @@ struct Avx2 : IsaDefaults {
 
 }  // namespace
 
-const Fp4Isa fp4_avx2 = {"avx2", linear<Avx2>, quantize<Avx2>, fake_quantize<Avx2>, rotate<Avx2>};
+const Fp4Isa fp4_avx2 = {"avx2",       linear<Avx2>, quantize<Avx2>, fake_quantize<Avx2>,
+                         rotate<Avx2>, attend<Avx2>};
 #endif

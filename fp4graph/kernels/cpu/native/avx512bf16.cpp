@@ -13,6 +13,7 @@ struct Avx512Bf16 : WithFp8Pairs<Avx512> {
 
 }  // namespace
 
-const Fp4Isa fp4_avx512bf16 = {"avx512bf16", linear<Avx512Bf16>, quantize<Avx512Bf16>,
-                               fake_quantize<Avx512Bf16>, rotate<Avx512Bf16>};
+const Fp4Isa fp4_avx512bf16 = {"avx512bf16",         linear<Avx512Bf16>,
+                               quantize<Avx512Bf16>, fake_quantize<Avx512Bf16>,
+                               rotate<Avx512Bf16>,   attend<Avx512Bf16>};
 #endif

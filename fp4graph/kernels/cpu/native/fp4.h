@@ -23,6 +23,21 @@ struct Fp4Linear {
   int format, dtype, mode;
 };
 
+// Who attends to what: everybody to all; by bytes, 0 for no; by numbers in `dtype` that are added.
+enum Fp4Mask { FP4_MASK_NONE = 0, FP4_MASK_BOOL = 1, FP4_MASK_SUM = 2 };
+
+// Attention of M queries a head over S slots. Heads of queries share those of the cache in runs.
+// Strides are in values, and the last dimension has none.
+struct Fp4Attention {
+  const void *q, *k, *v;  // [B, H, M, D], [B, heads, S, D] twice, in `dtype`
+  const void* mask;       // [B, H, M, S] by its strides, the same for all heads if it is of bytes
+  void* y;                // [B, M, H, D] contiguous, in `dtype`
+  int64_t B, H, heads, M, S, D;
+  int64_t q_b, q_h, q_m, k_b, k_h, k_s, v_b, v_h, v_s, mask_b, mask_h, mask_m;
+  int dtype, mask_kind;
+  float scale;
+};
+
 // A matrix that is rounded to nearest in groups along K, rotated before in blocks of `rotation`
 // columns (rotate.h) unless that is 0.
 struct Fp4Matrix {
@@ -44,6 +59,8 @@ struct Fp4Isa {
   void (*fake_quantize)(const Fp4Matrix&, void* y);
   // Rotate alone -> y [M, K] of the same dtype.
   void (*rotate)(const Fp4Matrix&, void* y);
+  // False when memory for scratch ran out.
+  bool (*attend)(const Fp4Attention&);
 };
 
 extern const Fp4Isa fp4_portable;

@@ -1,5 +1,6 @@
 // y = x W^T + bias of one x: which strategy serves how many rows of which dtype.
 #pragma once
+#include "attend.h"
 #include "few_rows.h"
 #include "integer_rows.h"
 #include "many_rows.h"

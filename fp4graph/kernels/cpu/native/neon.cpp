@@ -142,5 +142,6 @@ struct Neon : IsaDefaults {
 
 }  // namespace
 
-const Fp4Isa fp4_neon = {"neon", linear<Neon>, quantize<Neon>, fake_quantize<Neon>, rotate<Neon>};
+const Fp4Isa fp4_neon = {"neon",       linear<Neon>, quantize<Neon>, fake_quantize<Neon>,
+                         rotate<Neon>, attend<Neon>};
 #endif

@@ -214,6 +214,66 @@ Tensor unpack_fp8(const Tensor& tiles, int64_t N, int64_t K) {
   return qdata;
 }
 
+// -> [B, M, H, D]: what transformers wants.
+Tensor attend_op(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<Tensor> mask,
+                 double scale) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "expected [B, heads, tokens, D]");
+  const int64_t B = q.size(0), H = q.size(1), M = q.size(2), D = q.size(3);
+  const int64_t heads = k.size(1), S = k.size(2);
+  STD_TORCH_CHECK(heads > 0 && H % heads == 0 && k.size(0) == B && k.size(3) == D,
+                  "k does not fit q");
+  for (int i = 0; i < 4; i++) STD_TORCH_CHECK(v.size(i) == k.size(i), "v is not shaped like k");
+  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+                  "q, k and v differ in dtype");
+  const auto rows_of_values = [](const Tensor& x) { return x.stride(3) == 1 ? x : plain(x); };
+  const Tensor q_ = rows_of_values(q), k_ = rows_of_values(k), v_ = rows_of_values(v);
+  Fp4Attention call{q_.const_data_ptr(),
+                    k_.const_data_ptr(),
+                    v_.const_data_ptr(),
+                    nullptr,
+                    nullptr,
+                    B,
+                    H,
+                    heads,
+                    M,
+                    S,
+                    D,
+                    q_.stride(0),
+                    q_.stride(1),
+                    q_.stride(2),
+                    k_.stride(0),
+                    k_.stride(1),
+                    k_.stride(2),
+                    v_.stride(0),
+                    v_.stride(1),
+                    v_.stride(2),
+                    0,
+                    0,
+                    0,
+                    dtype_of(q),
+                    FP4_MASK_NONE,
+                    static_cast<float>(scale)};
+  STD_TORCH_CHECK(call.dtype != FP4_FLOAT64, "no attention in float64");
+  if (mask.has_value()) {
+    const bool is_bool = mask->scalar_type() == ScalarType::Bool;
+    STD_TORCH_CHECK(is_bool || mask->scalar_type() == q.scalar_type(), "a mask of another dtype");
+    STD_TORCH_CHECK(mask->dim() == 4 && mask->size(3) == S, "the mask does not fit k");
+    mask = rows_of_values(*mask);
+    const auto step = [&](int dim, int64_t size) {
+      STD_TORCH_CHECK(mask->size(dim) == 1 || mask->size(dim) == size, "the mask does not fit q");
+      return mask->size(dim) == 1 ? int64_t{0} : mask->stride(dim);
+    };
+    call.mask_b = step(0, B), call.mask_h = step(1, H), call.mask_m = step(2, M);
+    STD_TORCH_CHECK(!is_bool || call.mask_h == 0, "a mask of yes and no for each head");
+    call.mask = mask->const_data_ptr();
+    call.mask_kind = is_bool ? FP4_MASK_BOOL : FP4_MASK_SUM;
+  }
+  Tensor y = torch::stable::new_empty(q, {B, M, H, D});
+  call.y = y.mutable_data_ptr();
+  if (y.numel() > 0) STD_TORCH_CHECK(fp4_chosen().attend(call), "no memory for attention");
+  return y;
+}
+
 Fp4Matrix matrix_of(const Tensor& x, int64_t format, int64_t rule, int64_t rotation = 0) {
   const int64_t K = x.size(x.dim() - 1);
   STD_TORCH_CHECK(
@@ -292,6 +352,7 @@ STABLE_TORCH_LIBRARY_IMPL(fp4graph, CPU, m) {
   m.impl("cpu_unpack_fp8", TORCH_BOX(&unpack_fp8));
   m.impl("cpu_int8_nvfp4", TORCH_BOX((&linear<FP4_NVFP4, FP4_INT8>)));
   m.impl("cpu_int8_mxfp4", TORCH_BOX((&linear<FP4_MXFP4, FP4_INT8>)));
+  m.impl("cpu_attend", TORCH_BOX(&attend_op));
   m.impl("cpu_pack_tiles", TORCH_BOX(&pack_tiles));
   m.impl("cpu_unpack_tiles", TORCH_BOX(&unpack_tiles));
   m.impl("cpu_quantize", TORCH_BOX(&quantize_op));

@@ -106,5 +106,6 @@ struct Portable : IsaDefaults {
 
 }  // namespace
 
-const Fp4Isa fp4_portable = {"portable", linear<Portable>, quantize<Portable>,
-                             fake_quantize<Portable>, rotate<Portable>};
+const Fp4Isa fp4_portable = {"portable",         linear<Portable>,
+                             quantize<Portable>, fake_quantize<Portable>,
+                             rotate<Portable>,   attend<Portable>};
