@@ -133,9 +133,8 @@ def _linears(file: Path) -> list[Any]:
 def ours(name: str, options: Any, prompt: Sequence[int], activations: str) -> Engine:
     """Return the model converted by fp4graph."""
     packed = models.load(options.file, getattr(torch, options.dtype))
-    packed.model.set_attn_implementation(options.attention)
     fp4graph.convert(packed.model, SELECT, format=options.format, activations=activations)
-    variant = Variant(Trial.of_packed(packed), "inductor")
+    variant = Variant(Trial.of_packed(packed), "inductor", attention=options.attention)
     runner = Runner(packed.model, variant, options.prompt, options.tokens)
     runner.prompt = torch.tensor([prompt])
     print(f"{name}: compiled in {runner.compile_s:.0f} s", flush=True)
@@ -178,7 +177,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--format", default="mxfp4")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--attention", default="eager")
+    parser.add_argument("--attention", default="fp4graph")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--window", type=int, default=512)

@@ -1,15 +1,15 @@
 """Where the time of a token goes: linears, head, attention, other kernels, guards, all else.
 
     python bench/whole_token.py [MODEL] [--select "all | lm_head"] [--format mxfp4]
-        [--activations none] [--dtype bfloat16] [--attention sdpa] [--prompt 128] [--tokens 64]
-        [--rounds 5] [--variants dense,all,select,converted,separate]
+        [--activations none] [--dtype bfloat16] [--attention fp4graph] [--prompt 128] [--tokens 64]
+        [--rounds 5] [--variants dense,all,select,converted,separate,sdpa,eager]
 
-Variants are the dense model, `all`, the selector, the model that is converted by it, and the
-selector without the pass `merge`, all through Inductor with a static cache, as `fp4graph latency`
-runs them. A token's time is the median over rounds in which the variants alternate. Its parts are
-what torch's profiler counts in one more generation, each event without those within it. `else` is
-what is left of the median: Python, the graph's wrapper, allocations. A plain read is one of as many
-bytes as the linears have.
+Variants are the dense model, `all`, the selector, the model that is converted by it; the selector
+without the pass `merge`, and with other attention. All run through Inductor with a static cache, as
+`fp4graph latency` runs them. A token's time is the median over rounds in which the variants
+alternate. Its parts are what torch's profiler counts in one more generation, each event without
+those within it. `else` is what is left of the median: Python, the graph's wrapper, allocations. A
+plain read is one of as many bytes as the linears have.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import fp4graph
 from fp4graph import models
 from fp4graph.packed.stale import StaleCheck
-from fp4graph.study.latency import Runner, Variant, paired_ratio
+from fp4graph.study.latency import Runner, Variant, attending, paired_ratio
 from fp4graph.study.trial import DENSE, Trial
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ GUARDS, STALENESS = "TorchDynamo Cache Lookup", "fp4graph staleness"
 PARTS = {
     "guards": (GUARDS,),
     "staleness": (STALENESS,),
-    "attention": ("scaled_dot_product", "flash", "fmha"),
+    "attention": ("cpu_attend", "_scaled_dot_product", "flash", "fmha"),
     "linears": ("fp4graph::", "aten::mm", "aten::addmm", "mkldnn", "mkl_linear", "gemm", "gemv"),
     "other kernels": ("aten::", "cpp_", "triton_", "void at::"),
 }
@@ -65,8 +65,7 @@ def parts(runner: Runner, vocabulary: int, tokens: int) -> Counter[str]:
     """Return milliseconds a token by part, as the profiler has them."""
     cuda = runner.device == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with torch.no_grad():
-        runner.generate()
+    with torch.no_grad(), attending(runner.model, runner.variant.attention):
         runner._cache.reset()
         token = runner.next(runner.prompt)
         with profile(activities=activities, record_shapes=True) as found:
@@ -98,7 +97,7 @@ def main() -> None:
     parser.add_argument("--activations", default="none")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--attention", help="as transformers' attn_implementation")
+    parser.add_argument("--attention", default="fp4graph")
     parser.add_argument("--variants", default="dense,all,select,converted")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=64)
@@ -114,10 +113,7 @@ def main() -> None:
     StaleCheck.__call__ = recorded  # type: ignore[method-assign]
 
     def load() -> models.LoadedModel:
-        found = models.load(options.model, getattr(torch, options.dtype), device=options.device)
-        if options.attention:
-            found.model.set_attn_implementation(options.attention)
-        return found
+        return models.load(options.model, getattr(torch, options.dtype), device=options.device)
 
     loaded, how = load(), {"format": options.format, "activations": options.activations}
     vocabulary = loaded.model.config.vocab_size
@@ -131,7 +127,8 @@ def main() -> None:
             trial = DENSE if name == "dense" else Trial.of(options.select, **how)
             trial = Trial.of("all", **how) if name == "all" else trial
         os.environ["FP4GRAPH_SKIP"] = "merge" if name == "separate" else ""
-        variant = Variant(trial, "inductor")
+        attention = name if name in ("sdpa", "eager") else options.attention
+        variant = Variant(trial, "inductor", attention=attention)
         runners[name] = Runner(loaded.model, variant, options.prompt, options.tokens)
         print(f"{name}: compiled in {runners[name].compile_s:.0f} s", flush=True)
     each = list(runners.values())

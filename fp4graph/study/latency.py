@@ -138,7 +138,7 @@ class Runner:
         self._new_tokens = new_tokens
         backend = fp4graph.backend(policy, inner=variant.inner, model=model, report=self.report)
         self._call = compiled(model, backend, dynamic=False, **_options(variant.mode))
-        self._model = model
+        self.model = model
         self._cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + new_tokens)
         with torch.no_grad():  # allocates the cache; a CUDA graph takes none that a graph allocated
             model(input_ids=prompt[:, :1], past_key_values=self._cache, use_cache=True)
@@ -172,13 +172,13 @@ class Runner:
     @property
     def attention(self) -> str:
         """The attention's implementation, as transformers calls it."""
-        return self.variant.attention or str(self._model.config._attn_implementation)  # type: ignore[union-attr]
+        return self.variant.attention or str(self.model.config._attn_implementation)  # type: ignore[union-attr]
 
     @torch.no_grad()
     def generate(self) -> None:
         """Generate once and note the times."""
         self._cache.reset()
-        with _attending(self._model, self.variant.attention):
+        with attending(self.model, self.variant.attention):
             start = time.perf_counter()
             token = self.next(self.prompt)
             first = time.perf_counter()
@@ -209,7 +209,7 @@ def _options(mode: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _attending(model: Any, how: str | None) -> Iterator[None]:
+def attending(model: Any, how: str | None) -> Iterator[None]:
     """Let a model of transformers attend by another implementation within."""
     before = model.config._attn_implementation
     if how is None or how == before:
