@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -50,6 +51,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "llama"
 
 
+def untied(report: fp4graph.Report) -> list[fp4graph.LinearRow]:
+    """Return rows without the note on tied embeddings: a packed head is tied no more."""
+    return [replace(row, reason=row.reason.partition("; the embed")[0]) for row in report]
+
+
 @pytest.mark.parametrize("family, select, options", WAYS)
 def test_from_pretrained_and_back(
     family: str, select: Any, options: dict[str, Any], tmp_path: Path
@@ -61,13 +67,13 @@ def test_from_pretrained_and_back(
     report = fp4graph.convert(want, select, **options)
     model = auto.from_pretrained(dense, quantization_config=FP4Config(select, **options))
     assert torch.equal(logits(model), logits(want))
-    assert list(fp4graph.report_of(model)) == list(report)
+    assert untied(fp4graph.report_of(model)) == untied(report)
     want.save_pretrained(tmp_path / "converted")
     assert torch.equal(logits(auto.from_pretrained(tmp_path / "converted")), logits(want))
     model.save_pretrained(packed)
     again = auto.from_pretrained(packed)
     assert torch.equal(logits(again), logits(want))
-    assert list(fp4graph.report_of(again)) == list(report)
+    assert untied(fp4graph.report_of(again)) == untied(report)
     again.save_pretrained(tmp_path / "twice")
     names = sorted(os.listdir(packed))
     assert names == sorted(os.listdir(tmp_path / "twice"))

@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--attention",
-    help="fp4graph, the fastest on CPUs; or as transformers has it: sdpa, eager. By default the "
-    "model's own.",
+    help="fp4graph, the fastest on CPUs; sdpa; eager. By default the model's own.",
 )
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=2), default=32, show_default=True)

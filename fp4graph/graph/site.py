@@ -31,6 +31,7 @@ class LinearSite:
         transposed: whether the weight is stored [K, N].
         dtype: of the result, which under autocast is not the weight's.
         bytes_dense: size of the weight.
+        tied: whether it is the embeddings' too.
         unsupported: why it cannot be rewritten, or None.
         scheme: how to run it; None leaves it dense.
         rows: the rows of the weight that run so, ascending; None for all.
@@ -47,6 +48,7 @@ class LinearSite:
     transposed: bool
     dtype: torch.dtype
     bytes_dense: int
+    tied: bool = False
     unsupported: str | None = None
     scheme: Scheme | None = None
     rows: tuple[int, ...] | None = None

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp4graph.errors import GradientError, OptionError
-from fp4graph.graph.match import called
 from fp4graph.graph.regions import regions
 from fp4graph.graph.site import sites
 from fp4graph.packed.stale import Binding
@@ -28,7 +27,7 @@ from fp4graph.report import LinearRow
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch.fx import GraphModule, Node
+    from torch.fx import GraphModule
 
     from fp4graph.graph.site import LinearSite
     from fp4graph.kernels import Target
@@ -74,19 +73,15 @@ def rewrite_passes() -> tuple[GraphPass, ...]:
 
 def rows(gm: GraphModule) -> list[LinearRow]:
     """Return one row for each linear of a graph that went through the planning passes."""
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    return [
-        _row(site, None if site.weight is None else inputs[site.weight]) for _, site in sites(gm)
-    ]
+    return [_row(site) for _, site in sites(gm)]
 
 
-def _row(site: LinearSite, weight: Node | None) -> LinearRow:
+def _row(site: LinearSite) -> LinearRow:
     dense = LinearRow.of(site.tag, site.bytes_dense, site.reason)
     if site.kernel is None or site.problem is None:
         return dense
     plan = site.kernel.plan(site.problem)
-    tied = weight is not None and any(called(user) == "embedding" for user in weight.users)
-    shared = "; the embeddings share its weight, and theirs stays dense" if tied else ""
+    shared = "; the embeddings share its weight, and theirs stays dense" if site.tied else ""
     without = f"; FP4GRAPH_SKIP leaves out {', '.join(skipped())}" if skipped() else ""
     return replace(
         dense,

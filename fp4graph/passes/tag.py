@@ -182,6 +182,8 @@ class TagLinears:
                 transposed=transposed,
                 dtype=node.meta["example_value"].dtype,
                 bytes_dense=value.nbytes,
+                tied=index is not None
+                and any(called(user) == "embedding" for user in outer[index].users),
                 unsupported=unsupported,
                 caller=caller_of(node, shared=region.shared),
             ),
@@ -207,7 +209,9 @@ class TagLinears:
             if not is_stack and (weight.ndim not in (2, 3) or called(user) not in _PRODUCTS):
                 continue
             reason = f"its weight is read by {called(user)}, which is not rewritten"
-            site = LinearSite(tag, index, False, weight.dtype, weight.nbytes, reason, reason=reason)
+            site = LinearSite(
+                tag, index, False, weight.dtype, weight.nbytes, unsupported=reason, reason=reason
+            )
             mark(user, site)
             return
 
