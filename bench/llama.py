@@ -188,9 +188,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     silent = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(silent, ctypes.c_void_p())
-    loaded = models.load(options.file)
     text = models.corpus(options.text, options.windows * options.window * 8)
-    ids = loaded.tokenizer(text)["input_ids"]  # type: ignore[misc]
+    ids = models.load(options.file).tokenizer(text)["input_ids"]  # type: ignore[misc]
     prompt = ids[: options.prompt]
     with tempfile.TemporaryDirectory() as folder:
         same, q4 = Path(folder) / "same.gguf", Path(folder) / "q4_0.gguf"

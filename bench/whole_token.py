@@ -29,8 +29,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import fp4graph
 from fp4graph import models
+from fp4graph.attention import attending
 from fp4graph.packed.stale import StaleCheck
-from fp4graph.study.latency import Runner, Variant, attending, paired_ratio
+from fp4graph.study.latency import Runner, Variant, paired_ratio
 from fp4graph.study.trial import DENSE, Trial
 
 if TYPE_CHECKING:
@@ -89,6 +90,16 @@ def read_ms(nbytes: int) -> float:
     return statistics.median(times)
 
 
+def column(runner: Runner, vocabulary: int, tokens: int) -> list[float]:
+    """Return what the table says of a variant."""
+    token = statistics.median(ms * 1e3 for ms in _decode(runner))
+    spent = parts(runner, vocabulary, tokens)
+    known = [spent[row] for row in ROWS]
+    others = token - spent["linears of blocks"] - spent["head"]
+    roof = read_ms(runner.weight_bytes)
+    return [*known, token - sum(known), token, others, roof, roof / token * 100, 1e3 / token]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Where the time of a token goes.")
     parser.add_argument("model", nargs="?", default=models.SMOLLM2)
@@ -135,15 +146,7 @@ def main() -> None:
     for index in range(options.rounds):
         for runner in each[index % len(each) :] + each[: index % len(each)]:
             runner.generate()
-    columns = []
-    for runner in each:
-        token = statistics.median(ms * 1e3 for round in runner.decode_s for ms in round)
-        spent = parts(runner, vocabulary, options.tokens - 1)
-        known = [spent[row] for row in ROWS]
-        rest = token - sum(known)
-        others = token - spent["linears of blocks"] - spent["head"]
-        roof = read_ms(runner.weight_bytes)
-        columns.append([*known, rest, token, others, roof, roof / token * 100, 1e3 / token])
+    columns = [column(runner, vocabulary, options.tokens - 1) for runner in each]
     names = [*ROWS, "else", "token", "all but linears", "plain read", "share of it, %", "tokens/s"]
     rows = []
     for name, *values in zip(names, *columns, strict=True):

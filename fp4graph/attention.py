@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fp4graph.errors import RefusalError
+from fp4graph.errors import OptionError, RefusalError
 from fp4graph.kernels.cpu.library import Missing, load
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor, nn
-    from transformers import PreTrainedModel
 
 ATTENTION = "fp4graph"
 """Its name, as `attn_implementation`."""
@@ -33,23 +35,56 @@ def set_attention(model: PreTrainedModel) -> None:
     On GPUs, with gradients, with dropout and with what SDPA alone knows, it is SDPA.
 
     Args:
-        model: of transformers, which must take `attn_implementation="sdpa"`.
+        model: of transformers.
 
     Raises:
-        RefusalError: there are no native CPU kernels here; says why.
-        ValueError: as `model.set_attn_implementation`.
+        RefusalError: there are no native CPU kernels here; or the model, or one within it, cannot
+            attend by SDPA, as for learned sinks, and so not by us.
     """
-    register_attention()
-    model.set_attn_implementation(ATTENTION)
-
-
-def register_attention() -> None:
-    """Tell transformers of `attn_implementation="fp4graph"`; errors as in `set_attention`."""
     found = load()
     if isinstance(found, Missing):
         raise RefusalError(f"no attention without native CPU kernels: {found.reason}")
+    before = model.config._attn_implementation
+    why = _no_sdpa(model)
+    if why is not None:
+        model.set_attn_implementation(before)
+        raise RefusalError(f"{type(model).__name__} cannot attend by fp4graph: {why}")
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    model.set_attn_implementation(ATTENTION)
+
+
+@contextmanager
+def attending(model: PreTrainedModel, how: str | None) -> Iterator[None]:
+    """Let a model attend by another implementation within; None leaves its own.
+
+    Raises:
+        OptionError: neither transformers nor this module has it, for this model.
+    """
+    before = model.config._attn_implementation
+    if how is None or how == before:
+        yield
+        return
+    try:
+        set_attention(model) if how == ATTENTION else model.set_attn_implementation(how)
+    except (ValueError, ImportError, RefusalError) as error:
+        raise OptionError(f"attention={how!r}: {error}") from error
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _no_sdpa(model: PreTrainedModel) -> str | None:
+    """Let a model attend by SDPA, which asks it whether it can; return why not, None if it can."""
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError as error:
+        return str(error)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part.config._attn_implementation != "sdpa":
+            return f"{type(part).__name__} does not support SDPA"
+    return None
 
 
 def _attend(

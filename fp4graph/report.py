@@ -223,8 +223,10 @@ class Report:
             columns += [
                 Column("layout", [row.layout or "" for row in first], "text", rank=1),
                 Column("tile", [row.tile or "" for row in first], "text", rank=2),
-                Column("merged with", [_merged(row) for row in first], "text", rank=2),
             ]
+            if any(row.merged for row in first):  # a plan alone does not know
+                merged = [_merged(row) for row in first]
+                columns.append(Column("merged with", merged, "text", rank=2))
         columns += [
             Column("dense MB", [_mb(size) for size in sizes], rank=4),
             Column("FP4 MB", [_mb(size) for size in packed], rank=4),

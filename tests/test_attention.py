@@ -7,16 +7,18 @@ from typing import Any
 import pytest
 import torch
 from support.closer import relative_l2
+from support.experts import gpt_oss
 from support.models import tiny, tokens
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import StaticCache
 
 import fp4graph
-from fp4graph import RefusalError, attention
-from fp4graph.kernels.cpu.library import Missing
+from fp4graph import OptionError, RefusalError, attention
+from fp4graph.attention import attending
+from fp4graph.kernels.cpu.library import Missing, load
 
-attention.register_attention()
+load()
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2.2e-3, torch.float16: 2.8e-4}
 
 
@@ -119,6 +121,21 @@ def test_with_gradients_it_is_sdpa() -> None:
     fp4graph.set_attention(model)
     model(tokens(1)).logits.sum().backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+@torch.no_grad()
+def test_a_model_with_sinks_is_refused_and_left_as_it_was() -> None:
+    """SDPA does not know them: its results would be others, without a word."""
+    model, ids = gpt_oss().requires_grad_(False), tokens(5)
+    before = model(ids).logits
+    with pytest.raises(RefusalError, match="GptOssForCausalLM cannot attend"):
+        fp4graph.set_attention(model)
+    assert torch.equal(model(ids).logits, before)
+    with (
+        pytest.raises(OptionError, match="attention='fp4graph': GptOss"),
+        attending(model, "fp4graph"),
+    ):
+        pass
 
 
 def test_without_kernels_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ Nothing changes the model meanwhile, so Dynamo need not guard its modules (docs/
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from transformers import StaticCache
 
 import fp4graph
 from fp4graph import OptionError, Report, TracedModel, report_of
-from fp4graph.attention import ATTENTION, register_attention
+from fp4graph.attention import attending
 from fp4graph.models import check_length
 from fp4graph.private import counters
 from fp4graph.study.compiled import compiled
@@ -30,7 +29,7 @@ from fp4graph.study.statistics import bootstrap
 from fp4graph.study.trial import DENSE, OfTrial
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
 
@@ -208,25 +207,6 @@ def _options(mode: str) -> dict[str, Any]:
     return {"options": {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}}
 
 
-@contextmanager
-def attending(model: Any, how: str | None) -> Iterator[None]:
-    """Let a model of transformers attend by another implementation within."""
-    before = model.config._attn_implementation
-    if how is None or how == before:
-        yield
-        return
-    if how == ATTENTION:
-        register_attention()
-    try:
-        model.set_attn_implementation(how)
-    except (ValueError, ImportError) as error:
-        raise OptionError(f"attention={how!r}: {error}") from error
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
 def _prompt(model: nn.Module, length: int) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
@@ -267,6 +247,9 @@ def measure(
     model = loaded.model
     check_length(model, prompt_tokens + new_tokens)
     _check_selectors(model, variants, _prompt(model, 1))
+    for variant in variants:
+        with attending((variant.trial.packed or loaded).model, variant.attention):
+            pass  # which says beforehand what the model does not have
     alone = memory and loaded.again is not None
     progress.start(len(variants) * (1 + rounds + alone), "generations")
     footprints: list[Footprint | str | None] = []
