@@ -47,17 +47,20 @@ def main() -> None:
         fqn: gptq(weights[fqn], each.hessian.mean, searched[fqn])
         for fqn, each in zip(weights, seen, strict=True)
     }
+    error = train.error(options.block)
     codes = {
         "rtn": {fqn: quantize(weight, format) for fqn, weight in weights.items()},
         "scale-search": searched,
         "gptq:scale-search": solved,
-        "learned:scale-search": learn(weights, solved, train.error(options.block), train.batches),
+        "learned:scale-search": learn(
+            weights, solved, lambda w, batch: error(w, {}, batch), train.batches
+        ),
     }
-    error = test.error(options.block)
+    error_of_test = test.error(options.block)
     for name, packed in codes.items():
         rounded = {fqn: each.dequantize() for fqn, each in packed.items()}
         with torch.no_grad():
-            mean = sum(float(error(rounded, batch)) for batch in range(TEST)) / TEST
+            mean = sum(float(error_of_test(rounded, {}, batch)) for batch in range(TEST)) / TEST
         print(f"{name:22} {mean:.6f}")
 
 

@@ -7,12 +7,14 @@ looped models: what comes into all its uses decides its codes.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fp4graph.calibration.block_inputs import Seen, look
+from fp4graph.calibration.round_inputs import round_inputs
 from fp4graph.errors import CalibrationError
 from fp4graph.fingerprint import fingerprint
 from fp4graph.graph.match import match_linear
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule, Node
 
     from fp4graph.policy import Policy
+    from fp4graph.quantizers import Transform
 
     Args = tuple[Any, ...]
+    Error = Callable[[Mapping[str, Tensor], Mapping[str, Transform], int], Tensor]
 
 
 class Blocks:
@@ -104,26 +108,38 @@ class Blocks:
         return linears
 
     @torch.no_grad()
-    def advance(self, number: int, rounded: Mapping[str, Tensor]) -> None:
-        """Run a block with rounded weights, up to the next; after the last nothing is kept."""
+    def advance(
+        self,
+        number: int,
+        rounded: Mapping[str, Tensor],
+        transforms: Mapping[str, Transform] = MappingProxyType({}),
+    ) -> None:
+        """Run a block with rounded weights, up to the next; after the last nothing is kept.
+
+        Inputs of those that are W4A4 are rounded too, under their transforms.
+        """
         end = self._end(number)
         if end is None:
             self._live = self._dense_live = []
             return
         changed = self._in_place_of_weights(number, rounded)
+        dense = segment(self._gm, self._starts[number], end)
         run = segment(self._gm, self._starts[number], end)
+        for fqn, each in (round_inputs(run) if rounded else {}).items():
+            each.transform = _of_linear(transforms, fqn)
         for batch, (args, live) in enumerate(zip(self._args, self._live, strict=True)):
             self._live[batch] = _shared(run(*_replaced(args, changed), *live), self._live[:batch])
         for batch, (args, live) in enumerate(zip(self._args, self._dense_live, strict=False)):
-            self._dense_live[batch] = _shared(run(*args, *live), self._live)
+            self._dense_live[batch] = _shared(dense(*args, *live), self._live)
         give_back_memory()
 
-    def error(self, number: int) -> Callable[[Mapping[str, Tensor], int], Tensor]:
+    def error(self, number: int) -> Error:
         """Return the error of a block's output, as a function of its weights.
 
-        It takes weights, [N, K] each, by path, and the number of a batch, and returns the squared
-        error of what the block gives for what comes into it, over the square, by what the dense
-        model has there. Gradients pass.
+        It takes weights, [N, K] each, and their transforms, by path, and the number of a batch. It
+        returns the squared error of what the block gives for what comes into it, over the square,
+        by what the dense model has there. Inputs of those that are W4A4 are rounded. Gradients
+        pass.
         """
         end = self._end(number)
         outputs = None if end is not None else self._after_last()
@@ -135,8 +151,13 @@ class Blocks:
         with torch.no_grad():
             both = zip(self._args, self._dense_live, strict=True)
             targets = [_floats(run(*args, *live)) for args, live in both]
+        inputs = round_inputs(run)
 
-        def error(weights: Mapping[str, Tensor], batch: int) -> Tensor:
+        def error(
+            weights: Mapping[str, Tensor], transforms: Mapping[str, Transform], batch: int
+        ) -> Tensor:
+            for fqn, each in inputs.items():
+                each.transform = _of_linear(transforms, fqn)
             args = _replaced(self._args[batch], self._in_place_of_weights(number, weights))
             found = _floats(run(*args, *self._live[batch]))
             pairs = zip(found, targets[batch], strict=True)
@@ -316,6 +337,11 @@ def _shared(values: Args, before: Sequence[Args]) -> Args:
         first if isinstance(first, Tensor) and torch.equal(first, each) else each
         for first, each in zip(firsts, values, strict=True)
     )
+
+
+def _of_linear(transforms: Mapping[str, Transform], fqn: str) -> Transform:
+    """Return a linear's transform; experts share one."""
+    return transforms[fqn if fqn in transforms else matrix_name(fqn, 0)]
 
 
 def _floats(values: Any) -> list[Tensor]:

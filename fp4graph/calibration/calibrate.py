@@ -6,35 +6,29 @@ import contextlib
 import hashlib
 import logging
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp4graph.calibration.blocks import Blocks
-from fp4graph.errors import CalibrationError, OptionError, WeightError
+from fp4graph.calibration.codes import find_codes
+from fp4graph.errors import CalibrationError, OptionError
 from fp4graph.policy import Policy
 from fp4graph.quantizers import (
     DAMPING,
-    GRIDS,
     NEED_DATA,
     Calibration,
     Quantizer,
-    Transform,
-    gptq,
-    learn,
-    output_error,
-    smoothing,
 )
 from fp4graph.scheme import Scheme
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from fp4graph.formats import BlockFormat, PackedWeight
-    from fp4graph.graph.site import LinearSite
     from fp4graph.policy import Select
 
 
@@ -49,6 +43,7 @@ def calibrate(
     *,
     format: str | BlockFormat = "nvfp4",
     quantizer: str = "gptq",
+    activations: str | None = None,
     damping: float = DAMPING,
     propagate: bool = True,
     out: Path | str | None = None,
@@ -68,8 +63,13 @@ def calibrate(
             the output. `gptq` is GPTQ, `gptq:scale-search` the same on better scales. `@32` behind
             either rotates weight and input. `mr-gptq` is what 2509.23202 prescribes for the format.
             `learned` begins where `gptq` ends and goes by the gradient of each block's output
-            error. `+smooth` or `+smooth0.5` behind a quantizer that does not rotate is SmoothQuant
-            with alpha 0.6 or as said: inputs that come from a norm are divided in the norm.
+            error. `distilled` does so with each window once, trains the weights of norms too, and
+            keeps what is best on windows that were held out; its scales are the weighted ones
+            unless others are named. `+smooth` or `+smooth0.5` behind a quantizer that does not
+            rotate is SmoothQuant with alpha 0.6 or as said: inputs that come from a norm are
+            divided in the norm.
+        activations: `same` rounds inputs too while codes are found (W4A4): between blocks, and
+            where `learned` and `distilled` train.
         damping: see `fp4graph.quantizers.gptq`.
         propagate: whether a block sees what the rounded blocks before it give, as it will when the
             model runs, or what the dense ones give.
@@ -93,8 +93,8 @@ def calibrate(
             a linear that cannot be calibrated, or whose inputs were NaN or Inf.
         WeightError: a weight holds NaN or Inf.
     """
-    policy = policy_for(select, format, quantizer)
-    learns = any(scheme.quantizer.solver == "learned" for scheme in policy.schemes)
+    policy = policy_for(select, format, quantizer, activations)
+    learns = any(scheme.quantizer.trains for scheme in policy.schemes)
     blocks = Blocks(model, batches, policy, dense=learns)
     facts = {**(about or {}), "select": policy.text, "propagate": propagate, "damping": damping}
     versions = {name: version(name) for name in ("fp4graph", "torch", "transformers")}
@@ -106,7 +106,7 @@ def calibrate(
         file = None if kept is None else kept / f"{number}.safetensors"
         done = _load(file, key)
         if done is None:
-            done = _block(blocks, number, damping)
+            done = find_codes(blocks, number, damping)
             done.about["key"] = key
             if file is not None:
                 try:
@@ -116,7 +116,7 @@ def calibrate(
                         raise  # else another process has ended, and removed the folder
         ended.append(file or done)
         rounded = {fqn: done.dequantize(fqn) for fqn in done.packed if propagate}
-        blocks.advance(number, rounded)
+        blocks.advance(number, rounded, {fqn: done.transform(fqn) for fqn in rounded})
     progress(len(blocks), len(blocks))
     result = _together(ended, out, key)
     facts["output_error"] = result.about["output_error"]
@@ -132,14 +132,16 @@ def calibrate(
     return result
 
 
-def policy_for(select: Select, format: str | BlockFormat, quantizer: str) -> Policy:
+def policy_for(
+    select: Select, format: str | BlockFormat, quantizer: str, activations: str | None = None
+) -> Policy:
     """Return what is to be calibrated how; arguments as in `calibrate`.
 
     Raises:
-        OptionError: no such format or quantizer, or none that needs data.
+        OptionError: no such format, quantizer or mode, or no quantizer that needs data.
         SelectorError: a selector that cannot be parsed.
     """
-    default = Scheme.read(format, quantizer, None, "auto")
+    default = Scheme.read(format, quantizer, activations, "auto")
     policy = Policy.read(select, default)
     if not any(scheme.quantizer.needs_data for scheme in policy.schemes):
         problem = f"needs no data: expected {', '.join(NEED_DATA)}"
@@ -172,104 +174,6 @@ def _together(ended: Sequence[Calibration | Path], out: Path | str | None, key: 
         about["output_error"].update(block.about["output_error"])
         about["unseen"] += block.about["unseen"]
     return Calibration(quantizers, packed, smooth, {}, about)
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """A linear as it is rounded: transformed, with the mean of x x^T of its transformed input.
-
-    And the output error when it is rounded to nearest as it is, all its names, and whether it has
-    seen any token.
-    """
-
-    names: tuple[str, ...]
-    seen: bool
-    format: BlockFormat
-    how: Quantizer
-    transform: Transform
-    weight: Tensor
-    mean: Tensor
-    to_nearest: float
-
-
-def _block(blocks: Blocks, number: int, damping: float) -> Calibration:
-    """Return codes for a block's linears, and output errors: to nearest, and with these codes."""
-    linears = dict(_linears(blocks, number))
-    found: dict[str, PackedWeight] = {}
-    for fqn, linear in linears.items():
-        base = GRIDS[linear.how.grid](linear.weight, linear.format, linear.mean.diagonal())
-        found[fqn] = base
-        if linear.how.solver != "rtn":
-            found[fqn] = gptq(linear.weight, linear.mean, base, damping=damping, name=fqn)
-    learned = [fqn for fqn, linear in linears.items() if linear.how.solver == "learned"]
-    if learned:
-        error = blocks.error(number)
-        others = {fqn: found[fqn].dequantize() for fqn in linears if fqn not in learned}
-
-        def of_transformed(weights: Mapping[str, Tensor], batch: int) -> Tensor:
-            all_weights = {**others, **weights}
-            undone = {fqn: linears[fqn].transform.undo(each) for fqn, each in all_weights.items()}
-            return error(undone, batch)
-
-        weights = {fqn: linears[fqn].weight for fqn in learned}
-        start = {fqn: found[fqn] for fqn in learned}
-        found |= learn(weights, start, of_transformed, blocks.batches)
-    quantizers: dict[str, Quantizer] = {}
-    packed: dict[str, PackedWeight] = {}
-    smooth: dict[str, Tensor] = {}
-    about: dict[str, Any] = {"output_error": {}, "unseen": []}
-    for fqn, linear in linears.items():
-        as_found = output_error(linear.weight, found[fqn].dequantize(), linear.mean)
-        for name in linear.names:
-            quantizers[name] = linear.how
-            packed[name] = found[fqn]
-            about["output_error"][name] = linear.to_nearest, as_found
-            if linear.transform.smooth is not None:
-                smooth[name] = linear.transform.smooth
-            if not linear.seen:
-                about["unseen"].append(name)
-    return Calibration(quantizers, packed, smooth, {}, about)
-
-
-def _linears(blocks: Blocks, number: int) -> Iterator[tuple[str, _Linear]]:
-    seen = blocks.see(number)
-    shared: dict[object, tuple[Transform, Tensor]] = {}  # by the input and how it is transformed
-    for each in seen:
-        site, hessian, fqn = each.site, each.hessian, each.names[0]
-        hessian.check(fqn)
-        format, how = _way(site)
-        plain_NK = blocks.weight(site, each.expert)
-        if how.rotation and site.tag.shape[-1] % how.rotation:
-            problem = f"K={site.tag.shape[-1]} is no multiple of the rotation's {how.rotation}"
-            raise CalibrationError(f"{fqn}: {problem}")
-        if (how.rotation or how.strength) and site.rows is not None:
-            problem = f"it is fused: select all of {','.join(site.tag.parts)}"
-            raise CalibrationError(f"{fqn}: {problem}, for its quantizer changes all its input")
-        key = id(hessian), how.rotation, how.strength
-        if key not in shared:
-            smooth = None
-            if how.strength and each.from_norm:
-                alike = (one for one in seen if one.hessian is hessian)
-                alike = (one for one in alike if _way(one.site)[1].strength == how.strength)
-                together = [blocks.weight(one.site) for one in alike]
-                smooth = smoothing(hessian.amax, together, how.strength)
-            transform = Transform(how.rotation, smooth)
-            mean_KK = hessian.mean.to(plain_NK.device)  # an expert may have seen no token
-            shared[key] = transform, transform.of_hessian(mean_KK)
-        transform, mean_KK = shared[key]
-        try:
-            nearest = transform.apply(format.quantize(plain_NK).dequantize())
-        except WeightError as error:
-            raise WeightError(f"{fqn}: {error}") from None
-        weight = transform.apply(plain_NK)
-        to_nearest = output_error(weight, nearest, mean_KK)
-        facts = each.names, hessian.tokens > 0, format, how
-        yield fqn, _Linear(*facts, transform, weight, mean_KK, to_nearest)
-
-
-def _way(site: LinearSite) -> tuple[BlockFormat, Quantizer]:
-    assert site.scheme is not None  # it is selected
-    return site.scheme.format, site.scheme.quantizer
 
 
 def _load(file: Path | None, key: str) -> Calibration | None:

@@ -38,8 +38,15 @@ def _check_out(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
     "--quantizer",
     default="gptq:scale-search",
     show_default=True,
-    help="gptq, gptq:scale-search, learned, mr-gptq, weighted-scale-search, ...; behind it @32 "
+    help="gptq, gptq:scale-search, distilled, mr-gptq, weighted-scale-search, ...; behind it @32 "
     "and the like for weight and input rotated, or +smooth for SmoothQuant: docs/numerics.md.",
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["none", "same"]),
+    default="none",
+    show_default=True,
+    help="same: inputs are rounded too while codes are found, for W4A4.",
 )
 @click.option(
     "--corpus",
@@ -72,6 +79,7 @@ def calibrate_command(
     mix: Path | None,
     format: str,
     quantizer: str,
+    activations: str,
     corpus: str,
     samples: int,
     seq_len: int,
@@ -90,7 +98,7 @@ def calibrate_command(
     from fp4graph.calibration.calibrate import policy_for
 
     what = one_selection(select, mix) or "all"
-    policy_for(what, format, quantizer)  # before a model is loaded
+    policy_for(what, format, quantizer, activations)  # before a model is loaded
     loaded, windows = load_windows(model, corpus, samples * seq_len, seq_len, dtype, device)
     fp4graph.models.check_length(loaded.model, seq_len)
     with progress_shown() as shown:
@@ -109,6 +117,7 @@ def calibrate_command(
             what,
             format=format,
             quantizer=quantizer,
+            activations=activations,
             damping=damping,
             propagate=propagate,
             out=out,

@@ -40,8 +40,8 @@ PASSES: tuple[type[GraphPass], ...] = (
     SelectLinears,
     ChooseKernels,  # before pack: the kernel fixes the packed layout
     PackWeights,  # before smooth_inputs, which reads what to divide by
-    RotateInputs,  # before rewrite: after it `match_linear` no longer finds the node
-    SmoothInputs,  # the same
+    SmoothInputs,  # before rewrite: after it `match_linear` no longer finds the node
+    RotateInputs,  # the same; what is rotated was divided before
     RewriteLinears,
     MergeLinears,  # after rewrite: it joins the kernels' ops
 )
@@ -68,7 +68,7 @@ def plan_passes(
 
 def rewrite_passes() -> tuple[GraphPass, ...]:
     """Return the passes that act on what was decided."""
-    return PackWeights(), RotateInputs(), SmoothInputs(), RewriteLinears(), MergeLinears()
+    return PackWeights(), SmoothInputs(), RotateInputs(), RewriteLinears(), MergeLinears()
 
 
 def rows(gm: GraphModule) -> list[LinearRow]:

@@ -1,6 +1,7 @@
 """Better codes in the same formats than rounding to nearest with absmax scales gives."""
 
 from fp4graph.quantizers.calibration import Calibration, matrix_name
+from fp4graph.quantizers.distilled import distill
 from fp4graph.quantizers.four_over_six import four_over_six
 from fp4graph.quantizers.gptq import DAMPING, gptq
 from fp4graph.quantizers.hessian import Hessian, output_error
@@ -22,6 +23,7 @@ __all__ = [
     "Quantizer",
     "Transform",
     "check_quantizer",
+    "distill",
     "four_over_six",
     "gptq",
     "is_plain",

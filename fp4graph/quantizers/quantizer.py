@@ -44,7 +44,7 @@ The third argument is the mean square of each column's input; only the weighted 
 """
 DATA_FREE = tuple(grid for grid in GRIDS if grid != _WEIGHTED)
 _FOR_NVFP4 = ("four-over-six", "alternating-search", "grid-search")
-_SOLVERS = ("gptq", "learned")
+_SOLVERS = ("gptq", "learned", "distilled")
 NEED_DATA = (
     _WEIGHTED,
     *(solver if grid == "rtn" else f"{solver}:{grid}" for solver in _SOLVERS for grid in GRIDS),
@@ -61,7 +61,7 @@ class Quantizer:
     """How the codes of a weight are found.
 
     Attributes:
-        solver: `rtn`, `gptq`, or `learned`, which begins with what gptq gives.
+        solver: `rtn`, `gptq`, or `learned` or `distilled`, which begin with what gptq gives.
         grid: what chooses the scales, one of `GRIDS`.
         rotation: block of the Hadamard rotation of weight and input; 0 for none.
         strength: SmoothQuant's alpha for inputs that come from a norm; 0 for none.
@@ -109,10 +109,17 @@ class Quantizer:
         if solver not in _SOLVERS:
             solver, grid = "rtn", base
         _check_use(name, solver, grid, format)
+        if solver == "distilled" and not grid and format != MXFP4_FITTED:
+            grid = _WEIGHTED
         return cls(solver, grid or "rtn", rotation, strength, name)
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def trains(self) -> bool:
+        """Whether it goes by what blocks give, beside what the dense ones give."""
+        return self.solver in ("learned", "distilled")
 
     @property
     def needs_data(self) -> bool:
@@ -124,7 +131,7 @@ def _check_use(name: str, solver: str, grid: str, format: BlockFormat) -> None:
     searches = grid not in ("", "rtn")
     if searches and format == MXFP4_FITTED:
         raise OptionError(f"quantizer {name!r} searches scales, and {format} fits them")
-    if format == FP8 and (searches or solver in ("learned", "mr-gptq")):
+    if format == FP8 and (searches or solver in ("learned", "distilled", "mr-gptq")):
         raise OptionError(f"quantizer {name!r} is for FP4: {format} has rtn and gptq")
     if grid in _FOR_NVFP4 and format.base != "nvfp4":
         problem = f"is for nvfp4: {format} has powers of two alone"

@@ -34,6 +34,23 @@ class Transform:
             w_NK = rotate(w_NK, self.rotation)
         return w_NK if self.smooth is None else w_NK / self.smooth
 
+    def divided(self, factor: Tensor | None) -> Transform:
+        """Return the transform for a norm whose weight was multiplied by a factor, [K]."""
+        if factor is None:
+            return self
+        smooth = factor.reciprocal() if self.smooth is None else self.smooth / factor
+        return Transform(self.rotation, smooth)
+
+    def of_input(self, x: Tensor) -> Tensor:
+        """Return T^-1 x for inputs [..., K]."""
+        x = x if self.smooth is None else x / self.smooth
+        return rotate(x, self.rotation) if self.rotation else x
+
+    def undo_input(self, x: Tensor) -> Tensor:
+        """Return x for T^-1 x."""
+        x = rotate(x, self.rotation) if self.rotation else x
+        return x if self.smooth is None else x * self.smooth
+
     def of_hessian(self, mean_KK: Tensor) -> Tensor:
         """Return the mean of x x^T for the inputs T^-1 x."""
         if self.smooth is not None:

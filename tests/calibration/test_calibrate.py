@@ -129,7 +129,7 @@ def test_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         solved.append(name)
         return gptq(*args, name=name, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("fp4graph.calibration.calibrate.gptq", counting)
+    monkeypatch.setattr("fp4graph.calibration.codes.gptq", counting)
     found = fp4graph.calibrate(model, BATCHES, out=out)
     assert len(solved) == 7
     assert all(".layers.1." in name for name in solved), "the first block was not done again"

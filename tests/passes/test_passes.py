@@ -60,8 +60,8 @@ def test_only_rewrite_changes_ops() -> None:
         "select",
         "choose",
         "pack",
-        "rotate_inputs",
         "smooth_inputs",
+        "rotate_inputs",
         "rewrite",
         "merge",
     ]

@@ -13,7 +13,7 @@ from support.models import tiny, tokens
 import fp4graph
 from fp4graph.formats import get_format
 from fp4graph.quantizers import gptq, learn, scale_search
-from fp4graph.quantizers.learned import _packed, _scales, _start
+from fp4graph.quantizers.latents import Latents
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,8 +39,10 @@ def test_begins_at_the_codes_that_it_is_given(format: str) -> None:
         scale_search(weight, get_format(format)),
         gptq(weight, x.T @ x / len(x), fp4graph.quantize(weight, format)),
     ):
-        found = _packed(_start(weight, base, _scales(base)), base)
-        assert torch.equal(found.dequantize(), base.dequantize())
+        for reach, inside in ((0.49, True), (0.42, False)):
+            latents = Latents(weight, base, reach, inside=inside)
+            assert torch.equal(latents.packed().dequantize(), base.dequantize())
+            assert torch.equal(latents.rounded(), base.dequantize())
 
 
 @pytest.mark.parametrize("format", FORMATS)
