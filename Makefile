@@ -30,7 +30,8 @@ install: .venv/installed  ## make .venv with everything that demo and tests need
 demo: install  ## the main job on a real model: what FP4 costs by role, and what it does to latency
 	$(BIN)/fp4graph ablate smollm2-135m --by role --format nvfp4,mxfp4 --tokens 2048 --seq-len 256 --out $(OUT)
 	$(BIN)/fp4graph latency smollm2-135m --select all --select attn --inner eager --prompt-tokens 128 --new-tokens 24 --rounds 5
-	@echo "The picture: $(OUT)/ablation.png"
+	$(BIN)/fp4graph page $(OUT)
+	@echo "The page, for a browser: $(OUT)/report.html; the picture: $(OUT)/ablation.png"
 
 test: install  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations=60

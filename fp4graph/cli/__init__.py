@@ -22,6 +22,7 @@ from fp4graph.cli.fit import fit_command
 from fp4graph.cli.inspect import inspect_command
 from fp4graph.cli.latency import latency_command
 from fp4graph.cli.outliers import outliers_command
+from fp4graph.cli.page import page_command
 from fp4graph.cli.policy import policy_command
 from fp4graph.cli.sensitivity import sensitivity_command
 from fp4graph.cli.show import show_command
@@ -57,6 +58,7 @@ main.add_command(doctor_command)
 main.add_command(inspect_command)
 main.add_command(ablate_command)
 main.add_command(show_command)
+main.add_command(page_command)
 main.add_command(export_results_command)
 main.add_command(calibrate_command)
 main.add_command(policy_command)

@@ -167,9 +167,9 @@ class Calibration:
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"cannot write {path}: {error}") from None
 
-    @classmethod
-    def load(cls, path: Path | str) -> Calibration:
-        """Read a file that `save` wrote.
+    @staticmethod
+    def facts(path: Path | str) -> dict[str, Any]:
+        """Return what a file says of itself, without its codes.
 
         Raises:
             CalibrationError: it cannot be read, or is no such file.
@@ -177,14 +177,28 @@ class Calibration:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("kind") != _KIND:
-                    raise CalibrationError(f"{path} is no calibration of fp4graph")
-                facts = json.loads(metadata["facts"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if metadata.get("kind") != _KIND:
+                raise CalibrationError(f"{path} is no calibration of fp4graph")
+            facts: dict[str, Any] = json.loads(metadata["facts"])
         except (OSError, SafetensorError, json.JSONDecodeError) as error:
             raise CalibrationError(f"cannot read the calibration {path}: {error}") from None
         if "formats" not in facts:
             raise CalibrationError(f"{path} is of an older fp4graph: calibrate anew")
+        return facts
+
+    @classmethod
+    def load(cls, path: Path | str) -> Calibration:
+        """Read a file that `save` wrote.
+
+        Raises:
+            CalibrationError: it cannot be read, or is no such file.
+        """
+        facts = cls.facts(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CalibrationError(f"cannot read the calibration {path}: {error}") from None
         formats = {fqn: get_format(name) for fqn, name in facts["formats"].items()}
         packed = {
             fqn: PackedWeight(

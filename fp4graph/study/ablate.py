@@ -42,12 +42,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fp4graph.models import LoadedModel
+    from fp4graph.study.evaluate import Scores
     from fp4graph.study.probe import Integers, Probe
     from fp4graph.study.progress import Progress
     from fp4graph.study.store import Store
 
 PROTOCOL = 2
 """Raised when the meaning of a stored number changes, so that old ones are not mixed with new."""
+
+_PASSAGE = 256  # tokens whose KL is kept one by one
 
 
 class Ablation:
@@ -103,6 +106,7 @@ class Ablation:
             self._traced.settle(**self._inputs(0))
         start = time.perf_counter()
         logits = self._logits(0)[0]
+        self._said: list[str] | None = None  # by the passage's tokens
         self._keys: dict[Trial, dict[str, Any]] = {}
         self._arithmetic = f"{fingerprint(logits) % 2**64:016x}"
         self._window_s = time.perf_counter() - start
@@ -284,6 +288,7 @@ class Ablation:
             with torch.no_grad():
                 scores = reference.score(run, progress.advance)
                 choices = self._answer(run, progress)
+            self._keep_passage(trial, scores)
             return self._probed(
                 row_of(trial, scores, reference.scores, report), choices, dense.choices
             )
@@ -294,8 +299,19 @@ class Ablation:
         if not report.selected:
             raise StudyError("no linear was rewritten")
         run = self._replay.run if in_part else self._logits
-        row = row_of(trial, reference.score(run, progress.advance), reference.scores, report)
+        scores = reference.score(run, progress.advance)
+        self._keep_passage(trial, scores)
+        row = row_of(trial, scores, reference.scores, report)
         return self._probed(row, self._answer(run, progress), dense.choices)
+
+    def _keep_passage(self, trial: Trial, scores: Scores) -> None:
+        """Keep what the first tokens of the text cost, one by one, for the page."""
+        ids = self._windows.ids[0, self._windows.first :][:_PASSAGE].tolist()
+        if self._said is None:
+            tokenizer = self._loaded.tokenizer
+            said = str if tokenizer is None else lambda each: tokenizer.decode([each])
+            self._said = [said(each) for each in ids]
+        self._store.put_passage(self._key(trial), scores.kl[0, :_PASSAGE], self._said)
 
     def _probed(self, row: Row, choices: Integers | None, dense: Integers | None) -> Row:
         if self._probe is None or choices is None or dense is None:

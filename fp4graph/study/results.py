@@ -74,9 +74,10 @@ def write(store: Store, folder: Path) -> None:
     export(records(stored), folder / "ablation.jsonl")
     lines = "".join(json.dumps(run) + "\n" for run in store.runs())
     write_text(folder / "runs.jsonl", lines)
-    studies = _studies(stored)
-    if studies:
-        title, rows = list(studies.values())[-1]
+    found = studies(stored)
+    if found:
+        title, last = list(found.values())[-1]
+        rows = [each.row for each in last]
         if any(not row.is_dense for row in rows):
             draw(rows, title, folder / "ablation.png")
 
@@ -136,11 +137,11 @@ def show(store: Store, wanted: Wanted = Wanted()) -> list[Table]:
         SelectorError: there is none.
     """
     stored = [each for each in store.all() if each.identity.get("protocol") == PROTOCOL]
-    found = _studies([each for each in stored if wanted.has(each)])
+    found = studies([each for each in stored if wanted.has(each)])
     tables = [
-        table_of(rows, title)
-        for title, rows in found.values()
-        if any(not row.is_dense for row in rows)
+        table_of([each.row for each in trials], title)
+        for title, trials in found.values()
+        if any(not each.row.is_dense for each in trials)
     ]
     if not tables:
         known = ", ".join(dict.fromkeys(each.name or each.result["selector"] for each in stored))
@@ -163,17 +164,17 @@ def table_of(rows: Sequence[Row], title: str, left: int = 0) -> Table:
     )
 
 
-def _studies(stored: Iterable[Stored]) -> dict[str, tuple[str, list[Row]]]:
+def studies(stored: Iterable[Stored]) -> dict[str, tuple[str, list[Stored]]]:
     """Return the trials of each model and text, with a title; last whose trial ended last."""
-    found: dict[str, tuple[str, list[Row]]] = {}
+    found: dict[str, tuple[str, list[Stored]]] = {}
     for each in stored:
         if each.identity.get("protocol") != PROTOCOL:
             continue
         common = {key: each.identity[key] for key in each.identity.keys() - _OF_A_TRIAL}
         key = json.dumps(common, sort_keys=True)
-        title, rows = found.pop(key, (title_of(each.run, each.identity), []))
-        rows.append(each.row)
-        found[key] = title, rows
+        title, trials = found.pop(key, (title_of(each.run, each.identity), []))
+        trials.append(each)
+        found[key] = title, trials
     return found
 
 

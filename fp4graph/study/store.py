@@ -12,7 +12,12 @@ from fp4graph.errors import StudyError
 from fp4graph.study.trial import Row
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from fp4graph.study.evaluate import Floats
+
+_LARGEST_HALF = 65504.0
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS trials (
@@ -35,17 +40,32 @@ CREATE TABLE IF NOT EXISTS names (
 """
 
 
+_PASSAGES = """
+CREATE TABLE IF NOT EXISTS passages (
+    key TEXT PRIMARY KEY,       -- of a trial
+    text TEXT NOT NULL,         -- hash of the text
+    kl BLOB NOT NULL            -- float16, nats, of the passage's tokens
+);
+CREATE TABLE IF NOT EXISTS tokens (
+    text TEXT PRIMARY KEY,      -- hash of the text
+    tokens TEXT NOT NULL        -- JSON: what the passage's tokens say
+);
+"""
+
+
 @dataclass(frozen=True)
 class Stored:
     """A trial as the store has it.
 
     Attributes:
+        key: what it goes by.
         identity: everything that the result depends on.
         result: a row as JSON has it, of whatever protocol.
         name: what the user calls it; empty without a name.
         run: what is known of the run that measured it: date, command, machine, names; may be empty.
     """
 
+    key: str
     identity: dict[str, Any]
     result: dict[str, Any]
     name: str
@@ -113,15 +133,46 @@ class Store:
     def all(self) -> list[Stored]:
         """Return every trial in the order in which they ended."""
         query = (
-            "SELECT identity, result, name, facts FROM trials "
+            "SELECT trials.key, identity, result, name, facts FROM trials "
             "LEFT JOIN names ON names.key = trials.key "
             "LEFT JOIN origins ON origins.key = trials.key "
             "LEFT JOIN runs ON runs.run = origins.run ORDER BY trials.rowid"
         )
         return [
-            Stored(json.loads(identity), json.loads(result), name or "", json.loads(facts or "{}"))
-            for identity, result, name, facts in self._execute(query, ()).fetchall()
+            Stored(
+                key, json.loads(identity), json.loads(result), name or "", json.loads(facts or "{}")
+            )
+            for key, identity, result, name, facts in self._execute(query, ()).fetchall()
         ]
+
+    def put_passage(self, identity: dict[str, Any], kl: Floats, tokens: Sequence[str]) -> None:
+        """Keep what each token of a passage cost in a trial, nats, and what the tokens say."""
+        for table in filter(str.strip, _PASSAGES.split(";")):
+            self._execute(table, ())
+        content = kl.clip(0, _LARGEST_HALF).astype("<f2").tobytes()
+        text = identity["text"]
+        self._execute(
+            "INSERT OR REPLACE INTO passages VALUES (?, ?, ?)", (_key(identity), text, content)
+        )
+        self._execute("INSERT OR REPLACE INTO tokens VALUES (?, ?)", (text, json.dumps(tokens)))
+
+    def passages(self, text: str) -> dict[str, bytes]:
+        """Return the KL of a text's passage by key of trial, float16 of each token."""
+        if not self._has("passages"):
+            return {}
+        found = self._execute("SELECT key, kl FROM passages WHERE text = ?", (text,))
+        return dict(found.fetchall())
+
+    def tokens(self, text: str) -> list[str]:
+        """Return what a passage's tokens say; none where no passage was kept."""
+        query = "SELECT tokens FROM tokens WHERE text = ?"
+        found = self._execute(query, (text,)).fetchone() if self._has("tokens") else None
+        tokens: list[str] = [] if found is None else json.loads(found[0])
+        return tokens
+
+    def _has(self, table: str) -> bool:
+        query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
+        return self._execute(query, (table,)).fetchone() is not None
 
     def runs(self) -> list[dict[str, Any]]:
         """Return the facts of every run, in the order in which they began."""

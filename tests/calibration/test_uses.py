@@ -154,7 +154,7 @@ def test_the_score_of_a_looped_linear_is_what_it_costs() -> None:
     model = MODELS["looped"]()
     windows = Windows(torch.cat(IDS), 1)
     name = "net.layers.1.mlp.up_proj"
-    loaded = LoadedModel("looped", model, object())
+    loaded = LoadedModel("looped", model, None)
     found = Sensitivity(loaded, windows, [Scheme(MXFP4)], samples=256)
     row = next(row for row in found.rows if row.path == name)
     weight = model.get_submodule(name).weight

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from support.models import tiny, tokens
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def ablation(path: Path, model: torch.nn.Module | None = None) -> Ablation:
-    loaded = LoadedModel("tiny", model or tiny("llama").requires_grad_(False), object())
+    loaded = LoadedModel("tiny", model or tiny("llama").requires_grad_(False), None)
     return Ablation(loaded, Windows(tokens(16, batch=4), first=1), Store(path / "t.sqlite"), path)
 
 
@@ -99,6 +100,27 @@ def test_rows_measure_what_direct_computation_measures(tmp_path: Path) -> None:
     assert row.bytes_packed == 2 * 64 * 3 * 17
     assert row.dnll_per_mb == pytest.approx(row.dnll / ((row.bytes_dense - row.bytes_packed) / 1e6))
     assert rest.linears == 12
+
+
+def test_keeps_what_each_token_of_a_passage_cost(tmp_path: Path) -> None:
+    row, windows = Trial.of("down", "mxfp4"), Windows(tokens(120, batch=2), first=1)
+
+    class Words:
+        def decode(self, ids: list[int]) -> str:
+            return f"<{ids[0]}>"
+
+    loaded = LoadedModel("tiny", tiny("llama").requires_grad_(False), Words())
+    store = Store(tmp_path / "t.sqlite")
+    study = Ablation(loaded, windows, store, tmp_path)
+    *_, (measured) = study.run([DENSE, row], Counted())
+    text = windows.digest()
+    assert store.tokens(text) == [f"<{each}>" for each in windows.ids[0, 1:].tolist()]
+    ((key, content),) = store.passages(text).items()
+    assert key == next(each.key for each in store.all() if each.row.format)
+    kl = np.frombuffer(content, "<f2").astype(float)
+    assert len(kl) == 119, "of the first window"
+    assert kl.mean() == pytest.approx(measured.kl, rel=0.5)
+    assert (kl > 0).mean() > 0.9
 
 
 def test_w4a4_differs_from_w4a16(tmp_path: Path) -> None:

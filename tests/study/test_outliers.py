@@ -42,7 +42,7 @@ def test_sees_what_hooks_see(family: str) -> None:
     model = tiny(family).requires_grad_(False)
     windows = Windows(tokens(12, batch=3), first=1)
     ticks: list[int] = []
-    found = outliers(LoadedModel("tiny", model, object()), windows, lambda: ticks.append(1))
+    found = outliers(LoadedModel("tiny", model, None), windows, lambda: ticks.append(1))
     rows = list(found.values())
     assert all(row.path == tag.fqn for tag, row in found.items())
     assert len(ticks) == 3

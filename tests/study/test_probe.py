@@ -65,7 +65,7 @@ def test_trials_have_the_probe_beside_the_text(tmp_path: Path) -> None:
     probe = Probe(tokens(16, batch=6, seed=3), ((4, 9),) * 6, (0, 0, 1, 1, 2, 2), (0, 1, 0))
     windows = Windows(tokens(16, batch=4), first=1)
     count = Counted()
-    loaded = LoadedModel("tiny", model, object())
+    loaded = LoadedModel("tiny", model, None)
     store = Store(tmp_path / "t.sqlite")
     ablation = Ablation(loaded, windows, store, tmp_path, probe=probe)
     dense, mlp = ablation.run([DENSE, Trial.of("mlp", "mxfp4", "same")], count)

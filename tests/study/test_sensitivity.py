@@ -18,7 +18,7 @@ WINDOWS = Windows(tokens(12, batch=3), first=1)
 
 
 def loaded(family: str = "llama") -> LoadedModel:
-    return LoadedModel("tiny", tiny(family).requires_grad_(False), object())
+    return LoadedModel("tiny", tiny(family).requires_grad_(False), None)
 
 
 def divergence(select: str, mode: str | None = None, family: str = "llama") -> float:
