@@ -75,11 +75,6 @@ class Scheme:
         """Block of the rotation of weight and input; 0 for none."""
         return self.quantizer.rotation
 
-    @property
-    def smooths(self) -> bool:
-        """Whether inputs that come from a norm are divided, channel by channel."""
-        return self.quantizer.strength > 0
-
     @classmethod
     def of(
         cls,

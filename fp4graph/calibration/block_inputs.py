@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from fp4graph.graph.match import match_linear
-from fp4graph.passes.smooth_inputs import scaled_by_norm
+from fp4graph.graph.norms import scaled_by_norm
 from fp4graph.quantizers import Hessian, matrix_name
 
 if TYPE_CHECKING:

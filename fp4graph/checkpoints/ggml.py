@@ -131,7 +131,7 @@ def _obstacle(site: LinearSite) -> str | None:
         return "experts are not written to GGUF"
     if scheme.calibration is not None:
         return "GGUF files have rows in an order of their own, and calibrated codes another"
-    if scheme.rotation or scheme.smooths:
+    if scheme.rotation:
         return f"{scheme.quantizer} changes its inputs, which llama.cpp does not"
     if scheme.activations is not Activations.NONE:
         return "llama.cpp rounds activations in its own way: activations=none"

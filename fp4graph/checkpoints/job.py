@@ -59,7 +59,9 @@ class Job:
         self.bytes_dense = self.bytes_packed = self.shared = 0
         found = {site.tag.fqn: site for site in sites}
         refused = [(row.path, row.reason) for row in report.refused]
-        refused += [(path, why) for path, site in found.items() if (why := self._obstacle(site))]
+        refused += [
+            (path, why) for path, site in found.items() if (why := self._obstacle(site, found))
+        ]
         if refused:
             raise refusal(refused, "cannot be written in this layout; select others")
         self._sites = {
@@ -72,16 +74,19 @@ class Job:
             why = "a head that is tied to the embeddings is not there by itself"
             raise RefusalError(f"{shards.folder} has no weight of {missing[0]}: {why}")
         self._sets = self._fused(fused_sets(tags))
+        self._divided = self._norms()
 
-    def _obstacle(self, site: LinearSite) -> str | None:
+    def _obstacle(self, site: LinearSite, found: Mapping[str, LinearSite]) -> str | None:
         assert site.scheme is not None
         scheme, format = site.scheme, site.scheme.format
         if site.rows is not None:
             return "a part of a fused weight, and engines take the whole"
         if site.transposed and not site.is_stack:
             return "its weight is stored [in, out], which these layouts do not know"
-        if scheme.rotation or scheme.smooths:
+        if scheme.rotation:
             return f"{scheme.quantizer} changes its inputs, which engines do not"
+        if _smooth(site) is not None and (why := self._unfolded(site, found)):
+            return f"{scheme.quantizer} divides its input, {why}"
         if site.tag.shape[-1] % format.group_size(site.tag.shape[-1]):
             return f"K={site.tag.shape[-1]} is no multiple of {format.block_size}"
         if format.base not in FORMATS:
@@ -94,6 +99,29 @@ class Job:
         if site.is_stack and not self._names.of(site.tag.fqn):
             return "its experts lie in one tensor, and engines take one for each"
         return None
+
+    def _unfolded(self, site: LinearSite, found: Mapping[str, LinearSite]) -> str | None:
+        """Return why a checkpoint's norm cannot be divided in place of a linear's input."""
+        norm = site.norm
+        if norm is None:
+            return "and no norm's weight could be divided in its place"
+        if not all(name in self._names.tensors for name in norm.parameters):
+            return f"and the checkpoint has no {norm.parameters[0]}"
+        own = _smooth(site)
+        for path in norm.serves:
+            other = _smooth(found[path]) if path in found else None
+            if own is None or other is None or not torch.equal(own, other):
+                return f"and {path} takes the same norm's result: select all of its linears"
+        return None
+
+    def _norms(self) -> dict[str, Tensor]:
+        """Return what tensors of norms are divided by, [K] each."""
+        found: dict[str, Tensor] = {}
+        for site in self._sites.values():
+            smooth = _smooth(site)
+            if smooth is not None and site.norm is not None:
+                found |= {self._names.tensors[name]: smooth for name in site.norm.parameters}
+        return found
 
     def _fused(self, sets: Sequence[FusedSet]) -> dict[str, tuple[str, ...]]:
         """Return for each tensor those that it shares its per-tensor scale with, itself too."""
@@ -127,7 +155,7 @@ class Job:
                     tensors |= self._packed(group)
                     written |= set(group)
                 else:
-                    tensors[name] = self._shards.get(name)
+                    tensors[name] = self._as_it_is(name)
             save_file(tensors, out / path.name, metadata={"format": "pt"})
             index |= dict.fromkeys(tensors, path.name)
             size += sum(each.nbytes for each in tensors.values())
@@ -138,6 +166,12 @@ class Job:
         if len(files) > 1:
             whole = {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}
             write_text(out / INDEX, json.dumps(whole, indent=2) + "\n")
+
+    def _as_it_is(self, name: str) -> Tensor:
+        """Return a tensor of the checkpoint; a norm that is divided, in its dtype."""
+        tensor = self._shards.get(name)
+        divisor = self._divided.get(name)
+        return tensor if divisor is None else (tensor.float() / divisor).to(tensor.dtype)
 
     def _packed(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the tensors of linears that share a scale, which all have one way to run."""
@@ -208,6 +242,13 @@ class Job:
         ]
         heads = {row.path for row in self._report if row.role == Role.LM_HEAD} - set(ways)
         return configs.Chosen(ways, sorted({*dense, *heads}))
+
+
+def _smooth(site: LinearSite) -> Tensor | None:
+    """Return what a linear's input is divided by, for the codes that it was calibrated with."""
+    if site.scheme is None or site.scheme.calibration is None:
+        return None
+    return site.scheme.calibration.smooth.get(site.tag.fqn)
 
 
 def _rows(site: LinearSite) -> int:

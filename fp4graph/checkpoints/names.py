@@ -44,6 +44,8 @@ class Names:
     Attributes:
         linears: what each tensor is that belongs to a linear or to a stack of experts.
         embeddings: tensors that are looked up in.
+        tensors: what the checkpoint calls each parameter that it holds as it is, by the parameter's
+            path without `.weight`.
     """
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
@@ -60,10 +62,13 @@ class Names:
         }
         found: dict[str, tuple[str, str | None]] = {}
         self.embeddings: set[str] = set()
+        self.tensors: dict[str, str] = {}
         for name in names:
+            target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+            if pattern is None:
+                self.tensors[target.removesuffix(".weight")] = name
             if not name.endswith(".weight"):
                 continue
-            target, pattern = rename_source_key(name, renamings, converters, prefix, state)
             owner, _, last = target.rpartition(".")
             if isinstance(modules.get(owner), nn.Embedding):
                 self.embeddings.add(name)

@@ -66,6 +66,16 @@ _WIKITEXT2_WINDOW = 2048
     metavar="MIN",
     help="Run the trials that tell most first, and begin none after MIN minutes.",
 )
+@click.option(
+    "--on",
+    metavar="ray|ray://HOST:PORT",
+    help="Run trials on a Ray cluster, or on all GPUs of this machine.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="How many, each with a model of its own.  [default: one a GPU, or one a machine]",
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder for results.")
 @dtype_option
 @dense_option
@@ -86,6 +96,8 @@ def ablate_command(
     protocol: str | None,
     probe: Path | None,
     budget: float | None,
+    on: str | None,
+    workers: int | None,
     out: Path | None,
     dtype: str,
     dense: str | None,
@@ -103,6 +115,7 @@ def ablate_command(
     again.
     """
     from fp4graph.loading import dense_of
+    from fp4graph.study.cluster import Where
     from fp4graph.study.evaluate import cut
     from fp4graph.study.given import read_calibrations
     from fp4graph.study.plan import converted
@@ -110,6 +123,9 @@ def ablate_command(
     from fp4graph.study.run import run_trials
     from fp4graph.study.trial import Trial
 
+    where = None if on is None else Where(on, workers)
+    if where is None and workers is not None:
+        raise OptionError("--workers is for a cluster: say --on ray")
     codes = read_calibrations(calibrations)
     given = selected(selects, mixes, names)
     is_packed = dense_of(model) is not None
@@ -137,7 +153,11 @@ def ablate_command(
     with progress_shown(as_json=as_json) as progress:
         seconds = None if budget is None else budget * 60
         table = run_trials(
-            loaded, windows, groups, out, progress, probe=questions, budget=seconds, corpus=corpus
+            *(loaded, windows, groups, out, progress),
+            probe=questions,
+            budget=seconds,
+            corpus=corpus,
+            where=where,
         )
     print_table(table, as_json=as_json, rows=False)
     console = output(as_json=as_json)

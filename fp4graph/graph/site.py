@@ -22,6 +22,19 @@ _KEY = "fp4graph"
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A norm that serves nothing but linears.
+
+    Attributes:
+        parameters: paths of its weight, without `.weight`, and bias.
+        serves: paths of the linears.
+    """
+
+    parameters: tuple[str, ...]
+    serves: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class LinearSite:
     """What is known of the linear that a node computes; it holds no node, so that it can be copied.
 
@@ -41,6 +54,8 @@ class LinearSite:
         entry: its packed weight.
         merged: paths of the linears that the same op computes.
         caller: path of the module whose forward computes it; empty where unknown.
+        norm: what scales its input last, if that serves nothing but linears; where it was looked
+            for.
     """
 
     tag: LinearTag
@@ -58,6 +73,7 @@ class LinearSite:
     entry: PackEntry | None = None
     merged: tuple[str, ...] = ()
     caller: str = ""
+    norm: Norm | None = None
 
     @property
     def is_stack(self) -> bool:

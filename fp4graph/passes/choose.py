@@ -113,7 +113,7 @@ def _problem(site: LinearSite, example_inputs: Sequence[Any], target: Target | N
     rotation = site.scheme.rotation
     if rotation and in_features % rotation:
         raise RefusalError(f"K={in_features} is no multiple of the rotation's {rotation}")
-    if (rotation or site.scheme.smooths) and site.rows is not None:
+    if (rotation or site.scheme.quantizer.strength) and site.rows is not None:
         raise RefusalError("only a part of it is selected, and its quantizer changes all its input")
     return Problem(
         out_features if site.rows is None else len(site.rows),

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch.fx import Node
 
 from fp4graph.fingerprint import fingerprint
-from fp4graph.graph.match import called, match_linear
+from fp4graph.graph.match import match_linear
+from fp4graph.graph.norms import scaled_by_norm, scales_of, serve_only
 from fp4graph.graph.regions import lift, regions
 from fp4graph.graph.site import site_of, unmarked
-from fp4graph.graph.weight_source import is_copy
 from fp4graph.graph.writes import writes_in_place, written
 from fp4graph.passes.emit import cast, constant, move
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-    from torch.fx import GraphModule
+    from torch.fx import GraphModule, Node
 
     from fp4graph.graph.site import LinearSite
 
@@ -76,7 +75,7 @@ class SmoothInputs:
             for (x, x_dim, key, _), nodes in groups.items():
                 inverse = lift(region, *known[key])
                 chain = scaled_by_norm(x)
-                if chain and x_dim == -1 and _serve_only(chain, nodes, overwritten):
+                if chain and x_dim == -1 and serve_only(chain, nodes, overwritten):
                     _fold(chain[-1], inverse)
                 else:
                     _multiply(x, x_dim, nodes, inverse)
@@ -90,55 +89,9 @@ def _smooth(site: LinearSite) -> Tensor | None:
     return None if smooth is None else smooth.to(site.entry.tensors[0].device)
 
 
-def scaled_by_norm(x: Node) -> list[Node]:
-    """Return the nodes from an input back to where a norm's weight [K] multiplies it, or none."""
-    chain = [x]
-    while is_copy(chain[-1]) or _keeps_columns(chain[-1]):
-        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
-    return chain if _scales(chain[-1]) else []
-
-
-def _keeps_columns(node: Node) -> bool:
-    if called(node) not in ("view", "reshape"):
-        return False
-    (source, *_), value = node.args, node.meta["example_value"]
-    assert isinstance(source, Node)
-    return bool(source.meta["example_value"].shape[-1] == value.shape[-1])
-
-
-def _scales(node: Node) -> list[Node]:
-    """Return what scales each column of a node's value: the weight of a norm, and its bias."""
-    name, args = called(node), dict(enumerate(node.args))
-    if name in ("layer_norm", "rms_norm") and node.op == "call_function":
-        shape = node.kwargs.get("normalized_shape", args.get(1))
-        weight = node.kwargs.get("weight", args.get(2))
-        bias = node.kwargs.get("bias", args.get(3)) if name == "layer_norm" else None
-        one = isinstance(shape, list | tuple) and len(shape) == 1
-        return [each for each in (weight, bias) if isinstance(each, Node)] if one and weight else []
-    if name == "mul":
-        value: Tensor = node.meta["example_value"]
-        return [each for each in node.all_input_nodes if value.ndim > 1 and _is_row(each, value)]
-    return []
-
-
-def _is_row(node: Node, value: Tensor) -> bool:
-    row = node.meta.get("example_value")
-    return isinstance(row, torch.Tensor) and row.shape == value.shape[-1:]
-
-
-def _serve_only(chain: list[Node], linears: list[Node], overwritten: set[Node]) -> bool:
-    """Whether nobody but these linears takes what comes after the norm."""
-    takers = set(linears)
-    for node in chain:
-        if node in overwritten or not set(node.users) <= takers:
-            return False
-        takers = {node}
-    return True
-
-
 def _fold(norm: Node, inverse: Node) -> None:
     with norm.graph.inserting_before(norm):
-        for scale in _scales(norm):
+        for scale in scales_of(norm):
             norm.replace_input_with(scale, cast(_product(scale, inverse), _dtype(scale)))
 
 

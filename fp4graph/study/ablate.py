@@ -112,6 +112,7 @@ class Ablation:
         self._window_s = time.perf_counter() - start
         self._vocabulary = logits.shape[-1]
         self._replay = self._new_replay()
+        self._held: _Dense | None = None  # what `measure` compares with
 
     def report(self, selector: str = "all") -> Report:
         """Say which linears a selector picks in this model."""
@@ -143,7 +144,7 @@ class Ablation:
 
     def forecast(self, plan: Sequence[Trial]) -> Forecast:
         """Say what a run will take, from the time of one window and where trials begin."""
-        missing = [trial for trial in plan if self._store.get(self._key(trial)) is None]
+        missing = [trial for trial in plan if self._store.get(self.key(trial)) is None]
         whole = self._window_s * len(self._rows)
         in_part = self._replay.refusal is None
         seconds = (whole * (share(trial, self._traced.tags) if in_part else 1) for trial in missing)
@@ -168,7 +169,7 @@ class Ablation:
             StudyError: the store or the scratch file cannot be written; nothing that was
                 computed before is lost.
         """
-        known = {trial: self._store.get(self._key(trial)) for trial in plan}
+        known = {trial: self._store.get(self.key(trial)) for trial in plan}
         missing = [trial for trial in plan if known[trial] is None]
         rest = len([trial for trial in missing if trial != DENSE])
         steps = (rest + bool(missing)) * len(self._rows)
@@ -179,7 +180,7 @@ class Ablation:
         for trial in plan:
             result = known[trial]
             if trial.name:
-                self._store.name(self._key(trial), trial.name)
+                self._store.name(self.key(trial), trial.name)
             if result is None and reference and time.monotonic() - start > seconds:
                 continue
             if result is None:
@@ -191,10 +192,22 @@ class Ablation:
                     result = self._measure(trial, reference, progress)
                 except StudyError as error:
                     raise StudyError(f"{trial}: {error}") from None
-                self._store.put(self._key(trial), result, number)
+                self._store.put(self.key(trial), result, number)
             result = replace(result, name=trial.name or result.name)
             progress.ended(str(trial), result, kept=known[trial] is not None)
             yield result
+
+    def measure(self, trial: Trial) -> Row:
+        """Measure one trial, whatever the store has; the dense model is run for the first one.
+
+        Raises:
+            StudyError: it fails.
+        """
+        try:
+            self._held = self._held or self._reference(SILENT)
+            return self._measure(trial, self._held, SILENT)
+        except StudyError as error:
+            raise StudyError(f"{trial}: {error}") from None
 
     @property
     def whole_because(self) -> str | None:
@@ -243,7 +256,8 @@ class Ablation:
         """What all trials of this model and text have in common in the store."""
         return self._identity
 
-    def _key(self, trial: Trial) -> dict[str, Any]:
+    def key(self, trial: Trial) -> dict[str, Any]:
+        """Return what a trial is known by in the store."""
         if trial not in self._keys:
             self._keys[trial] = self._new_key(trial)
         return self._keys[trial]
@@ -311,7 +325,7 @@ class Ablation:
             tokenizer = self._loaded.tokenizer
             said = str if tokenizer is None else lambda each: tokenizer.decode([each])
             self._said = [said(each) for each in ids]
-        self._store.put_passage(self._key(trial), scores.kl[0, :_PASSAGE], self._said)
+        self._store.put_passage(self.key(trial), scores.kl[0, :_PASSAGE], self._said)
 
     def _probed(self, row: Row, choices: Integers | None, dense: Integers | None) -> Row:
         if self._probe is None or choices is None or dense is None:

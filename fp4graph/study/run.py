@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fp4graph.study import results
 from fp4graph.study.ablate import Ablation
+from fp4graph.study.cluster import Job, run_on_ray
 from fp4graph.study.plan import by_information
 from fp4graph.study.store import Store
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from fp4graph.models import LoadedModel
+    from fp4graph.study.cluster import Where
     from fp4graph.study.evaluate import Windows
     from fp4graph.study.plan import Combinations
     from fp4graph.study.probe import Probe
@@ -35,11 +37,13 @@ def run_trials(
     probe: Probe | None = None,
     budget: float | None = None,
     corpus: str = "",
+    where: Where | None = None,
 ) -> Table:
     """Run trials that were read; arguments and errors as in `ablate`."""
     with _folder(out) as folder:
         store = Store(None if out is None else folder / results.STORE)
-        ablation = Ablation(loaded, windows, store, folder, probe, {"corpus": corpus})
+        about = {"corpus": corpus}
+        ablation = Ablation(loaded, windows, store, folder, probe, about)
         todo = _todo(ablation, groups, progress, by_budget=budget is not None)
         forecast = ablation.forecast(todo)
         progress.note(str(forecast))
@@ -47,10 +51,15 @@ def run_trials(
             ends = forecast.done_in(budget)
             progress.note(f"a budget of {budget / 60:g} min is enough for about {ends} of them")
         seconds = math.inf if budget is None else budget
-        rows: list[Row] = []
+        found: dict[int, Row] = {}  # by their place in the plan
         try:
-            rows.extend(ablation.run(todo, progress, seconds))
+            if where is None:
+                found.update(enumerate(ablation.run(todo, progress, seconds)))
+            else:
+                job = Job.of(loaded, windows, probe, about, todo)
+                found.update(run_on_ray(ablation, store, job, where, progress, seconds))
         finally:
+            rows = [found[place] for place in sorted(found)]
             if out is not None and rows:
                 results.write(store, folder)
             store.close()

@@ -156,6 +156,11 @@ class Store:
         )
         self._execute("INSERT OR REPLACE INTO tokens VALUES (?, ?)", (text, json.dumps(tokens)))
 
+    def forget_passages(self) -> None:
+        """Drop the passages of all trials."""
+        if self._has("passages"):
+            self._execute("DELETE FROM passages", ())
+
     def passages(self, text: str) -> dict[str, bytes]:
         """Return the KL of a text's passage by key of trial, float16 of each token."""
         if not self._has("passages"):

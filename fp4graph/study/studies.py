@@ -10,6 +10,7 @@ import torch
 
 from fp4graph import OptionError, TracedModel
 from fp4graph.study import results, scores, verdicts, views
+from fp4graph.study.cluster import Where
 from fp4graph.study.given import (
     in_evaluation,
     packed_trials,
@@ -58,6 +59,8 @@ def ablate(
     budget: float | None = None,
     corpus: str = "",
     packed: Packed = (),
+    on: str | None = None,
+    workers: int | None = None,
     progress: Progress | None = None,
 ) -> Table:
     """Measure what FP4 does to a model's predictions, selection by selection.
@@ -83,6 +86,9 @@ def ablate(
         corpus: what the text is called in tables.
         packed: models that `fp4graph.convert` or `load` made, to be measured as they are, against
             `model`, which is dense.
+        on: `ray` or `ray://HOST:PORT` runs trials on a cluster, each worker with a model of its
+            own, loaded by its name.
+        workers: how many; one a GPU, or one a machine, by default.
         progress: is told how far it is; None shows it where this runs.
 
     Returns:
@@ -119,7 +125,11 @@ def ablate(
     with shown(progress) as told, in_evaluation(model) as loaded:
         windows = windows_of(loaded, tokens)
         return run_trials(
-            loaded, windows, combinations, out, told, probe=probe, budget=budget, corpus=corpus
+            *(loaded, windows, combinations, out, told),
+            probe=probe,
+            budget=budget,
+            corpus=corpus,
+            where=None if on is None else Where(on, workers),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from fp4graph.dynamo import (
 )
 from fp4graph.errors import Fp4GraphError, StudyError
 from fp4graph.graph.names import unreached
+from fp4graph.graph.norms import norms_of
 from fp4graph.graph.regions import copy_graph
 from fp4graph.graph.site import sites
 from fp4graph.graph_runs import GraphRuns
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from fp4graph.graph.names import NamedLinear
+    from fp4graph.graph.names import NamedLinear, Names
     from fp4graph.graph.site import LinearSite
     from fp4graph.kernels import Target
     from fp4graph.linears.tags import LinearTag
@@ -144,12 +146,14 @@ class TracedModel:
         return report
 
     def sites(self, policy: Policy, target: Target | None = None) -> list[LinearSite]:
-        """Return the linears that a policy runs in FP4, each once, with rows and kernels."""
+        """Return the linears that a policy runs in FP4, each once, with rows, kernels and norms."""
         found: dict[str, LinearSite] = {}
         for graph in self.graphs:
+            norms = norms_of(graph.tagged, graph.names(self._tag.names))
             for site in graph.planned(policy, self.tags, target):
                 if site.kernel is not None:
-                    found.setdefault(site.tag.fqn, site)
+                    norm = norms.get(site.tag.fqn)
+                    found.setdefault(site.tag.fqn, replace(site, norm=norm))
         return list(found.values())
 
     @property
@@ -228,6 +232,16 @@ class TracedGraph:
         for _, site in sites(self.tagged):
             if site.weight is not None:
                 yield self._example_inputs[site.weight]
+
+    def names(self, known: Names) -> dict[fx.Node, str]:
+        """Return the first path of each parameter among its inputs."""
+        inputs = (node for node in self.tagged.graph.nodes if node.op == "placeholder")
+        pairs = zip(inputs, self._example_inputs, strict=True)
+        return {
+            node: known[value][0]
+            for node, value in pairs
+            if isinstance(value, nn.Parameter) and value in known
+        }
 
     @contextmanager
     def running(self, run: Callable[..., Any]) -> Iterator[None]:

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from support.calibration import BATCHES
+from support.closer import relative_l2
 from support.models import tiny, tokens
 
 import fp4graph
@@ -255,6 +256,38 @@ def test_codes_of_fused_sets_stay_under_scales_that_are_rounded_anew(tmp_path: P
         assert torch.equal(packed.qdata, known.qdata)
         ours, theirs = packed.dequantize(), known.dequantize()
         assert torch.allclose(ours, theirs, rtol=2**-4, atol=float(theirs.abs().max()) / 1000)
+
+
+@pytest.mark.parametrize("quantizer", ["rtn+smooth", "distilled"])
+def test_norms_are_divided_in_place_of_inputs(quantizer: str, tmp_path: Path) -> None:
+    folder = dense("llama", tmp_path / "dense")
+    model = fp4graph.models.load(str(folder), torch.float32).model
+    codes = fp4graph.calibrate(model, BATCHES, "all", format="mxfp4", quantizer=quantizer)
+    policy = Policy.of("all", Scheme.of("mxfp4", calibration=codes))
+    empty = skeleton(folder, torch.float32)
+    export(folder, empty, policy, "compressed-tensors", tmp_path / "out")
+    written = fp4graph.load(str(tmp_path / "out"))
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        norm = f"model.layers.1.{name}.weight"
+        linear = "q_proj" if name == "input_layernorm" else "up_proj"
+        smooth = next(s for fqn, s in codes.smooth.items() if ".1." in fqn and linear in fqn)
+        assert torch.equal(written.state_dict()[norm], model.state_dict()[norm] / smooth)
+        assert quantizer == "distilled" or not torch.equal(smooth, torch.ones_like(smooth))
+    backend = fp4graph.backend(format="mxfp4", calibration=codes, inner="eager")
+    ours = logits(torch.compile(model, backend=backend))
+    assert relative_l2(logits(written), ours) < 1e-5
+    del codes.smooth["model.layers.1.self_attn.v_proj"]
+    with pytest.raises(RefusalError, match="v_proj takes the same norm's result"):
+        export(folder, empty, policy, "compressed-tensors", tmp_path / "cut")
+
+
+def test_norms_that_cannot_be_divided_are_said(tmp_path: Path) -> None:
+    folder = dense("gemma3", tmp_path / "dense")  # its norms multiply by 1 + w
+    model = fp4graph.models.load(str(folder), torch.float32).model
+    codes = fp4graph.calibrate(model, BATCHES, "all", format="mxfp4", quantizer="rtn+smooth")
+    policy = Policy.of("all", Scheme.of("mxfp4", calibration=codes))
+    with pytest.raises(RefusalError, match="no norm's weight could be divided in its place"):
+        export(folder, skeleton(folder, torch.float32), policy, "modelopt", tmp_path / "out")
 
 
 @pytest.mark.slow
