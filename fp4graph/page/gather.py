@@ -7,7 +7,7 @@ with activations and quantizers; each has a KL for every cell, measured or estim
 from __future__ import annotations
 
 import base64
-from math import fsum, hypot
+from math import fsum, hypot, isfinite
 from typing import TYPE_CHECKING, Any
 
 from fp4graph import StudyError, get_format
@@ -220,4 +220,6 @@ def _receipts(trials: Sequence[Stored]) -> list[dict[str, Any]]:
 
 
 def _short(value: float | None, factor: float = 1.0) -> float | None:
-    return None if value is None else float(f"{value * factor:.4g}")
+    if value is None or not isfinite(value):
+        return None
+    return float(f"{value * factor:.4g}")

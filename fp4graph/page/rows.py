@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp4graph import StudyError
 from fp4graph.errors import CalibrationError
+from fp4graph.files import read_lines
 from fp4graph.quantizers import Calibration
 
 if TYPE_CHECKING:
@@ -43,13 +44,13 @@ def read_beside(folder: Path) -> Beside:
     """Read the .jsonl files and calibrations of a folder; what is neither is left out.
 
     Raises:
-        StudyError: a line is no JSON object.
+        StudyError: a file cannot be read; a line is no JSON object.
     """
     found = Beside()
     for file in sorted(folder.glob("*.jsonl")):
         if file.name in _DRAWN_FROM_TRIALS:
             continue
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in _lines(file):
             row = _object(file, number, line)
             what = _KEYS.items()
             kinds = [kind for kind, key in what if key in row or key in row.get("input", {})]
@@ -63,9 +64,16 @@ def read_beside(folder: Path) -> Beside:
     return found
 
 
+def _lines(file: Path) -> list[tuple[int, str]]:
+    try:
+        return read_lines(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyError(f"cannot read {file}: {error}") from None
+
+
 def _object(file: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=lambda _: None)  # NaN and infinities
     except json.JSONDecodeError as error:
         raise StudyError(f"{file}, line {number}: {error}") from None
     if not isinstance(row, dict):

@@ -91,6 +91,7 @@ def results(tmp_path: Path) -> Path:
     for name, rows in beside.items():
         (tmp_path / name).write_text("".join(json.dumps(each) + "\n" for each in rows))
     (tmp_path / "runs.jsonl").write_text("drawn from trials\n")
+    (tmp_path / "other.jsonl").write_text('\n{"kl_element": NaN, "block": null, "role": "q"}\n')
     return tmp_path
 
 
@@ -140,6 +141,9 @@ def test_results_without_trials_and_without_anything(results: Path, tmp_path: Pa
             gather(path)
     (empty / "cut.jsonl").write_text('{"kl_element": 1}\n{"kl_el')
     with pytest.raises(fp4graph.StudyError, match=r"cut\.jsonl, line 2"):
+        gather(empty)
+    (empty / "cut.jsonl").write_bytes("{}".encode("utf-16"))
+    with pytest.raises(fp4graph.StudyError, match=r"cannot read .*cut\.jsonl"):
         gather(empty)
 
 
