@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 _SECONDS = 120.0
+_STEP = 1e-12  # of the budget, by which it is made smaller at first
 _APART = 0.05  # of the items that plans after the first differ in from each before
 
 
@@ -100,6 +101,7 @@ def _solved(
     damage = damage / max(float(damage.max()), 1e-300)
     rows.append(csr_array([cost / scale]))
     room = limit / scale
+    step = _STEP * max(1.0, room)
     while True:
         bounds = LinearConstraint(vstack(rows), [*low, -np.inf], [*high, room])
         with _without_its_lines():
@@ -110,13 +112,14 @@ def _solved(
                 constraints=bounds,
                 options={"mip_rel_gap": 0.0, "time_limit": _SECONDS},
             )
-        if found.x is None:
-            return None
+        if found.x is None:  # the cheapest plan is within the budget, if hardly
+            return None if before else tuple(min(each, key=budget.cost) for each in kept)
         chosen = _read(found.x, kept)
         over = fsum(budget.cost(each) for each in chosen) - limit
         if over <= 0:
             return chosen
-        room -= 2 * over / scale  # within the solver's tolerance, and not within the budget
+        room -= max(2 * over / scale, step)  # within the solver's tolerance, not the budget
+        step *= 8  # for less than a last digit of `room` would change nothing
 
 
 @contextlib.contextmanager

@@ -64,6 +64,18 @@ def test_it_is_the_best_of_all_plans(costs: list[list[tuple[float, int]]], share
     assert found.kl <= min(plan.kl for plan in allowed) + 1e-6 * largest  # HiGHS' own tolerance
 
 
+@pytest.mark.timeout(60)
+def test_a_budget_that_the_best_plan_misses_by_a_last_digit_ends() -> None:
+    items = items_of([[(0.1, 100), (0.05, 150)]] * 10)
+    limit = float(np.nextafter(1.0, 0))
+    (found,) = solve(items, Budget("kl", limit))
+    assert found.kl <= limit
+    assert found.nbytes == 9 * 100 + 150, "one linear less than what would be above"
+    cheapest = [(0.3, 100 - block) for block in range(3)]
+    (found,) = solve(items_of([[each] for each in cheapest]), Budget("bytes", 297.0))
+    assert found.nbytes == 297, "just within it"
+
+
 @given(COSTS, st.floats(0.001, 2.0))
 @settings(deadline=None)
 def test_for_a_kl_it_is_the_smallest(costs: list[list[tuple[float, int]]], kl: float) -> None:
