@@ -8,6 +8,7 @@ NEWEST_TORCH := 2.14.1
 NEWEST_TRANSFORMERS := 5.16.1
 NOT_PINNED := torch|triton|torchao|transformers|tokenizers|huggingface.hub|hf.xet|accelerate|peft|setuptools
 CPP = $(wildcard fp4graph/kernels/cpu/native/* bench/native/* tests/kernels/native/*.cpp)
+CLUSTER := tests/study/test_cluster.py
 STUDY := docs/studies/smollm2-135m
 ABLATE = $(BIN)/fp4graph ablate smollm2-135m --corpus $(WIKITEXT)/wiki.test.raw --out $(STUDY)
 
@@ -34,7 +35,8 @@ demo: install  ## the main job on a real model: what FP4 costs by role, and what
 	@echo "The page, for a browser: $(OUT)/report.html; the picture: $(OUT)/ablation.png"
 
 test: install  ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations=60
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations=60 --ignore=$(CLUSTER)
+	$(BIN)/python -m pytest $(CLUSTER)  # by itself: its workers want the processors
 
 style: install  ## style of Python, C++ and English; types
 	$(BIN)/ruff check .

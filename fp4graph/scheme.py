@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from fp4graph.quantizers import Calibration
 
+ENGINES = ("vllm", "sglang")
+"""Engines that compute linears of one input as one, and want one per-tensor scale of them."""
 INT8_ERROR = 0.015
 """Relative L2 error that rounding activations to 8 bits in groups stays within."""
 

@@ -14,6 +14,7 @@ from fp4graph.budget.solve import solve
 from fp4graph.budget.times import times
 from fp4graph.checkpoints.fused import fused_sets
 from fp4graph.quantizers import Quantizer
+from fp4graph.scheme import ENGINES
 from fp4graph.study.given import in_evaluation, texts_of, windows_of
 from fp4graph.study.measured import measured
 from fp4graph.study.progress import shown
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from fp4graph.study.sensitivity import SensitivityRow
 
 FORMATS = ("nvfp4", "mxfp4", "fp8")
-ENGINES = ("vllm", "sglang")
 _ALL = Selector("all")
 
 

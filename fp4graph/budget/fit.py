@@ -172,6 +172,7 @@ class Fit:
                 self.loaded.model,
                 self._calibrate.ids.to(self.loaded.device).split(1),
                 policy,
+                serve=self.wish.serve,
                 out=file,
                 about={"model": self.wish.model, "corpus": self.wish.corpus},
                 progress=self._progress.counted("blocks"),

@@ -21,7 +21,7 @@ from fp4graph.quantizers import (
     Calibration,
     Quantizer,
 )
-from fp4graph.scheme import Scheme
+from fp4graph.scheme import ENGINES, Scheme
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,6 +44,7 @@ def calibrate(
     format: str | BlockFormat = "nvfp4",
     quantizer: str = "gptq",
     activations: str | None = None,
+    serve: str | None = None,
     damping: float = DAMPING,
     propagate: bool = True,
     out: Path | str | None = None,
@@ -70,6 +71,9 @@ def calibrate(
             divided in the norm.
         activations: `same` rounds inputs too while codes are found (W4A4): between blocks, and
             where `learned` and `distilled` train.
+        serve: `vllm` or `sglang`: linears of one input that run in one way share a per-tensor scale
+            from the start, as such engines want it of those that they compute as one. `export`
+            leaves their codes and scales then as they are.
         damping: see `fp4graph.quantizers.gptq`.
         propagate: whether a block sees what the rounded blocks before it give, as it will when the
             model runs, or what the dense ones give.
@@ -87,7 +91,7 @@ def calibrate(
         data, and a warning says so.
 
     Raises:
-        OptionError: no such quantizer, or one that the format has no use for.
+        OptionError: no such quantizer or engine, or a quantizer that the format has no use for.
         SelectorError: a term matches nothing.
         CalibrationError: the model cannot be run block by block; no batches, or of several shapes;
             a linear that cannot be calibrated, or whose inputs were NaN or Inf.
@@ -96,7 +100,10 @@ def calibrate(
     policy = policy_for(select, format, quantizer, activations)
     learns = any(scheme.quantizer.trains for scheme in policy.schemes)
     blocks = Blocks(model, batches, policy, dense=learns)
+    if serve not in (None, *ENGINES):
+        raise OptionError(f"serve={serve!r}: expected {', '.join(ENGINES)}")
     facts = {**(about or {}), "select": policy.text, "propagate": propagate, "damping": damping}
+    facts |= {} if serve is None else {"serve": serve}
     versions = {name: version(name) for name in ("fp4graph", "torch", "transformers")}
     key = hashlib.sha256(f"{policy} {facts} {versions} {blocks.digest()}".encode()).hexdigest()
     kept = None if out is None else Path(f"{out}.blocks") / key[:16]  # whoever else writes to out
@@ -106,7 +113,7 @@ def calibrate(
         file = None if kept is None else kept / f"{number}.safetensors"
         done = _load(file, key)
         if done is None:
-            done = find_codes(blocks, number, damping)
+            done = find_codes(blocks, number, damping, together=serve is not None)
             done.about["key"] = key
             if file is not None:
                 try:

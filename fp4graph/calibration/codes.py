@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fp4graph.errors import CalibrationError, WeightError
 from fp4graph.quantizers import (
     GRIDS,
@@ -33,11 +35,12 @@ if TYPE_CHECKING:
 class _Linear:
     """A linear as it is rounded: transformed, with the mean of x x^T of its transformed input.
 
-    And the output error when it is rounded to nearest as it is, all its names, the norm that it
-    comes from if that may change, and whether it has seen any token.
+    And the output error when it is rounded to nearest as it is, all its names, which input it
+    takes, the norm that this comes from if that may change, and whether it has seen any token.
     """
 
     names: tuple[str, ...]
+    input: int
     norm: int | None
     seen: bool
     format: BlockFormat
@@ -48,14 +51,20 @@ class _Linear:
     to_nearest: float
 
 
-def find_codes(blocks: Blocks, number: int, damping: float) -> Calibration:
-    """Return codes for a block's linears, and output errors: to nearest, and with these codes."""
+def find_codes(blocks: Blocks, number: int, damping: float, *, together: bool) -> Calibration:
+    """Return codes for a block's linears, and output errors: to nearest, and with these codes.
+
+    Args:
+        blocks: the model.
+        number: of the block.
+        damping: see `gptq`.
+        together: whether linears of one input that run in one way share a per-tensor scale.
+    """
     linears = dict(_linears(blocks, number))
-    found: dict[str, PackedWeight] = {}
+    found = _to_nearest(linears, together=together)
     for fqn, linear in linears.items():
-        base = GRIDS[linear.how.grid](linear.weight, linear.format, linear.mean.diagonal())
-        found[fqn] = base
         if linear.how.solver != "rtn":
+            base = found[fqn]
             found[fqn] = gptq(linear.weight, linear.mean, base, damping=damping, name=fqn)
     transforms = _train(blocks, number, linears, found)
     quantizers: dict[str, Quantizer] = {}
@@ -73,6 +82,22 @@ def find_codes(blocks: Blocks, number: int, damping: float) -> Calibration:
             if not linear.seen:
                 about["unseen"].append(name)
     return Calibration(quantizers, packed, smooth, {}, about)
+
+
+def _to_nearest(linears: Mapping[str, _Linear], *, together: bool) -> dict[str, PackedWeight]:
+    """Return all weights under their scales, rounded to nearest."""
+    groups: dict[object, list[str]] = {}
+    for fqn, linear in linears.items():
+        key = (linear.input, linear.format, linear.how) if together else fqn
+        groups.setdefault(key, []).append(fqn)
+    found: dict[str, PackedWeight] = {}
+    for names in groups.values():
+        first, weights = linears[names[0]], [linears[fqn].weight for fqn in names]
+        whole = GRIDS[first.how.grid](torch.cat(weights), first.format, first.mean.diagonal())
+        rows = torch.arange(len(whole.qdata), device=whole.qdata.device)
+        parts = rows.split([len(weight) for weight in weights])
+        found |= {fqn: whole.rows(part) for fqn, part in zip(names, parts, strict=True)}
+    return {fqn: found[fqn] for fqn in linears}
 
 
 def _train(
@@ -163,7 +188,7 @@ def _linears(blocks: Blocks, number: int) -> Iterator[tuple[str, _Linear]]:
         to_nearest = output_error(weight, nearest, mean_KK)
         trains_norm = how.solver == "distilled" and each.from_norm and site.rows is None
         norm = id(hessian) if trains_norm else None
-        facts = each.names, norm, hessian.tokens > 0, format, how
+        facts = each.names, id(hessian), norm, hessian.tokens > 0, format, how
         yield fqn, _Linear(*facts, transform, weight, mean_KK, to_nearest)
 
 

@@ -56,6 +56,11 @@ def _check_out(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
 )
 @click.option("--samples", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--seq-len", type=click.IntRange(min=2), default=512, show_default=True)
+@click.option(
+    "--serve",
+    type=click.Choice(["vllm", "sglang"]),
+    help="Linears that this engine computes as one get one per-tensor scale.",
+)
 @click.option("--damping", type=click.FloatRange(0, 1), default=0.01, show_default=True)
 @click.option(
     "--propagate/--no-propagate",
@@ -83,6 +88,7 @@ def calibrate_command(
     corpus: str,
     samples: int,
     seq_len: int,
+    serve: str | None,
     damping: float,
     propagate: bool,
     out: Path,
@@ -118,6 +124,7 @@ def calibrate_command(
             format=format,
             quantizer=quantizer,
             activations=activations,
+            serve=serve,
             damping=damping,
             propagate=propagate,
             out=out,

@@ -258,6 +258,25 @@ def test_codes_of_fused_sets_stay_under_scales_that_are_rounded_anew(tmp_path: P
         assert torch.allclose(ours, theirs, rtol=2**-4, atol=float(theirs.abs().max()) / 1000)
 
 
+def test_codes_for_an_engine_are_written_to_the_bit(tmp_path: Path) -> None:
+    folder = dense("llama", tmp_path / "dense")
+    model = fp4graph.models.load(str(folder), torch.float32).model
+    how = {"quantizer": "gptq:weighted-scale-search"}
+    codes = fp4graph.calibrate(model, BATCHES, "all", serve="vllm", **how)
+    tops = {path.split(".", 3)[3]: each.per_tensor_scale for path, each in codes.packed.items()}
+    sets = [tops[f"self_attn.{each}_proj"] for each in "qkv"]
+    assert sets[0] == sets[1] == sets[2]
+    assert tops["mlp.gate_proj"] == tops["mlp.up_proj"]
+    assert len({float(each) for each in tops.values()}) == 4, "q k v, o, gate up, down"
+    policy = Policy.of("all", Scheme.of(calibration=codes))
+    export(folder, skeleton(folder, torch.bfloat16), policy, "modelopt", tmp_path / "out")
+    written = fp4graph.load(str(tmp_path / "out"))
+    for path, known in codes.packed.items():
+        assert torch.equal(written.get_submodule(path).packed.dequantize(), known.dequantize())
+    with pytest.raises(fp4graph.OptionError, match="serve='tgi': expected vllm, sglang"):
+        fp4graph.calibrate(model, BATCHES, "all", serve="tgi", **how)
+
+
 @pytest.mark.parametrize("quantizer", ["rtn+smooth", "distilled"])
 def test_norms_are_divided_in_place_of_inputs(quantizer: str, tmp_path: Path) -> None:
     folder = dense("llama", tmp_path / "dense")
