@@ -36,7 +36,7 @@ demo: install  ## the main job on a real model: what FP4 costs by role, and what
 
 test: install  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations=60 --ignore=$(CLUSTER)
-	$(BIN)/python -m pytest $(CLUSTER)  # by itself: its workers want the processors
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(CLUSTER)  # by itself: its workers want the processors
 
 style: install  ## style of Python, C++ and English; types
 	$(BIN)/ruff check .
