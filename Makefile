@@ -12,7 +12,7 @@ CLUSTER := tests/study/test_cluster.py
 STUDY := docs/studies/smollm2-135m
 ABLATE = $(BIN)/fp4graph ablate smollm2-135m --corpus $(WIKITEXT)/wiki.test.raw --out $(STUDY)
 
-.PHONY: help install demo test style quick proofs newest sanitize machine-code architectures study notebook check clean
+.PHONY: help install demo test cluster style quick proofs newest sanitize machine-code architectures study notebook check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -36,7 +36,9 @@ demo: install  ## the main job on a real model: what FP4 costs by role, and what
 
 test: install  ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations=60 --ignore=$(CLUSTER)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(CLUSTER)  # by itself: its workers want the processors
+
+cluster: install  ## trials on a real Ray cluster; on a quiet machine, for its workers want the processors
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(CLUSTER)
 
 style: install  ## style of Python, C++ and English; types
 	$(BIN)/ruff check .
