@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import fsum
 from typing import TYPE_CHECKING
 
 from fp4graph import StudyError
+from fp4graph.study.estimates import to_scale
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from fp4graph.linears.tags import LinearTag
     from fp4graph.study.measured import Measured
     from fp4graph.study.sensitivity import SensitivityRow
-
-_FEWEST = 5  # linears that have both, for estimates to be brought to the scale of what was measured
 
 
 @dataclass(frozen=True)
@@ -116,10 +114,11 @@ def _factor(
 ) -> tuple[float, str]:
     """Return what estimates are multiplied by, and how that is said."""
     singles = {} if own is None else own.singles
-    both = [path for path in estimates if path in singles]
-    if len(both) >= _FEWEST:
-        told = fsum(estimates[path].kl for path in both)
-        ratio = fsum(singles[path].kl for path in both) / told if told else 1.0
+    ratio = to_scale(
+        {path: row.kl for path, row in estimates.items()},
+        {path: row.kl for path, row in singles.items()},
+    )
+    if ratio is not None:
         return ratio, f", the others estimated, times {ratio:.2f}"
     if not (scheme.quantizer.needs_data or scheme.quantizer.rotation):
         return 1.0, ""

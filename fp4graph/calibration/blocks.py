@@ -11,9 +11,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fp4graph.calibration.block_inputs import Seen, look
+from fp4graph.calibration.layout import record, selected, starts
 from fp4graph.calibration.round_inputs import round_inputs
 from fp4graph.errors import CalibrationError
 from fp4graph.fingerprint import fingerprint
@@ -31,7 +32,7 @@ from fp4graph.traced.model import TracedModel
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from torch.fx import GraphModule, Node
+    from torch.fx import Node
 
     from fp4graph.policy import Policy
     from fp4graph.quantizers import Transform
@@ -63,7 +64,7 @@ class Blocks:
         dense: bool = False,
     ) -> None:
         traced = TracedModel(model)
-        self._args = _record(traced, batches)
+        self._args = record(traced, batches)
         if len(traced.graphs) != 1:
             raise CalibrationError(
                 f"Dynamo made {len(traced.graphs)} graphs of the model, and calibration needs one: "
@@ -74,10 +75,10 @@ class Blocks:
         found = cuts(self._gm)
         if isinstance(found, str):
             raise CalibrationError(f"the model cannot be run block by block: {found}")
-        selected = _selected(self._gm)
-        self._starts = _starts(found, selected)
+        own = selected(self._gm)
+        self._starts = starts(found, own)
         self._linears: list[dict[Node, LinearSite]] = [{} for _ in self._starts]
-        for index, (node, site) in selected.items():
+        for index, (node, site) in own.items():
             number = max(i for i, cut in enumerate(self._starts) if cut.index <= index)
             self._linears[number][node] = site
         first = segment(self._gm, Cut(0, ()), self._starts[0])
@@ -239,91 +240,6 @@ class Blocks:
 
     def _end(self, number: int) -> Cut | None:
         return self._starts[number + 1] if number + 1 < len(self._starts) else None
-
-
-def _selected(gm: GraphModule) -> dict[int, tuple[Node, LinearSite]]:
-    """Return the selected linears by their place in a graph.
-
-    Raises:
-        CalibrationError: one cannot be calibrated, or shares its weight with one that stays dense.
-    """
-    found, dense = {}, {}
-    for index, node in enumerate(gm.graph.nodes):
-        site = site_of(node)
-        if site is not None and site.scheme is not None:
-            _check(site, node)
-            found[index] = node, site
-        elif site is not None and site.weight is not None:
-            dense[site.weight] = site
-    ways: dict[int | None, LinearSite] = {}
-    for _, site in found.values():
-        first = ways.setdefault(site.weight, site)
-        if first.scheme != site.scheme:
-            raise CalibrationError(
-                f"{site.tag.fqn} has the weight of {first.tag.fqn}, which is to run in another "
-                "way: give both one"
-            )
-        other = dense.get(-1 if site.weight is None else site.weight)
-        if other is not None:
-            raise CalibrationError(
-                f"{site.tag.fqn} has the weight of {other.tag.fqn}, which is not selected: "
-                "select both or none"
-            )
-    return found
-
-
-def _starts(found: Sequence[Cut], selected: Mapping[int, tuple[Node, LinearSite]]) -> list[Cut]:
-    """Return where to begin anew: no weight's uses lie on both sides, none before the first."""
-    uses: dict[int | None, list[int]] = {}
-    for index, (_, site) in selected.items():
-        uses.setdefault(site.weight, []).append(index)
-    spans = [(min(each), max(each)) for each in uses.values()]
-    starts = [cut for cut in found if not any(first < cut.index <= last for first, last in spans)]
-    before = bool(spans) and (not starts or min(min(each) for each in spans) < starts[0].index)
-    return [Cut(0, ()), *starts] if before or not starts else starts
-
-
-class _Recorded(Exception):
-    """Ends a call of the model early: what its graph is given is known."""
-
-
-@torch.no_grad()
-def _record(traced: TracedModel, batches: Iterable[Tensor | Mapping[str, Any]]) -> list[Args]:
-    """Return the inputs of the model's graph for each batch; but for the first it is not run."""
-    found: list[Args] = []
-
-    def record(*args: Any) -> Any:
-        found.append(args)
-        raise _Recorded
-
-    for batch in batches:
-        inputs = {"input_ids": batch, "use_cache": False} if isinstance(batch, Tensor) else batch
-        if not traced.graphs:
-            traced.settle(**inputs)
-        if len(traced.graphs) != 1:
-            break
-        try:
-            with traced.graphs[0].running(record):
-                traced(**inputs)
-        except _Recorded:
-            continue
-        break  # another graph ran, which the caller notices
-    if not traced.graphs:
-        raise CalibrationError("there are no batches to calibrate with")
-    return found
-
-
-def _check(site: LinearSite, node: Node) -> None:
-    """Check that a linear can be calibrated.
-
-    Raises:
-        CalibrationError: it cannot.
-    """
-    reason, form = site.unsupported, match_linear(node)
-    if form is not None and isinstance(form.index, fx.Node):
-        reason = "which expert it is comes out while the model runs"
-    if reason is not None:
-        raise CalibrationError(f"{site.tag.fqn}: {reason}")
 
 
 def _replaced(args: Args, changed: Mapping[int, Tensor]) -> Args:

@@ -113,7 +113,7 @@ def calibrate(
         file = None if kept is None else kept / f"{number}.safetensors"
         done = _load(file, key)
         if done is None:
-            done = find_codes(blocks, number, damping, together=serve is not None)
+            done = find_codes(blocks, number, damping, one_scale=serve is not None)
             done.about["key"] = key
             if file is not None:
                 try:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from fp4graph.errors import CalibrationError, WeightError
 from fp4graph.quantizers import (
     GRIDS,
@@ -18,6 +16,7 @@ from fp4graph.quantizers import (
     learn,
     output_error,
     smoothing,
+    together,
 )
 
 if TYPE_CHECKING:
@@ -48,20 +47,24 @@ class _Linear:
     transform: Transform
     weight: Tensor
     mean: Tensor
-    to_nearest: float
+    plain_error: float
+
+    def to_nearest(self, weight: Tensor) -> PackedWeight:
+        """Round a weight under the scales that are best for its input."""
+        return GRIDS[self.how.grid](weight, self.format, self.mean.diagonal())
 
 
-def find_codes(blocks: Blocks, number: int, damping: float, *, together: bool) -> Calibration:
+def find_codes(blocks: Blocks, number: int, damping: float, *, one_scale: bool) -> Calibration:
     """Return codes for a block's linears, and output errors: to nearest, and with these codes.
 
     Args:
         blocks: the model.
         number: of the block.
         damping: see `gptq`.
-        together: whether linears of one input that run in one way share a per-tensor scale.
+        one_scale: whether linears of one input that run in one way share a per-tensor scale.
     """
     linears = dict(_linears(blocks, number))
-    found = _to_nearest(linears, together=together)
+    found = _to_nearest(linears, one_scale=one_scale)
     for fqn, linear in linears.items():
         if linear.how.solver != "rtn":
             base = found[fqn]
@@ -76,7 +79,7 @@ def find_codes(blocks: Blocks, number: int, damping: float, *, together: bool) -
         for name in linear.names:
             quantizers[name] = linear.how
             packed[name] = found[fqn]
-            about["output_error"][name] = linear.to_nearest, as_found
+            about["output_error"][name] = linear.plain_error, as_found
             if (factor := transforms[fqn].smooth) is not None:
                 smooth[name] = factor
             if not linear.seen:
@@ -84,19 +87,16 @@ def find_codes(blocks: Blocks, number: int, damping: float, *, together: bool) -
     return Calibration(quantizers, packed, smooth, {}, about)
 
 
-def _to_nearest(linears: Mapping[str, _Linear], *, together: bool) -> dict[str, PackedWeight]:
+def _to_nearest(linears: Mapping[str, _Linear], *, one_scale: bool) -> dict[str, PackedWeight]:
     """Return all weights under their scales, rounded to nearest."""
     groups: dict[object, list[str]] = {}
     for fqn, linear in linears.items():
-        key = (linear.input, linear.format, linear.how) if together else fqn
+        key = (linear.input, linear.format, linear.how) if one_scale else fqn
         groups.setdefault(key, []).append(fqn)
     found: dict[str, PackedWeight] = {}
     for names in groups.values():
-        first, weights = linears[names[0]], [linears[fqn].weight for fqn in names]
-        whole = GRIDS[first.how.grid](torch.cat(weights), first.format, first.mean.diagonal())
-        rows = torch.arange(len(whole.qdata), device=whole.qdata.device)
-        parts = rows.split([len(weight) for weight in weights])
-        found |= {fqn: whole.rows(part) for fqn, part in zip(names, parts, strict=True)}
+        rounded = together([linears[fqn].weight for fqn in names], linears[names[0]].to_nearest)
+        found |= zip(names, rounded, strict=True)
     return {fqn: found[fqn] for fqn in linears}
 
 
@@ -185,11 +185,11 @@ def _linears(blocks: Blocks, number: int) -> Iterator[tuple[str, _Linear]]:
         except WeightError as error:
             raise WeightError(f"{fqn}: {error}") from None
         weight = transform.apply(plain_NK)
-        to_nearest = output_error(weight, nearest, mean_KK)
+        plain_error = output_error(weight, nearest, mean_KK)
         trains_norm = how.solver == "distilled" and each.from_norm and site.rows is None
         norm = id(hessian) if trains_norm else None
         facts = each.names, id(hessian), norm, hessian.tokens > 0, format, how
-        yield fqn, _Linear(*facts, transform, weight, mean_KK, to_nearest)
+        yield fqn, _Linear(*facts, transform, weight, mean_KK, plain_error)
 
 
 def _way(site: LinearSite) -> tuple[BlockFormat, Quantizer]:

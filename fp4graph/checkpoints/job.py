@@ -23,6 +23,7 @@ from fp4graph.linears.tags import Role
 from fp4graph.memory import give_back_memory, let_go
 from fp4graph.packed.packing import pack
 from fp4graph.passes.choose import refusal
+from fp4graph.quantizers import together
 from fp4graph.scheme import Activations
 
 if TYPE_CHECKING:
@@ -204,8 +205,8 @@ class Job:
         first = self._sites[names[0]]
         assert first.scheme is not None
         if first.scheme.calibration is None:
-            whole = pack(torch.cat(list(dense.values())), first.scheme, first.tag.fqn)
-            found = _split(whole, [len(w) for w in dense.values()])
+            scheme, path = first.scheme, first.tag.fqn
+            found = together(list(dense.values()), lambda rows: pack(rows, scheme, path))
         else:
             found = _one_scale([self._calibrated(name, w) for name, w in dense.items()])
         for w in dense.values():
@@ -271,16 +272,6 @@ def converted(shards: Shards) -> dict[str, str]:
                     f"{path}: experts lie in one tensor, and engines take one for each"
                 )
             found[name] = f"{path}.weight"
-    return found
-
-
-def _split(whole: PackedWeight, rows: Sequence[int]) -> list[PackedWeight]:
-    """Return the parts of a weight, one after the other; they share its per-tensor scale."""
-    found, start = [], 0
-    for count in rows:
-        index = torch.arange(start, start + count, device=whole.qdata.device)
-        found.append(whole.rows(index))
-        start += count
     return found
 
 

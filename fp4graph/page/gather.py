@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from fp4graph import StudyError, get_format
 from fp4graph.page.rows import Beside, read_beside
+from fp4graph.quantizers import Quantizer
 from fp4graph.study import verdicts
+from fp4graph.study.estimates import to_scale
 from fp4graph.study.plot_style import in_model_order
 from fp4graph.study.results import STORE, open_results, studies
 from fp4graph.study.selections import cell_of
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 
     Setting = tuple[str, str, str]  # format, activations, quantizer
 
-_FEWEST = 5  # cells with both, for estimates to be brought to the scale of what was measured
 _RECEIPT = ("date", "machine", "threads", "fp4graph", "torch", "transformers", "python", "command")
 
 
@@ -149,15 +150,16 @@ def _setting(
         cell: (fsum(kl for kl, _ in each), hypot(*(se for _, se in each)))
         for cell, each in estimated.items()
     }
-    both = [cell for cell in sums if cell in measured]
-    told = fsum(sums[cell][0] for cell in both)
-    factor = fsum(measured[c].kl for c in both) / told if len(both) >= _FEWEST and told else 1.0
+    factor = to_scale(
+        {cell: kl for cell, (kl, _) in sums.items()},
+        {cell: row.kl for cell, row in measured.items()},
+    )
     size = block_format.bits + (8 / block_format.block_size if block_format.block_size else 0)
     found: dict[str, list[Any]] = {"kl": [], "se": [], "bytes": [], "measured": []}
     for cell, known in cells.items():
         row, score = measured.get(cell), sums.get(cell)
         kl, se = (row.kl, row.kl_se or 0.0) if row else score or (None, None)
-        scale = 1.0 if row or kl is None else factor
+        scale = 1.0 if row or factor is None else factor
         found["kl"].append(_short(kl, scale))
         found["se"].append(_short(se, scale))
         found["bytes"].append(row.bytes_packed if row else int(known["parameters"] * size / 8))
@@ -169,6 +171,7 @@ def _setting(
         "format": format,
         "activations": activations,
         "quantizer": quantizer,
+        "needs_data": Quantizer.parse(quantizer, block_format).needs_data,
         **found,
     }
 

@@ -35,6 +35,9 @@ function bytes(value) {
   return `${number(value)} ${units[unit]}`;
 }
 
+/** Returns a word as a shell takes it. */
+const quoted = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`);
+
 const withError = (value, error) => number(value) + (error ? ` ± ${number(error, 2)}` : "");
 
 /** Returns a colour for each value, by its logarithm where values spread, and the two ends. */
@@ -141,7 +144,8 @@ function update() {
   const options = [`--format ${how.format}`];
   if (how.activations !== "none") options.push(`--activations ${how.activations}`);
   if (how.quantizer !== "rtn") options.push(`--quantizer ${how.quantizer}`);
-  byId("command").textContent = `fp4graph export ${model} --select '${selector}' ${options.join(" ")} --out DIR`;
+  if (how.needs_data) options.push("--calibration FILE");
+  byId("command").textContent = `fp4graph export ${quoted(model)} --select '${selector}' ${options.join(" ")} --out DIR`;
   moveStar(total);
 }
 
@@ -357,8 +361,8 @@ function table(name, rows) {
   const head = make("tr", {}, ...keys.map((key) => make("th", { class: isNumber(key) ? "number" : null },
     make("button", { onclick: () => sort(key), title: `sort by ${key}` }, key))));
   const csv = () => {
-    const quoted = (value) => `"${String(Array.isArray(value) ? value.join("x") : value ?? "").replaceAll('"', '""')}"`;
-    const lines = [keys, ...flat.map((row) => keys.map((key) => row[key]))].map((line) => line.map(quoted).join(","));
+    const field = (value) => `"${String(Array.isArray(value) ? value.join("x") : value ?? "").replaceAll('"', '""')}"`;
+    const lines = [keys, ...flat.map((row) => keys.map((key) => row[key]))].map((line) => line.map(field).join(","));
     const link = make("a", { href: URL.createObjectURL(new Blob([lines.join("\n")], { type: "text/csv" })), download: `${name}.csv` });
     link.click();
   };

@@ -10,6 +10,7 @@ from fp4graph.quantizers.quantize import check_quantizer, is_plain, quantize
 from fp4graph.quantizers.quantizer import DATA_FREE, GRIDS, NEED_DATA, RTN, Quantizer
 from fp4graph.quantizers.scale_search import scale_search
 from fp4graph.quantizers.smoothing import smoothing
+from fp4graph.quantizers.together import together
 from fp4graph.quantizers.transform import Transform
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "quantize",
     "scale_search",
     "smoothing",
+    "together",
 ]

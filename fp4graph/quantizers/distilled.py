@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from fp4graph.quantizers.latents import Latents
-from fp4graph.quantizers.learned import gradient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -95,7 +94,7 @@ def distill(
                 return best  # nothing that the block gives depends on these weights
             loss.backward()
         for fqn, each in latents.items():
-            each.pull(gradient(rounded[fqn]))
+            each.pull(rounded[fqn])
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

@@ -56,11 +56,13 @@ class Latents:
         w_NK = E2M1.round(self._latent).mul_(self._scale_NK)[:, : self._base.shape[1]]
         return w_NK.contiguous().requires_grad_()
 
-    def pull(self, grad_NK: Tensor) -> None:
-        """Give `moved` the gradient of what `rounded` returned."""
-        per_gap_NK = (self._gap_NK * self._scale_NK)[:, : grad_NK.shape[1]]
-        grad_NK = grad_NK * per_gap_NK
-        self.moved.grad = pad(grad_NK, (0, self.moved.shape[1] - grad_NK.shape[1]))
+    def pull(self, rounded_NK: Tensor) -> None:
+        """Give `moved` the gradient of what `rounded` returned; zeros if nothing came of it."""
+        self.moved.grad = torch.zeros_like(self.moved)
+        if rounded_NK.grad is not None:
+            K = rounded_NK.shape[1]
+            per_gap_NK = self._gap_NK[:, :K] * self._scale_NK[:, :K]
+            self.moved.grad[:, :K] = rounded_NK.grad * per_gap_NK
 
     def packed(self) -> PackedWeight:
         """Return the codes."""

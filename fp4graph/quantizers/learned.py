@@ -60,16 +60,11 @@ def learn(
             return dict(bases)  # nothing that the block gives depends on these weights
         loss.backward()
         for fqn, each in latents.items():
-            each.pull(gradient(rounded[fqn]))
+            each.pull(rounded[fqn])
         optimizer.step()
         schedule.step()
     found = {fqn: each.packed() for fqn, each in latents.items()}
     return found if _total(found, error, batches) < _total(bases, error, batches) else dict(bases)
-
-
-def gradient(weight: Tensor) -> Tensor:
-    """Return a leaf's gradient, zeros where nothing depended on it."""
-    return torch.zeros_like(weight) if weight.grad is None else weight.grad
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from fp4graph.study.forecast import Forecast, share
 from fp4graph.study.progress import SILENT
 from fp4graph.study.scored import row_of
 from fp4graph.study.statistics import halves
+from fp4graph.study.store import Passage
 from fp4graph.study.trial import DENSE, Row, Trial
 
 if TYPE_CHECKING:
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fp4graph.models import LoadedModel
-    from fp4graph.study.evaluate import Scores
     from fp4graph.study.probe import Integers, Probe
     from fp4graph.study.progress import Progress
     from fp4graph.study.store import Store
@@ -106,7 +107,6 @@ class Ablation:
             self._traced.settle(**self._inputs(0))
         start = time.perf_counter()
         logits = self._logits(0)[0]
-        self._said: list[str] | None = None  # by the passage's tokens
         self._keys: dict[Trial, dict[str, Any]] = {}
         self._arithmetic = f"{fingerprint(logits) % 2**64:016x}"
         self._window_s = time.perf_counter() - start
@@ -189,16 +189,16 @@ class Ablation:
                 except StudyError as error:
                     raise StudyError(f"{DENSE}: {error}") from None
                 try:
-                    result = self._measure(trial, reference, progress)
+                    result, passage = self._measure(trial, reference, progress)
                 except StudyError as error:
                     raise StudyError(f"{trial}: {error}") from None
-                self._store.put(self.key(trial), result, number)
+                self._store.put(self.key(trial), result, number, passage)
             result = replace(result, name=trial.name or result.name)
             progress.ended(str(trial), result, kept=known[trial] is not None)
             yield result
 
-    def measure(self, trial: Trial) -> Row:
-        """Measure one trial, whatever the store has; the dense model is run for the first one.
+    def measure(self, trial: Trial) -> tuple[Row, Passage | None]:
+        """Measure one trial and keep nothing; the dense model is run for the first one.
 
         Raises:
             StudyError: it fails.
@@ -285,47 +285,38 @@ class Ablation:
         logits: Tensor = self._traced(**self._inputs(index)).logits
         return logits
 
-    def _measure(self, trial: Trial, dense: _Dense, progress: Progress) -> Row:
+    @torch.no_grad()
+    def _measure(
+        self, trial: Trial, dense: _Dense, progress: Progress
+    ) -> tuple[Row, Passage | None]:
         reference = dense.reference
         if trial == DENSE:
             row = row_of(trial, reference.scores, reference.scores, Report())
             noise, noise_se = halves(reference.scores.nll)
             row = replace(row, noise=noise, noise_se=noise_se)
-            return self._probed(row, dense.choices, dense.choices)
-        if trial.packed is not None:
-            model, report = trial.packed.model, report_of(trial.packed.model)
-
-            def run(index: int) -> Tensor:
-                logits: Tensor = model(**self._inputs(index)).logits
-                return logits
-
-            with torch.no_grad():
-                scores = reference.score(run, progress.advance)
-                choices = self._answer(run, progress)
-            self._keep_passage(trial, scores)
-            return self._probed(
-                row_of(trial, scores, reference.scores, report), choices, dense.choices
-            )
-        in_part = self._replay.refusal is None
-        policy, base = trial.policy, trial.base
-        with torch.no_grad():
-            report = self._replay.select(policy, base) if in_part else self._traced.select(policy)
+            return self._probed(row, dense.choices, dense.choices), None
+        report, run = self._ready(trial)
         if not report.selected:
             raise StudyError("no linear was rewritten")
-        run = self._replay.run if in_part else self._logits
         scores = reference.score(run, progress.advance)
-        self._keep_passage(trial, scores)
         row = row_of(trial, scores, reference.scores, report)
-        return self._probed(row, self._answer(run, progress), dense.choices)
+        row = self._probed(row, self._answer(run, progress), dense.choices)
+        return row, Passage(scores.kl[0, :_PASSAGE], self._passage_tokens)
 
-    def _keep_passage(self, trial: Trial, scores: Scores) -> None:
-        """Keep what the first tokens of the text cost, one by one, for the page."""
+    def _ready(self, trial: Trial) -> tuple[Report, Callable[[int], Tensor]]:
+        """Return which linears a trial has in FP4, and what runs it on a window."""
+        if trial.packed is not None:
+            model = trial.packed.model
+            return report_of(model), lambda index: model(**self._inputs(index)).logits
+        if self._replay.refusal is None:
+            return self._replay.select(trial.policy, trial.base), self._replay.run
+        return self._traced.select(trial.policy), self._logits
+
+    @cached_property
+    def _passage_tokens(self) -> list[str]:
         ids = self._windows.ids[0, self._windows.first :][:_PASSAGE].tolist()
-        if self._said is None:
-            tokenizer = self._loaded.tokenizer
-            said = str if tokenizer is None else lambda each: tokenizer.decode([each])
-            self._said = [said(each) for each in ids]
-        self._store.put_passage(self.key(trial), scores.kl[0, :_PASSAGE], self._said)
+        tokenizer = self._loaded.tokenizer
+        return [str(each) if tokenizer is None else tokenizer.decode([each]) for each in ids]
 
     def _probed(self, row: Row, choices: Integers | None, dense: Integers | None) -> Row:
         if self._probe is None or choices is None or dense is None:

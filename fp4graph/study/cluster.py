@@ -6,8 +6,10 @@ head's store at once, so that Ctrl-C and kill -9 lose the trials under way and n
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import os
 import tempfile
 import time
 from collections import Counter, deque
@@ -15,9 +17,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 
 from fp4graph import OptionError, StudyError
@@ -25,12 +26,13 @@ from fp4graph.study.ablate import Ablation
 from fp4graph.study.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from fp4graph.models import LoadedModel
-    from fp4graph.study.evaluate import Floats, Windows
+    from fp4graph.study.evaluate import Windows
     from fp4graph.study.probe import Probe
     from fp4graph.study.progress import Progress
+    from fp4graph.study.store import Passage
     from fp4graph.study.trial import Row, Trial
 
 _MOST_ATTEMPTS = 3  # that one trial may take its worker down with it
@@ -65,6 +67,7 @@ class Job:
     probe: Probe | None
     about: dict[str, Any]
     plan: tuple[Trial, ...]
+    device: str
 
     @classmethod
     def of(
@@ -84,17 +87,18 @@ class Job:
             raise OptionError("on a cluster each worker loads the model: give it by its name")
         if any(trial.packed is not None for trial in plan):
             raise OptionError("converted folders are measured here, without a cluster")
-        return cls(loaded.again, windows, probe, about, tuple(plan))
+        if loaded.device.index:
+            raise OptionError(f"--device {loaded.device}: on a cluster each worker has its own GPU")
+        return cls(loaded.again, windows, probe, about, tuple(plan), loaded.device.type)
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What a worker measured, and by which key it is known there."""
+class _Answer(NamedTuple):
+    """What a worker measured, by which key it is known there, and what the worker is."""
 
     identity: dict[str, Any]
     row: Row
-    kl: Floats
-    said: list[str]
+    passage: Passage | None
+    facts: dict[str, Any]
 
 
 class _Worker:
@@ -106,25 +110,23 @@ class _Worker:
     def __init__(self, job: Job, threads: int) -> None:
         torch.set_num_threads(threads)
         self._scratch = tempfile.TemporaryDirectory(prefix="fp4graph-")
-        self._store, self._job = Store(None), job
+        self._job = job
 
     @cached_property
     def _study(self) -> Ablation:
         job, folder = self._job, Path(self._scratch.name)
-        return Ablation(job.again(), job.windows, self._store, folder, job.probe, job.about)
+        return Ablation(job.again(), job.windows, Store(None), folder, job.probe, job.about)
 
-    def provenance(self) -> dict[str, Any]:
+    def ready(self) -> None:
+        """Answer, as soon as there is a place for the worker."""
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
         return self._study.provenance()
 
     def run(self, place: int) -> _Answer:
         trial = self._job.plan[place]
-        row = self._study.measure(trial)
-        identity = self._study.key(trial)
-        content = self._store.passages(identity["text"]).popitem()[1] if row.format else b""
-        kl = np.frombuffer(content, "<f2").astype(np.float64)
-        said = self._store.tokens(identity["text"])
-        self._store.forget_passages()
-        return _Answer(identity, row, kl, said)
+        return _Answer(self._study.key(trial), *self._study.measure(trial), self._facts)
 
 
 def run_on_ray(
@@ -146,7 +148,7 @@ def run_on_ray(
         seconds: after so long no further trial is begun.
 
     Raises:
-        OptionError: Ray is not installed.
+        OptionError: Ray is not installed; the cluster has no place for so many workers.
         StudyError: the cluster cannot be reached; a worker loads another model by that name; a
             trial fails, or takes three workers down.
     """
@@ -162,21 +164,20 @@ def run_on_ray(
             yield place, replace(row, name=trial.name or row.name)
     if not missing:
         return
-    runs: dict[int, int] = {}
+    runs: dict[str, int] = {}  # numbers, by what workers say of themselves
     with ExitStack() as stack:
         ray = stack.enter_context(_connected(where.on))
         crew = stack.enter_context(_Crew(ray, job, where.workers, len(missing)))
         progress.note(f"{crew.size} workers of {crew.threads} threads on {where.on}")
-        for worker, place, answer in crew.answers(missing, time.monotonic() + seconds):
+        for place, answer in crew.answers(missing, time.monotonic() + seconds):
             trial = job.plan[place]
             if answer.identity["model"] != study.identity["model"]:
                 raise StudyError(f"a worker loads another model by the name that is given: {trial}")
-            if worker not in runs:
-                runs[worker] = store.begin(crew.provenance(worker))
+            who = json.dumps(answer.facts, sort_keys=True)
+            if who not in runs:
+                runs[who] = store.begin(answer.facts)
             row = replace(answer.row, name=trial.name)
-            if row.format:
-                store.put_passage(answer.identity, answer.kl, answer.said)
-            store.put(answer.identity, row, runs[worker])
+            store.put(answer.identity, row, runs[who], answer.passage)
             progress.advance()
             progress.ended(str(trial), row)
             yield place, row
@@ -186,71 +187,92 @@ class _Crew:
     """The workers of a job, and what each is doing."""
 
     def __init__(self, ray: Any, job: Job, workers: int | None, trials: int) -> None:
-        self._ray = ray
-        resources = ray.cluster_resources()
-        cpus, self._gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-        machines = sum(node["Alive"] for node in ray.nodes())
-        self.size = min(workers or self._gpus or machines, trials)
-        self.threads = max(1, cpus // self.size)
-        self._plan = job.plan
+        self._ray, self._plan = ray, job.plan
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self.size, self._share = _shares(machines, job.device, workers, trials)
+        self.threads = int(self._share["num_cpus"])
         self._job = ray.put(job)
         self._workers = {number: self._new() for number in range(self.size)}
-        self._facts: dict[int, dict[str, Any]] = {}
 
     def __enter__(self) -> _Crew:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for (
-            worker
-        ) in self._workers.values():  # else an error's traceback keeps them, and their CPUs
-            self._ray.kill(worker)
+        for worker in self._workers.values():
+            self._ray.kill(worker)  # or the traceback of an error keeps it, and its processors
 
     def _new(self) -> Any:
-        share = min(1.0, self._gpus / self.size) if self._gpus else 0
-        actor = self._ray.remote(num_cpus=self.threads, num_gpus=share)(_Worker)
-        return actor.remote(self._job, self.threads)
+        return self._ray.remote(**self._share)(_Worker).remote(self._job, self.threads)
 
-    def provenance(self, worker: int) -> dict[str, Any]:
-        """Return what a worker says of itself and its machine."""
-        facts: dict[str, Any] = self._ray.get(self._workers[worker].provenance.remote())
-        return facts
+    def answers(self, places: Sequence[int], until: float) -> Iterator[tuple[int, _Answer]]:
+        """Yield what was measured of which trial; the trials of the dead are given to others.
 
-    def answers(self, places: Sequence[int], until: float) -> Iterator[tuple[int, int, _Answer]]:
-        """Yield who measured which trial, and what; the trials of the dead are given to others."""
-        waiting, deaths = deque(places), Counter[int]()
-        busy: dict[Any, tuple[int, int]] = {}
-        idle = deque(self._workers)
+        A worker that finds no place, or whose machine is gone for good, is not waited for.
+        """
+        waiting, deaths, idle = deque(places), Counter[int | None](), deque[int]()
+        under_way: dict[Any, tuple[int, int | None]] = {
+            each.ready.remote(): (worker, None) for worker, each in self._workers.items()
+        }
         while True:
             while waiting and idle and time.monotonic() < until:
                 worker, place = idle.popleft(), waiting.popleft()
-                busy[self._workers[worker].run.remote(place)] = worker, place
-            if not busy:
+                under_way[self._workers[worker].run.remote(place)] = worker, place
+            more = waiting and time.monotonic() < until
+            if not more and all(place is None for _, place in under_way.values()):
                 return
-            (ended, *_), _ = self._ray.wait(list(busy))
-            worker, place = busy.pop(ended)
+            (ended, *_), _ = self._ray.wait(list(under_way))
+            worker, begun = under_way.pop(ended)
             try:
                 answer = self._ray.get(ended)
             except self._ray.exceptions.RayTaskError as error:
-                cause = error.cause
-                raise (
-                    cause
-                    if isinstance(cause, StudyError)
-                    else StudyError(f"{self._plan[place]}: {cause}")
-                ) from None
+                raise self._failed(begun, error.cause) from None
             except self._ray.exceptions.RayActorError as error:
-                deaths[place] += 1
                 _LOG.warning("worker %d died, its trial is given to another: %s", worker, error)
-                if deaths[place] == _MOST_ATTEMPTS:
-                    raise StudyError(
-                        f"{self._plan[place]}: {_MOST_ATTEMPTS} workers died of it; is there "
-                        "memory for a model each? --workers says how many"
-                    ) from None
-                waiting.appendleft(place)
+                deaths[begun] += 1
+                if deaths[begun] == _MOST_ATTEMPTS:
+                    problem = f"{_MOST_ATTEMPTS} workers died of it; is there memory for a model "
+                    raise self._failed(begun, f"{problem}each? --workers says how many") from None
+                if begun is not None:
+                    waiting.appendleft(begun)
                 self._workers[worker] = self._new()
+                under_way[self._workers[worker].ready.remote()] = worker, None
             else:
-                yield worker, place, answer
-            idle.append(worker)
+                idle.append(worker)
+                if begun is not None:
+                    yield begun, answer
+
+    def _failed(self, place: int | None, why: object) -> StudyError:
+        if isinstance(why, StudyError):
+            return why
+        return StudyError(f"{'a worker' if place is None else self._plan[place]}: {why}")
+
+
+def _shares(
+    machines: Sequence[Mapping[str, float]], device: str, workers: int | None, trials: int
+) -> tuple[int, dict[str, float]]:
+    """Return how many workers there are, and what each asks its machine for.
+
+    All ask for the same, as much as lets every one of them find a place.
+
+    >>> _shares([{"CPU": 8}, {"CPU": 4}], "cpu", None, 100)
+    (2, {'num_cpus': 4, 'num_gpus': 0})
+    >>> _shares([{"CPU": 8, "GPU": 2}], "cuda", 3, 100)
+    (3, {'num_cpus': 2, 'num_gpus': 0.5})
+
+    Raises:
+        OptionError: there is no place for so many.
+    """
+    cpus = [int(each.get("CPU", 0)) for each in machines]
+    gpus = sum(int(each.get("GPU", 0)) for each in machines)
+    if device == "cuda" and not gpus:
+        raise OptionError("the model runs on a GPU, and the cluster has none: --device cpu")
+    able = sum(count > 0 for count in cpus)
+    size = min(workers or (gpus if device == "cuda" else able), trials)
+    for threads in range(max(cpus, default=0), 0, -1):
+        if sum(count // threads for count in cpus) >= size:
+            of_a_gpu = 1 / math.ceil(size / gpus) if device == "cuda" else 0
+            return size, {"num_cpus": threads, "num_gpus": of_a_gpu}
+    raise OptionError(f"{size} workers are asked for, and the cluster has {sum(cpus)} processors")
 
 
 @contextmanager
@@ -261,13 +283,14 @@ def _connected(on: str) -> Iterator[Any]:
     except ImportError:
         raise OptionError("a cluster needs a package: pip install 'fp4graph[ray]'") from None
     before = ray.is_initialized()
-    address = None if on == "ray" else on
     if not before:
-        options = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if address is None:
-            options["include_dashboard"] = False
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if on != "ray":
+            options["address"] = on
+        elif not os.environ.get("RAY_ADDRESS"):
+            options["include_dashboard"] = False  # of a cluster that is started here
         try:
-            ray.init(address=address, **options)
+            ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise StudyError(f"cannot reach the cluster {on}: {error}") from None
     try:

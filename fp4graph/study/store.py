@@ -6,13 +6,12 @@ import hashlib
 import json
 import sqlite3
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fp4graph.errors import StudyError
 from fp4graph.study.trial import Row
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from fp4graph.study.evaluate import Floats
@@ -40,17 +39,26 @@ CREATE TABLE IF NOT EXISTS names (
 """
 
 
-_PASSAGES = """
+_PASSAGES = (
+    """
 CREATE TABLE IF NOT EXISTS passages (
     key TEXT PRIMARY KEY,       -- of a trial
     text TEXT NOT NULL,         -- hash of the text
     kl BLOB NOT NULL            -- float16, nats, of the passage's tokens
-);
+)""",
+    """
 CREATE TABLE IF NOT EXISTS tokens (
     text TEXT PRIMARY KEY,      -- hash of the text
     tokens TEXT NOT NULL        -- JSON: what the passage's tokens say
-);
-"""
+)""",
+)
+
+
+class Passage(NamedTuple):
+    """What each of the first tokens of a text cost in a trial, nats, and what they say."""
+
+    kl: Floats
+    tokens: list[str]
 
 
 @dataclass(frozen=True)
@@ -113,10 +121,18 @@ class Store:
         assert done.lastrowid is not None
         return done.lastrowid
 
-    def put(self, identity: dict[str, Any], row: Row, run: int | None = None) -> None:
+    def put(
+        self,
+        identity: dict[str, Any],
+        row: Row,
+        run: int | None = None,
+        passage: Passage | None = None,
+    ) -> None:
         """Keep a trial's row, of a run that has begun; the first one to arrive stays."""
         key, result = _key(identity), asdict(row)
         del result["name"]
+        if passage is not None:
+            self._put_passage(key, identity["text"], passage)
         self._execute(
             "INSERT OR IGNORE INTO trials VALUES (?, ?, ?)",
             (key, _canonical(identity), json.dumps(result)),
@@ -145,21 +161,13 @@ class Store:
             for key, identity, result, name, facts in self._execute(query, ()).fetchall()
         ]
 
-    def put_passage(self, identity: dict[str, Any], kl: Floats, tokens: Sequence[str]) -> None:
-        """Keep what each token of a passage cost in a trial, nats, and what the tokens say."""
-        for table in filter(str.strip, _PASSAGES.split(";")):
+    def _put_passage(self, key: str, text: str, passage: Passage) -> None:
+        for table in _PASSAGES:  # which a store that is only read does not get
             self._execute(table, ())
-        content = kl.clip(0, _LARGEST_HALF).astype("<f2").tobytes()
-        text = identity["text"]
-        self._execute(
-            "INSERT OR REPLACE INTO passages VALUES (?, ?, ?)", (_key(identity), text, content)
-        )
-        self._execute("INSERT OR REPLACE INTO tokens VALUES (?, ?)", (text, json.dumps(tokens)))
-
-    def forget_passages(self) -> None:
-        """Drop the passages of all trials."""
-        if self._has("passages"):
-            self._execute("DELETE FROM passages", ())
+        content = passage.kl.clip(0, _LARGEST_HALF).astype("<f2").tobytes()
+        tokens = json.dumps(passage.tokens)
+        self._execute("INSERT OR IGNORE INTO passages VALUES (?, ?, ?)", (key, text, content))
+        self._execute("INSERT OR IGNORE INTO tokens VALUES (?, ?)", (text, tokens))
 
     def passages(self, text: str) -> dict[str, bytes]:
         """Return the KL of a text's passage by key of trial, float16 of each token."""

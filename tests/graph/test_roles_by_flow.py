@@ -102,7 +102,7 @@ def test_what_no_rule_knows_is_shown_and_left_alone() -> None:
 
 
 @pytest.mark.slow
-def test_tagging_a_deep_graph_takes_no_time() -> None:
+def test_tagging_a_deep_graph_takes_little_of_its_compile_time() -> None:
     torch.manual_seed(0)
     model = Model(BLOCKS[0]).eval()
     model.layers.extend(BLOCKS[0]() for _ in range(45))
@@ -114,6 +114,8 @@ def test_tagging_a_deep_graph_takes_no_time() -> None:
         seconds.append(time.perf_counter() - start)
         return gm.forward
 
+    start = time.perf_counter()
     with torch.no_grad():
         torch.compile(model, backend=watch)(torch.randn(1, 4, D))
-    assert min(seconds) < 0.5
+    traced = time.perf_counter() - start
+    assert sum(seconds) < traced / 10, "a fiftieth at the time of writing"

@@ -6,6 +6,7 @@ import html
 import json
 import random
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -22,7 +23,7 @@ import fp4graph
 from fp4graph.cli import main
 from fp4graph.page import gather, node_data, write_page
 from fp4graph.study.selections import shortest
-from fp4graph.study.store import Store
+from fp4graph.study.store import Passage, Store
 from fp4graph.study.trial import Row
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -60,10 +61,9 @@ def results(tmp_path: Path) -> Path:
     for each in trials:
         facts = {"selector": each.selector, "format": each.format, "direction": "only"}
         identity = {**IDENTITY, **VERSIONS, **facts}
-        store.put(identity, each, run)
-        if each.format:
-            said = ["one", " two", "\n", " <b>", " five"]
-            store.put_passage(identity, np.array([0.5, 0.25, 0, 1e-4, 1e9]), said)
+        said = ["one", " two", "\n", " <b>", " five"]
+        passage = Passage(np.array([0.5, 0.25, 0, 1e-4, 1e9]), said) if each.format else None
+        store.put(identity, each, run, passage)
     store.close()
     scores = [
         {
@@ -103,6 +103,7 @@ def test_holds_what_the_folder_holds(results: Path) -> None:
     assert study["roles"] == list(ROLES)
     assert measured["kl"] == pytest.approx([cost(*cell) for cell in CELLS])
     assert measured["measured"] == [1] * 14
+    assert not measured["needs_data"]
     assert estimated["name"] == "mxfp4 W4A16"
     assert estimated["kl"] == pytest.approx([2 * cost(*cell) for cell in CELLS])
     assert estimated["measured"] == [0] * 14
@@ -205,10 +206,11 @@ CLICK = (
 )
 
 
-def test_clicks_choose_what_explain_agrees_with(results: Path) -> None:
+def test_clicks_choose_what_explain_agrees_with(results: Path, tiny_folder: Path) -> None:
     write_page(gather(results), results / "page.html")
     draw = random.Random(0)
-    sets = [sorted(draw.sample(range(14), draw.randint(0, 14))) for _ in range(60)]
+    sets = [sorted(draw.sample(range(14), draw.randint(0, 14))) for _ in range(59)]
+    sets.append(list(range(14)))
     script = f"""{CLICK} const result = {json.dumps(sets)}.map((indices) => {{
       byId('none').onclick();
       indices.forEach((i) => click(`#heat [data-index="${{i}}"]`));
@@ -233,6 +235,12 @@ def test_clicks_choose_what_explain_agrees_with(results: Path) -> None:
             assert sorted((r.role, r.block) for r in report.selected) == sorted(cells)
     assert role_and_block == [shortest([c for c in CELLS if c[1] == 0 and c[0] != "down"], CELLS)]
     assert everything == ["all"]
+    whole = found[[len(indices) for indices in sets].index(14)][1]
+    name, what, asked, *options = shlex.split(whole)
+    assert (name, what, asked) == ("fp4graph", "export", "tiny</script><b>")
+    options[options.index("DIR")] = str(results / "exported")
+    done = CliRunner().invoke(main, [what, str(tiny_folder), *options])
+    assert done.exit_code == 0, done.output
     assert least == [shortest(CELLS[:4], CELLS)], "0.001 + 0.002 + 0.003 + 0.004 nats"
 
 
