@@ -36,6 +36,7 @@ from .report import LinearRow, Report
 from .scheme import Activations, Scheme
 from .traced.model import TracedModel
 from .traced.replay import Replay
+from .traced.streamed import StreamedReplay
 from .traced.tap import LinearTap
 
 __version__: str
@@ -65,6 +66,7 @@ __all__ = [
     "Scheme",
     "Selector",
     "SelectorError",
+    "StreamedReplay",
     "StudyError",
     "TracedModel",
     "WeightError",

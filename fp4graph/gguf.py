@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("fp4graph.gguf")
 
 
-def load_gguf(file: Path, dtype: torch.dtype, allow: Sequence[str] = ()) -> tuple[nn.Module, Any]:
+def load_gguf(
+    file: Path, dtype: torch.dtype, allow: Sequence[str] = (), **options: Any
+) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer from a GGUF file, through a converted copy in the cache.
 
     The copy is in float32, which holds every value of the file's own quantisation, and lies in
@@ -38,6 +40,7 @@ def load_gguf(file: Path, dtype: torch.dtype, allow: Sequence[str] = ()) -> tupl
         file: the GGUF file.
         dtype: of all weights.
         allow: see `read_checkpoint`; no copy is kept of a file that lacks weights.
+        options: see `read_checkpoint`, for the copy.
 
     Raises:
         ModelError: see `read_checkpoint`; or the file is one of several parts of a model.
@@ -57,7 +60,8 @@ def load_gguf(file: Path, dtype: torch.dtype, allow: Sequence[str] = ()) -> tupl
         except OSError as error:
             _LOG.warning("no copy kept in %s (%s): every command will convert", folder, error)
             return model.to(dtype), tokenizer
-    return read_checkpoint(folder, dtype), transformers.AutoTokenizer.from_pretrained(folder)
+    model = read_checkpoint(folder, dtype, **options)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def copy_of(file: Path) -> Path:

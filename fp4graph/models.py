@@ -19,10 +19,11 @@ from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 
 from fp4graph.conversion import METHOD
-from fp4graph.errors import CorpusError, Fp4GraphError, ModelError
+from fp4graph.errors import CorpusError, Fp4GraphError, ModelError, OptionError
 from fp4graph.files import read_text
 from fp4graph.fingerprint import fingerprint
 from fp4graph.gguf import copy_of, load_gguf
+from fp4graph.hf_mapped import MappedConfig, plain
 from fp4graph.hf_quantizer import packed_config
 from fp4graph.pretrained import check_dense, check_whole, read_checkpoint
 from fp4graph.skeleton import check_memory, parameters_of, skeleton
@@ -73,6 +74,7 @@ class LoadedModel:
         is_random: whether the weights mean nothing, so that only speed can be measured.
         no_tokenizer: why there is no tokenizer; empty where there is one, or none was looked for.
         again: loads it once more, in another process; None for a model that was given.
+        streamed: whether its weights come as they are read, so that blocks should be run in turn.
     """
 
     name: str
@@ -81,6 +83,7 @@ class LoadedModel:
     is_random: bool = False
     no_tokenizer: str = ""
     again: Callable[[], LoadedModel] | None = None
+    streamed: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -147,6 +150,7 @@ def load(
     device: torch.device | str = "cpu",
     seed: int = 0,
     allow_weights: Sequence[str] = (),
+    stream: bool = False,
 ) -> LoadedModel:
     """Load a model.
 
@@ -158,14 +162,23 @@ def load(
         seed: of random weights, which are others on another device.
         allow_weights: patterns of weights' names that may be missing from the checkpoint (they are
             drawn at random then), unknown to the model, or of another shape.
+        stream: whether weights stay in a file and come as they are read, for a model that is
+            larger than memory. A dtype other than the checkpoint's takes a copy, in
+            FP4GRAPH_CACHE while the process runs.
 
     Raises:
         ModelError: nothing loads by that name, and says what was tried; a checkpoint whose weights
             are not the model's, or are quantised already.
+        OptionError: `stream` for a GPU or a random model.
+        StudyError: no room on the disk for the copy.
     """
     transformers.utils.logging.disable_progress_bar()
     options: Any = {"device": device, "seed": seed, "allow_weights": tuple(allow_weights)}
-    again = partial(load, name, dtype, **options)
+    again = partial(load, name, dtype, **options, stream=stream)
+    if stream and torch.device(device).type != "cpu":
+        raise OptionError(f"device={device}: what is streamed runs on the CPU, device=cpu")
+    if stream and name in RANDOM_MODELS:
+        raise OptionError(f"stream=True: {name} has no weights in a file")
     if name in RANDOM_MODELS:
         config = RANDOM_MODELS[name]()
         with named(name):
@@ -178,18 +191,22 @@ def load(
     with named(name):
         if gguf is None or copy_of(Path(folder) / gguf).is_dir():
             hull = _outline(folder, gguf, dtype)
-            check_memory(parameters_of(hull), dtype, device)
+            if not stream:
+                check_memory(parameters_of(hull), dtype, device)
             if packed_config(hull.config) is not None:
                 _check_dense_config(hull.config)
+        how: dict[str, Any] = {"quantization_config": MappedConfig()} if stream else {}
         if gguf is not None:
-            model, tokenizer = load_gguf(Path(folder) / gguf, dtype, allow_weights)
+            model, tokenizer = load_gguf(Path(folder) / gguf, dtype, allow_weights, **how)
             problem = ""
         else:
-            model = read_checkpoint(folder, dtype, allow_weights)
+            model = read_checkpoint(folder, dtype, allow_weights, **how)
             tokenizer, problem = _tokenizer(folder)
+        model = plain(model) if stream else model
         check_dense(model)
     model = _frozen(model).to(device)
-    return LoadedModel(name, model, tokenizer, no_tokenizer=problem, again=again)
+    facts: Any = {"no_tokenizer": problem, "again": again, "streamed": stream}
+    return LoadedModel(name, model, tokenizer, **facts)
 
 
 _FETCHED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]

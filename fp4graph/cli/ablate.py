@@ -26,6 +26,7 @@ from fp4graph.cli.options import (
     scheme_options,
     selected,
     selection_options,
+    stream_option,
     text_options,
     weights_option,
 )
@@ -80,6 +81,7 @@ _WIKITEXT2_WINDOW = 2048
 @dtype_option
 @dense_option
 @weights_option
+@stream_option
 @device_option
 @json_option
 def ablate_command(

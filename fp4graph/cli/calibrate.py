@@ -12,7 +12,13 @@ import click
 
 import fp4graph
 from fp4graph.cli.common import load_windows, output, progress_shown
-from fp4graph.cli.options import device_option, dtype_option, one_selection, weights_option
+from fp4graph.cli.options import (
+    device_option,
+    dtype_option,
+    one_selection,
+    stream_option,
+    weights_option,
+)
 from fp4graph.errors import OptionError
 
 if TYPE_CHECKING:
@@ -77,6 +83,7 @@ def _check_out(ctx: click.Context, param: click.Parameter, path: Path) -> Path:
 )
 @dtype_option
 @weights_option
+@stream_option
 @device_option
 def calibrate_command(
     model: str,

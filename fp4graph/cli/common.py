@@ -18,7 +18,7 @@ import click
 from rich.console import Console
 
 import fp4graph
-from fp4graph.cli.options import allowed_weights, check_trained
+from fp4graph.cli.options import allowed_weights, check_trained, is_streamed
 from fp4graph.errors import Fp4GraphError, ModelError, OptionError
 
 if TYPE_CHECKING:
@@ -66,7 +66,11 @@ def load_model(model: str, dtype: str, device: torch.device | str = "cpu") -> Lo
 
     with stderr.status(f"loading {model}"):
         return fp4graph.models.load(
-            model, getattr(torch, dtype), device=device, allow_weights=allowed_weights()
+            model,
+            getattr(torch, dtype),
+            device=device,
+            allow_weights=allowed_weights(),
+            stream=is_streamed(),
         )
 
 

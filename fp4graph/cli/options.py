@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 _ALLOWED = "fp4graph.allow_weights"
+_STREAMED = "fp4graph.stream"
 _FILE = click.Path(path_type=Path, dir_okay=False)
 
 
@@ -171,6 +172,24 @@ def weights_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def allowed_weights() -> tuple[str, ...]:
     """Return the patterns of `--allow-weights`."""
     found: tuple[str, ...] = click.get_current_context().meta.get(_ALLOWED, ())
+    return found
+
+
+def stream_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--stream`, which `is_streamed` returns."""
+
+    def keep(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        ctx.meta[_STREAMED] = value
+
+    text = "For a model larger than memory: weights stay on disk, and blocks run in turn."
+    return click.option(
+        "--stream", is_flag=True, callback=keep, expose_value=False, help=text,
+    )(command)  # fmt: skip
+
+
+def is_streamed() -> bool:
+    """Return whether `--stream` was given."""
+    found: bool = click.get_current_context().meta.get(_STREAMED, False)
     return found
 
 

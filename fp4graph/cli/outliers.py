@@ -14,6 +14,7 @@ from fp4graph.cli.options import (
     dtype_option,
     json_option,
     picture_option,
+    stream_option,
     text_options,
     weights_option,
 )
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @picture_option
 @dtype_option
 @weights_option
+@stream_option
 @device_option
 @json_option
 def outliers_command(

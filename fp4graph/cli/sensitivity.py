@@ -15,6 +15,7 @@ from fp4graph.cli.options import (
     dtype_option,
     json_option,
     picture_option,
+    stream_option,
     text_options,
     weights_option,
 )
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 @picture_option
 @dtype_option
 @weights_option
+@stream_option
 @device_option
 @json_option
 def sensitivity_command(

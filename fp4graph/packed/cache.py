@@ -130,6 +130,11 @@ class PackCache:
             entry.verify(weight)
         return entry
 
+    def forget(self, weight: Tensor) -> None:
+        """Drop what a weight was packed into; who holds it keeps it."""
+        with self._lock:
+            self._entries.pop(weight, None)
+
     def __len__(self) -> int:
         return sum(map(len, self._entries.values()))
 

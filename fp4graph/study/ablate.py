@@ -6,6 +6,7 @@ import math
 import platform
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -21,6 +22,7 @@ from fp4graph import (
     Report,
     Scheme,
     SelectorError,
+    StreamedReplay,
     StudyError,
     TracedModel,
     report_of,
@@ -150,9 +152,13 @@ class Ablation:
         seconds = (whole * (share(trial, self._traced.tags) if in_part else 1) for trial in missing)
         tokens = len(self._windows.ids) * self._windows.scored
         logits = tokens * self._vocabulary * torch.float32.itemsize
-        packed = sum(row.bytes_packed or 0 for row in self.report())
+        packed: Counter[int | None] = Counter()
+        streamed = self._loaded.streamed
+        for row in self.report():
+            packed[row.block if streamed else None] += row.bytes_packed or 0
         dense = sum(each.nbytes for each in self._loaded.model.parameters())
-        return Forecast(len(plan), len(self._windows.ids), tuple(seconds), logits, dense, packed)
+        sizes = logits, dense, max(packed.values(), default=0), streamed
+        return Forecast(len(plan), len(self._windows.ids), tuple(seconds), *sizes)
 
     def run(
         self, plan: Sequence[Trial], progress: Progress = SILENT, seconds: float = math.inf
@@ -215,13 +221,16 @@ class Ablation:
         return self._replay.refusal
 
     def _new_replay(self) -> Replay:
-        return Replay(self._traced, lambda out: out.logits, len(self._rows))
+        inputs = [self._inputs(index) for index in range(len(self._rows))]
+        if self._loaded.streamed:
+            return StreamedReplay(self._traced, lambda out: out.logits, inputs, self._scratch)
+        return Replay(self._traced, lambda out: out.logits, inputs)
 
     def _reference(self, progress: Progress) -> _Dense:
         self._replay = self._new_replay()  # which keeps the values of one run
 
         def run(index: int) -> Tensor:
-            return self._replay.dense(**self._inputs(index))
+            return self._replay.dense(index)
 
         reference = DenseReference(run, self._windows, self._scratch, progress.advance)
         return _Dense(reference, self._answer(run, progress))

@@ -26,7 +26,9 @@ class Forecast:
         seconds: of each trial that is not kept, in their order, told from one window's time.
         logits: bytes of the dense model's log probabilities, kept while trials run.
         dense: bytes of the model's weights.
-        packed: bytes that come on top of them where all block linears are in FP4.
+        packed: bytes that come on top of them where all block linears are in FP4; of a streamed
+            model those of its largest block.
+        streamed: whether the weights stay on disk.
     """
 
     trials: int
@@ -35,6 +37,7 @@ class Forecast:
     logits: int
     dense: int
     packed: int
+    streamed: bool = False
 
     def done_in(self, budget: float) -> int:
         """Return how many trials will have ended after a number of seconds, kept ones included."""
@@ -46,9 +49,10 @@ class Forecast:
         text = f"{self.trials} trials{f', {kept} of them kept from before' if kept else ''}"
         if not self.seconds:
             return f"{text}: nothing to run"
+        where = "on disk" if self.streamed else "in memory"
         return (
             f"{text}, {self.windows} windows each: about {duration(sum(self.seconds))}; "
-            f"{self.dense / 1e9:.1f} GB of weights in memory, up to {self.packed / 1e9:.1f} GB of "
+            f"{self.dense / 1e9:.1f} GB of weights {where}, up to {self.packed / 1e9:.1f} GB of "
             f"packed ones, {self.logits / 1e9:.1f} GB on disk for the dense model's predictions"
         )
 

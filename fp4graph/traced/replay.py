@@ -22,7 +22,7 @@ from fp4graph.traced.cuts import Cut, cuts, segment, tapped
 from fp4graph.traced.model import TracedGraph
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from fp4graph.linears.tags import LinearTag
     from fp4graph.policy import Policy
@@ -38,15 +38,21 @@ class Replay:
     Args:
         traced: the model, traced.
         pick: what to return of the model's output, a tensor.
-        times: how many inputs there will be.
+        inputs: what it will be run on, keyword arguments each.
 
     Attributes:
         refusal: why the model cannot be cut, or None; then only `dense` may be called.
     """
 
-    def __init__(self, traced: TracedModel, pick: Callable[[Any], Tensor], times: int) -> None:
+    def __init__(
+        self,
+        traced: TracedModel,
+        pick: Callable[[Any], Tensor],
+        inputs: Sequence[Mapping[str, Any]],
+    ) -> None:
         self._traced = traced
         self._pick = pick
+        self._inputs = inputs
         self._places: list[Cut] = []
         self._graphs: dict[tuple[int, int], TracedGraph] = {}
         self._kept: list[tuple[Values, dict[str, Any]]] = []
@@ -55,9 +61,9 @@ class Replay:
         self._pieces: _Pieces | None = None  # kept while other trials come between
         self._base: _Pieces | None = None
         self._whole = traced.graphs[0] if traced.graphs else None
-        self.refusal = self._find_cuts(times)
+        self.refusal = self._find_cuts()
 
-    def _find_cuts(self, times: int) -> str | None:
+    def _find_cuts(self) -> str | None:
         if len(self._traced.graphs) != 1:
             return f"Dynamo made {len(self._traced.graphs)} graphs of it"
         found = cuts(self._traced.graphs[0].tagged)
@@ -65,15 +71,19 @@ class Replay:
             return found
         live = {node for cut in found for node in cut.live}
         everything = Cut(0, tuple(live))
-        needed = times * everything.bytes
-        if not fits(needed, everything.device):
+        needed = len(self._inputs) * everything.bytes
+        if not self._has_room(needed, everything.device):
             return f"the values before its blocks take {needed / 1e9:.1f} GB"
         self._places = [Cut(0, ()), *found]
         return None if found else "it has no blocks"
 
+    def _has_room(self, needed: int, device: torch.device) -> bool:
+        return fits(needed, device)
+
     @torch.no_grad()
-    def dense(self, **inputs: Any) -> Tensor:
-        """Run the dense model, and keep what its blocks begin with."""
+    def dense(self, index: int) -> Tensor:
+        """Run the dense model on an input, in order, and keep what its blocks begin with."""
+        inputs = self._inputs[index]
         self._traced.select(None)
         if self.refusal is not None:
             return self._pick(self._traced(**inputs))
@@ -91,10 +101,13 @@ class Replay:
 
         with graph.running(run):
             picked = self._pick(self._traced(**inputs))
+        self._find_output(outputs, picked)
+        return picked
+
+    def _find_output(self, outputs: Sequence[Any], picked: Tensor) -> None:
         self._output = next((i for i, each in enumerate(outputs) if each is picked), -1)
         if self._output < 0:
             self.refusal = "its graph does not return the logits as they are"
-        return picked
 
     def select(self, policy: Policy, base: Policy | None = None) -> Report:
         """Rewrite what comes between the cuts around everything in which two policies differ.
@@ -111,6 +124,16 @@ class Replay:
         if base and (self._pieces is None or self._pieces.policy != base):
             self._pieces = self._rewrite_pieces(base)
         self._base = self._pieces if base else None
+        self._chosen = start, end = self._changed(policy, base)
+        report = Report()
+        changed = self._graph(start, end).rewrite(policy, "raise", self._traced.tags)
+        others = self._base.rows if self._base else ()
+        report.add([*rows(self._whole.tagged), *others, *changed])
+        return report
+
+    def _changed(self, policy: Policy, base: Policy | None) -> tuple[int, int]:
+        """Return the places around everything in which two policies differ."""
+        assert self._whole is not None
         differing = [
             index
             for index, node in enumerate(self._whole.tagged.graph.nodes)
@@ -122,12 +145,7 @@ class Replay:
         end = start + 1
         if end < len(starts) and starts[end] <= last:
             end = len(starts)
-        self._chosen = start, end
-        report = Report()
-        changed = self._graph(start, end).rewrite(policy, "raise", self._traced.tags)
-        others = self._base.rows if self._base else ()
-        report.add([*rows(self._whole.tagged), *others, *changed])
-        return report
+        return start, end
 
     def _rewrite_pieces(self, policy: Policy) -> _Pieces:
         pieces = _Pieces(policy)
@@ -139,7 +157,7 @@ class Replay:
 
     @torch.no_grad()
     def run(self, index: int) -> Tensor:
-        """Return what the model as last selected gives for the input of the `index`-th `dense`."""
+        """Return what the model as last selected gives for an input."""
         assert self._chosen is not None
         start, end = self._chosen
         args, kept = self._kept[index]

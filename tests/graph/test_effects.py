@@ -117,8 +117,8 @@ def test_pieces_give_what_the_whole_model_gives(cls: type[Net]) -> None:
     traced, ids = TracedModel(model), torch.randint(0, 48, (2, 6))
     with torch.no_grad():
         traced(ids)
-        replay = Replay(traced, lambda out: out.logits, 1)
-        dense = replay.dense(input_ids=ids)
+        replay = Replay(traced, lambda out: out.logits, [{"input_ids": ids}])
+        dense = replay.dense(0)
         assert torch.equal(dense, model(ids).logits)
         assert (replay.refusal is None) == (cls is Mapped)
         if replay.refusal is not None:
@@ -143,8 +143,8 @@ def test_a_model_with_a_scan_in_pieces(kind: str) -> None:
     traced = TracedModel(model)
     with torch.no_grad():
         dense = traced(**inputs).logits
-        replay = Replay(traced, lambda out: out.logits, 1)
-        assert torch.equal(replay.dense(**inputs), dense)
+        replay = Replay(traced, lambda out: out.logits, [inputs])
+        assert torch.equal(replay.dense(0), dense)
         assert replay.refusal is None
         policy = Policy.of("blocks=1", Scheme(MXFP4))
         replay.select(policy)

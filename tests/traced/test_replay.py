@@ -9,25 +9,32 @@ import torch
 import transformers as hf
 from support.models import CONFIGS, FAMILIES, tiny, tokens
 
-from fp4graph import Policy, Replay, Scheme, TracedModel
+from fp4graph import Policy, Replay, Scheme, StreamedReplay, TracedModel
 from fp4graph.graph.site import sites
 from fp4graph.traced.cuts import cuts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 
-def replay(model: torch.nn.Module, times: int = 2) -> tuple[TracedModel, Replay]:
+INPUTS = [{"input_ids": tokens(seed=seed), "use_cache": False} for seed in (0, 1)]
+
+
+def replay(
+    model: torch.nn.Module, folder: Path | None = None, inputs: Sequence[Any] = INPUTS
+) -> tuple[TracedModel, Replay]:
     traced = TracedModel(model.requires_grad_(False))
     with torch.no_grad():
-        traced(input_ids=tokens(), use_cache=False)
-    return traced, Replay(traced, lambda out: out.logits, times)
+        traced(**INPUTS[0])
+    if folder is None:
+        return traced, Replay(traced, lambda out: out.logits, inputs)
+    return traced, StreamedReplay(traced, lambda out: out.logits, inputs, folder)
 
 
 def replayed(
     traced: TracedModel,
     part: Replay,
-    inputs: list[dict[str, Any]],
     policy: Policy,
     base: Policy | None = None,
 ) -> list[torch.Tensor]:
@@ -36,34 +43,36 @@ def replayed(
     found = [part.run(index) for index in (1, 0)][::-1]
     assert report.rows == traced.select(policy).rows
     with torch.no_grad():
-        expected = [traced(**each).logits for each in inputs]
+        expected = [traced(**each).logits for each in INPUTS]
     assert all(map(torch.equal, found, expected))
     return found
 
 
+@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_the_whole_model(family: str) -> None:
-    traced, part = replay(tiny(family))
+def test_equals_the_whole_model(family: str, streamed: bool, tmp_path: Path) -> None:
+    traced, part = replay(tiny(family), tmp_path if streamed else None)
     assert part.refusal is None
-    inputs = [{"input_ids": tokens(seed=seed), "use_cache": False} for seed in (0, 1)]
-    dense = [part.dense(**each) for each in inputs]
+    dense = [part.dense(index) for index in (0, 1)]
+    with torch.no_grad():
+        assert all(map(torch.equal, dense, [traced(**each).logits for each in INPUTS]))
     block_0, block_1 = (f"all,blocks={block}" for block in (0, 1))
     for mode in ("none", "same"):
         scheme = Scheme.of(activations=mode)
         for select in (block_1, block_0, "lm_head", "all", f"all,!({block_0})"):
-            found = replayed(traced, part, inputs, Policy.of(select, scheme))
+            found = replayed(traced, part, Policy.of(select, scheme))
             assert not any(map(torch.equal, found, dense))
         base = Policy.of("all", scheme)
-        everything = replayed(traced, part, inputs, base, base)
+        everything = replayed(traced, part, base, base)
         for kept in ("blocks=0", "blocks=1", "o,blocks=1", "q,blocks=0", "o", "lm_head"):
             policy = Policy.of({"all": {}, kept: None}, scheme)
-            found = replayed(traced, part, inputs, policy, base)
+            found = replayed(traced, part, policy, base)
             assert all(map(torch.equal, found, everything)) == (kept == "lm_head")
 
 
 def test_rewrites_no_more_than_it_must() -> None:
     _, part = replay(tiny("llama"))
-    part.dense(input_ids=tokens(), use_cache=False)
+    part.dense(0)
     linears = []
     for select in ("q,blocks=0", "down,blocks=0", "q", "q,blocks=1", "lm_head"):
         part.select(Policy.of(select, Scheme.of()))
@@ -74,7 +83,7 @@ def test_rewrites_no_more_than_it_must() -> None:
 
 def test_all_but_a_few_runs_what_comes_first_once() -> None:
     _, part = replay(tiny("llama"))
-    part.dense(input_ids=tokens(), use_cache=False)
+    part.dense(0)
     scheme = Scheme.of()
     ran: list[int] = []
 
@@ -99,7 +108,7 @@ def test_a_linear_before_the_first_block() -> None:
     config = CONFIGS["opt"]()
     config.word_embed_proj_dim = 32
     traced, part = replay(hf.OPTForCausalLM(config).eval())
-    part.dense(input_ids=tokens(), use_cache=False)
+    part.dense(0)
     policy = Policy.of("path:*project_in", Scheme.of())
     report = part.select(policy)
     assert [row.path for row in report.selected] == ["model.decoder.project_in"]
@@ -123,7 +132,7 @@ def test_keeps_the_least_between_two_blocks() -> None:
 def test_experts_write_in_place_only_within_their_block() -> None:
     traced, part = replay(tiny("mixtral"))
     assert part.refusal is None
-    part.dense(input_ids=tokens(), use_cache=False)
+    part.dense(0)
     policy = Policy.of("expert,blocks=1", Scheme.of())
     part.select(policy)
     found = part.run(0)
@@ -138,8 +147,8 @@ def test_says_why_not() -> None:
     _, part = replay(model)
     assert part.refusal is not None
     assert "graphs of it" in part.refusal
-    assert part.dense(input_ids=tokens(), use_cache=False).shape == (1, 8, 96)
+    assert part.dense(0).shape == (1, 8, 96)
     torch._dynamo.reset()
-    _, part = replay(tiny("llama"), times=10**12)
+    _, part = replay(tiny("llama"), inputs=range(10**12))
     assert part.refusal is not None
     assert "GB" in part.refusal
