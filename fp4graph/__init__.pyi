@@ -37,6 +37,7 @@ from .scheme import Activations, Scheme
 from .traced.model import TracedModel
 from .traced.replay import Replay
 from .traced.streamed import StreamedReplay
+from .traced.streamed_tap import StreamedTap
 from .traced.tap import LinearTap
 
 __version__: str
@@ -67,6 +68,7 @@ __all__ = [
     "Selector",
     "SelectorError",
     "StreamedReplay",
+    "StreamedTap",
     "StudyError",
     "TracedModel",
     "WeightError",

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fp4graph import LinearTap, TracedModel
+from fp4graph import TracedModel
 from fp4graph.models import check_length
+from fp4graph.study.taps import tap_of, told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -115,12 +116,12 @@ class OutlierRow:
     weight: Outliers
 
 
-@torch.no_grad()
 def input_ranges(loaded: LoadedModel, windows: Windows) -> dict[str, float]:
     """Return the largest magnitude of each linear's inputs, by its path; errors as `outliers`."""
     return {row.path: row.input.max for row in outliers(loaded, windows, lambda: None).values()}
 
 
+@torch.no_grad()
 def outliers(
     loaded: LoadedModel, windows: Windows, progress: Callable[[], None]
 ) -> dict[LinearTag, OutlierRow]:
@@ -134,29 +135,31 @@ def outliers(
     traced = TracedModel(loaded.model)
     all_ids = windows.ids.to(loaded.device)
     traced.settle(input_ids=all_ids[:1], use_cache=False)
-    tap = LinearTap(traced)
+    tap = tap_of(loaded, traced)
     seen: dict[str, Accumulator] = {}
     tokens: dict[str, int] = defaultdict(int)
-    for ids in all_ids.split(1):
-        tap(input_ids=ids, use_cache=False)
+    weights: dict[LinearTag, Outliers] = {}
+    inputs = [{"input_ids": ids, "use_cache": False} for ids in all_ids.split(1)]
+    for step in told(tap.steps(inputs), tap.parts, progress):
         # q, k and v have one input between them
         own: dict[tuple[tuple[int, int], ...], Accumulator] = {}
-        for tag, calls in tap.seen.items():
-            inputs = [call.x for call in calls]
-            tokens[tag.fqn] += sum(x.numel() // x.shape[-1] for x in inputs)
-            key = tuple((x.data_ptr(), x.shape[-1]) for x in inputs)
+        for tag, calls in step.seen.items():
+            xs = [call.x for call in calls]
+            tokens[tag.fqn] += sum(x.numel() // x.shape[-1] for x in xs)
+            key = tuple((x.data_ptr(), x.shape[-1]) for x in xs)
             if key not in own:
                 own[key] = seen.setdefault(tag.fqn, Accumulator(tag.shape[1]))
-                for x in inputs:
+                for x in xs:
                     own[key].add(x)
             seen[tag.fqn] = own[key]
-        progress()
+            if tag not in weights:
+                weight = Accumulator(tag.shape[1])
+                weight.add(calls[0].weight)
+                weights[tag] = weight.result()
     found = {}
-    for tag, calls in tap.seen.items():
-        weight = Accumulator(tag.shape[1])
-        weight.add(calls[0].weight)
+    for tag in weights:
         row = (tag.fqn, str(tag.role), tag.block, tag.shape, tokens[tag.fqn])
-        found[tag] = OutlierRow(*row, seen[tag.fqn].result(), weight.result())
+        found[tag] = OutlierRow(*row, seen[tag.fqn].result(), weights[tag])
     return found
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from fp4graph import (
     Activations,
-    LinearTap,
     OptionError,
     Scheme,
     StudyError,
@@ -29,15 +28,16 @@ from fp4graph import (
     quantize,
 )
 from fp4graph.models import check_length
+from fp4graph.study.taps import tap_of, told
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from fp4graph import PackedWeight
     from fp4graph.linears.tags import LinearTag
     from fp4graph.models import LoadedModel
     from fp4graph.study.evaluate import Windows
-    from fp4graph.traced.tap import Seen
+    from fp4graph.traced.tap import Seen, Step
 
 _ON_CPU: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 PREDICTORS = (
@@ -180,50 +180,58 @@ class Sensitivity:
         self.traced = traced = TracedModel(loaded.model)
         with torch.enable_grad():
             traced.settle(input_ids=ids_WT[:1], use_cache=False)
-        self._tap = LinearTap(traced)
         self.tags = traced.tags
         self._packed: dict[tuple[Scheme, LinearTag], PackedWeight] = {}
         self._weight_errors: dict[tuple[Scheme, LinearTag], float] = {}
         self._sums: dict[tuple[Scheme, LinearTag], _Sums] = defaultdict(_Sums)
-        generator = torch.Generator("cpu").manual_seed(0)
+        self._generator = torch.Generator("cpu").manual_seed(0)
         dense = _seconds(loaded, ids_WT)
         start = time.perf_counter()
-        for ids in ids_WT.split(1):
-            self._window(ids, schemes, generator)
-            progress()
+        tap = tap_of(loaded, traced)
+        inputs = [{"input_ids": ids, "use_cache": False} for ids in ids_WT.split(1)]
+        for step in told(tap.steps(inputs, self._losses), tap.parts, progress):
+            self._take(step, schemes)
         self.forwards = (time.perf_counter() - start) / dense
-        self.rows = _pooled([self._row(*key) for key in self._sums], samples * len(windows.ids))
-        scored = {tag for _, tag in self._sums}
-        self.left_out = [t.fqn for t in self.tags if t.is_block_linear and t not in scored]
+        scored = [
+            key for tag in self.tags for each in schemes if (key := (each, tag)) in self._sums
+        ]
+        self.rows = _pooled([self._row(*key) for key in scored], samples * len(windows.ids))
+        known = {tag for _, tag in self._sums}
+        self.left_out = [t.fqn for t in self.tags if t.is_block_linear and t not in known]
         self.products: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
         for (scheme, tag), sums in self._sums.items():
             products = _tensor(sums.products)
             self.products[scheme.format.name, scheme.activations][tag.fqn] = products
 
-    def _window(self, ids: Tensor, schemes: Sequence[Scheme], generator: torch.Generator) -> None:
+    def _losses(self, index: int, logits: Tensor) -> Iterator[Tensor]:
+        """Yield a window's NLL, and its logits times v for each sample."""
         first = self._windows.first
+        ids = self._windows.ids[index, first:, None].to(logits.device)
         with torch.enable_grad():
-            out = self._tap(input_ids=ids, use_cache=False)
-            logits_TV = out.logits[0, first - 1 : -1].float()
+            logits_TV = logits[0, first - 1 : -1].float()
             if bool(logits_TV.isnan().any()):
                 raise StudyError("its logits hold NaN, so there is nothing to score")
             logp_TV = logits_TV.log_softmax(-1)
-            nll = -logp_TV.gather(1, ids[0, first:, None]).sum()
-        by_nll = self._tap.gradients(nll)
+            nll = -logp_TV.gather(1, ids).sum()
+        yield nll
         root_TV = (logp_TV.detach() / 2).exp()
-        by_sample = []
         for _ in range(self._samples):
-            r_TV = torch.randn(root_TV.shape, generator=generator, **_ON_CPU)
+            r_TV = torch.randn(root_TV.shape, generator=self._generator, **_ON_CPU)
             r_TV = r_TV.to(root_TV.device) * root_TV
             v_TV = r_TV - root_TV.square() * r_TV.sum(-1, keepdim=True)
             with torch.enable_grad():
                 product = (logits_TV.where(root_TV > 0, 0) * v_TV).sum()  # -Inf rules a token out
-            by_sample.append(self._tap.gradients(product))
-        with torch.no_grad():
-            for tag, gradient in by_nll.items():
-                if tag.is_block_linear:
-                    samples = [_rows(each[tag]) for each in by_sample]
-                    self._add(schemes, tag, self._tap.seen[tag], _rows(gradient), samples)
+            yield product
+
+    @torch.no_grad()
+    def _take(self, step: Step, schemes: Sequence[Scheme]) -> None:
+        if not step.index:
+            self._packed.clear()  # of another block, where they come one by one
+        by_nll, *by_sample = step.gradients
+        for tag, gradient in by_nll.items():
+            if tag.is_block_linear:
+                samples = [_rows(each[tag]) for each in by_sample]
+                self._add(schemes, tag, step.seen[tag], _rows(gradient), samples)
 
     def _add(
         self,

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fp4graph.errors import StudyError
 from fp4graph.mapped import MappedFile
 from fp4graph.packed.cache import CACHE
 from fp4graph.passes.pipeline import rows
 from fp4graph.report import Report
 from fp4graph.traced.replay import Replay
+from fp4graph.traced.tap import TRACED_ANEW
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -77,18 +79,9 @@ class StreamedReplay(Replay):
         return self.run(index)
 
     def _record(self, inputs: Mapping[str, Any]) -> None:
-        """Learn what the graph is given for an input, and which of its outputs is wanted."""
-        graph = self._traced.graphs[0]
-        outputs: list[Any] = []
-
-        def run(*args: Any) -> Any:
-            self._kept.append((args, {}))
-            made: Any = graph.tagged.graph.output_node().args[0]
-            outputs.extend(map(_empty, made))
-            return tuple(outputs)
-
-        with graph.running(run):
-            self._find_output(outputs, self._pick(self._traced(**inputs)))
+        args, outputs, out = recorded(self._traced, inputs)
+        self._kept.append((args, {}))
+        self._find_output(outputs, self._pick(out))
 
     @torch.no_grad()
     def select(self, policy: Policy, base: Policy | None = None) -> Report:
@@ -179,6 +172,29 @@ class _Before:
     def __init__(self, policy: Policy, values: list[Values]) -> None:
         self.policy, self.values = policy, values
         self.rows: list[list[LinearRow]] = []  # of each piece
+
+
+def recorded(traced: TracedModel, inputs: Mapping[str, Any]) -> tuple[Values, list[Any], Any]:
+    """Return what a model's one graph is given, and what it and the model give, without values.
+
+    Raises:
+        StudyError: another graph ran.
+    """
+    (graph,) = traced.graphs
+    given: list[Any] = []
+    outputs: list[Any] = []
+
+    def run(*args: Any) -> Any:
+        given.extend(args)
+        made: Any = graph.tagged.graph.output_node().args[0]
+        outputs.extend(map(_empty, made))
+        return tuple(outputs)
+
+    with graph.running(run):
+        out = traced(**inputs)
+    if len(traced.graphs) > 1:
+        raise StudyError(TRACED_ANEW)
+    return tuple(given), outputs, out
 
 
 def _empty(made: Any) -> Any:

@@ -129,9 +129,12 @@ def test_both_paths_of_a_weight_have_its_codes() -> None:
         fp4graph.calibrate(model, IDS, "blocks=0", format="mxfp4")
 
 
+@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
-def test_scores_are_of_all_uses(kind: str) -> None:
-    loaded = LoadedModel(kind, MODELS[kind](), object())
+def test_scores_are_of_all_uses(
+    kind: str, streamed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = LoadedModel(kind, MODELS[kind](), object(), streamed=streamed)
     windows = Windows(torch.cat(IDS), 1)
     found = Sensitivity(loaded, windows, [Scheme(MXFP4)], samples=64)
     measured = {row.path: row for row in found.rows}
@@ -141,6 +144,8 @@ def test_scores_are_of_all_uses(kind: str) -> None:
         if kind != "shared":  # where a path is one use of two
             error = output_error(weight, MXFP4.quantize(weight).dequantize(), seen[path].mean)
             assert row.output_error == pytest.approx(error, rel=1e-3)
+    whole = "is used in several blocks" in caplog.text
+    assert whole == (streamed and kind == "looped")
     statistics = outliers(loaded, windows, lambda: None)
     for tag, row in statistics.items():
         uses = {"looped": 2, "shared": 1, "albert": 3}[kind] if tag.block is not None else 1

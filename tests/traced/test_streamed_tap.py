@@ -1,0 +1,89 @@
+"""What linears work on, block by block, is what it is in the whole model, to the bit."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from support.models import FAMILIES, tiny, tokens
+from torch import Tensor
+
+from fp4graph import LinearTap, StreamedTap, StudyError, TracedModel
+from fp4graph.mapped import MappedFile, is_mapped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from fp4graph.traced.tap import Losses
+
+INPUTS = [{"input_ids": tokens(seed=seed), "use_cache": False} for seed in (0, 1, 2)]
+
+
+def losses(index: int, logits: Tensor) -> Iterator[Tensor]:
+    with torch.enable_grad():
+        yield logits.square().sum()
+        yield logits[..., index].sum()
+
+
+def traced(model: Any, *, grads: bool = True) -> TracedModel:
+    found = TracedModel(model.requires_grad_(False))
+    with torch.set_grad_enabled(grads):
+        found.settle(**INPUTS[0])
+    return found
+
+
+def everything(tap: LinearTap | StreamedTap, losses: Losses | None) -> dict[Any, list[Tensor]]:
+    """Return all that a tap tells, by what it is of."""
+    found: dict[Any, list[Tensor]] = defaultdict(list)
+    steps = 0
+    for step in tap.steps(INPUTS, losses):
+        steps += 1
+        for tag, calls in step.seen.items():
+            found[tag.fqn, step.index, "x"] += [call.x for call in calls]
+            found[tag.fqn, step.index, "weight"] += [call.weight for call in calls]
+        for number, by_loss in enumerate(step.gradients):
+            for tag, each in by_loss.items():
+                found[tag.fqn, step.index, number] += each
+    assert steps == len(INPUTS) * tap.parts
+    return found
+
+
+@pytest.mark.parametrize("losses", [losses, None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_is_the_whole_model_s(family: str, losses: Losses | None, tmp_path: Path) -> None:
+    model = traced(tiny(family), grads=losses is not None)
+    tap = StreamedTap(model, tmp_path)
+    assert tap.parts == 3, "what is before the blocks, and two blocks"
+    found, whole = everything(tap, losses), everything(LinearTap(model), losses)
+    assert found.keys() == whole.keys()
+    assert len(found) > 10
+    for what, values in found.items():
+        assert all(map(torch.equal, values, whole[what])), what
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_between_blocks_lie_in_files(tmp_path: Path) -> None:
+    tap = StreamedTap(traced(tiny("llama")), tmp_path)
+    with pytest.raises(StudyError, match="traced anew"):
+        next(tap.steps(INPUTS))
+    torch._dynamo.reset()
+    tap = StreamedTap(traced(tiny("llama")), tmp_path)
+    with torch.enable_grad():
+        run = tap._begin(INPUTS[0])
+    for number in (0, 1):
+        tap._forward(number, run, MappedFile(tmp_path), grads=True)
+    assert run.live
+    assert all(is_mapped(each) for each in run.live.values() if isinstance(each, Tensor))
+    assert len(tap._needs_grad) == 1, "the residual stream, not the positions"
+
+
+def test_says_why_it_runs_the_whole_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = tiny("llama")
+    broken.model.layers[1].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    tap = StreamedTap(traced(broken, grads=False), tmp_path)
+    assert tap.parts == 1
+    assert "each window runs the whole model: Dynamo made" in caplog.text
+    assert everything(tap, None)
