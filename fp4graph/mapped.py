@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import finalize
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from fp4graph.errors import StudyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 _PIECE = 1 << 28  # is mapped at once: each map holds a file handle
@@ -77,6 +77,18 @@ class MappedFile:
         values = torch.frombuffer(self._pages, dtype=tensor.dtype, count=span, offset=offset)
         self._next = -(-at // _ALIGNED) * _ALIGNED
         return values.as_strided(tensor.shape, tensor.stride())
+
+    def keep_new(self, values: Iterable[Any], given: Iterable[Any]) -> tuple[Any, ...]:
+        """Return values with the tensors among them in the file, but for those that were given.
+
+        Raises:
+            StudyError: the disk is full.
+        """
+        known = set(map(id, given))
+        return tuple(
+            self.keep(each) if isinstance(each, Tensor) and id(each) not in known else each
+            for each in values
+        )
 
     def _map(self, size: int) -> None:
         whole = mmap.ALLOCATIONGRANULARITY

@@ -1,8 +1,9 @@
 """A model that is run block by block: what comes into each is seen, what goes out goes on.
 
 At any moment there are the values between two blocks, so that a model needs little more memory than
-it takes anyway. What is run at once is a block, and more where a weight is used in several, as in
-looped models: what comes into all its uses decides its codes.
+it takes anyway; where they are too large for it, they lie in a file. What is run at once is a
+block, and more where a weight is used in several, as in looped models: what comes into all its uses
+decides its codes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fp4graph.cache import cache_folder
 from fp4graph.calibration.block_inputs import Seen, look
 from fp4graph.calibration.layout import record, selected, starts
 from fp4graph.calibration.round_inputs import round_inputs
@@ -21,7 +23,8 @@ from fp4graph.fingerprint import fingerprint
 from fp4graph.graph.match import match_linear
 from fp4graph.graph.regions import copy_graph, regions
 from fp4graph.graph.site import LinearSite, site_of
-from fp4graph.memory import give_back_memory
+from fp4graph.mapped import MappedFile
+from fp4graph.memory import fits, give_back_memory
 from fp4graph.passes.base import run_passes
 from fp4graph.passes.select import SelectLinears
 from fp4graph.private import SET_GRAD_ENABLED
@@ -82,9 +85,12 @@ class Blocks:
             number = max(i for i, cut in enumerate(self._starts) if cut.index <= index)
             self._linears[number][node] = site
         first = segment(self._gm, Cut(0, ()), self._starts[0])
+        needed = max(cut.bytes for cut in self._starts) * len(self._args) * (2 if dense else 1)
+        self._in_files = not fits(needed, self._starts[0].device)
+        kept = self._kept()
         self._live: list[Args] = []
         for args in self._args:
-            self._live.append(_shared(first(*args), self._live))
+            self._live.append(_shared(kept(first(*args), args), self._live))
         self._dense_live = list(self._live) if dense else []
 
     def __len__(self) -> int:
@@ -128,10 +134,13 @@ class Blocks:
         run = segment(self._gm, self._starts[number], end)
         for fqn, each in (round_inputs(run) if rounded else {}).items():
             each.transform = _of_linear(transforms, fqn)
+        kept = self._kept()
         for batch, (args, live) in enumerate(zip(self._args, self._live, strict=True)):
-            self._live[batch] = _shared(run(*_replaced(args, changed), *live), self._live[:batch])
+            values = kept(run(*_replaced(args, changed), *live), (*args, *live))
+            self._live[batch] = _shared(values, self._live[:batch])
         for batch, (args, live) in enumerate(zip(self._args, self._dense_live, strict=False)):
-            self._dense_live[batch] = _shared(dense(*args, *live), self._live)
+            values = kept(dense(*args, *live), (*args, *live))
+            self._dense_live[batch] = _shared(values, self._live)
         give_back_memory()
 
     def error(self, number: int) -> Error:
@@ -237,6 +246,12 @@ class Blocks:
         tensors = [fingerprint(each) for each in found.values()]
         numbers = [each for each in every if isinstance(each, int | float)]
         return repr((tensors, numbers, [graph.code for graph in graphs]))
+
+    def _kept(self) -> Callable[[Args, Args], Args]:
+        """Return what keeps values, those that were given left out, where there is room."""
+        if self._in_files:
+            return MappedFile(cache_folder()).keep_new
+        return lambda values, given: values
 
     def _end(self, number: int) -> Cut | None:
         return self._starts[number + 1] if number + 1 < len(self._starts) else None

@@ -137,13 +137,8 @@ class StreamedReplay(Replay):
         found = graph.rewrite(policy, "raise", self._traced.tags)
         after = []
         for (args, _), before in zip(self._kept, values, strict=True):
-            given = {id(each) for each in (*args, *before)}
-            after.append(
-                tuple(
-                    file.keep(each) if isinstance(each, Tensor) and id(each) not in given else each
-                    for each in graph.run(*args, *before)
-                )
-            )
+            given = (*args, *before)
+            after.append(file.keep_new(graph.run(*given), given))
         self._drop(graph)
         return after, found
 

@@ -15,6 +15,7 @@ from torch import nn
 import fp4graph
 from fp4graph.errors import CalibrationError, OptionError, SelectorError
 from fp4graph.formats import rotate
+from fp4graph.mapped import MappedFile
 from fp4graph.quantizers import Hessian, gptq, output_error
 
 if TYPE_CHECKING:
@@ -55,6 +56,26 @@ def test_the_backend_runs_what_was_found(family: str, format: str, tmp_path: Pat
     torch._dynamo.reset()
     plain = logits(torch.compile(model, backend=nearest))
     assert relative_l2(out, logits(model)) < relative_l2(plain, logits(model))
+
+
+@pytest.mark.parametrize("quantizer", ["gptq", "distilled"])
+def test_values_between_blocks_may_lie_in_files(
+    quantizer: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    found = fp4graph.calibrate(model, BATCHES, "mlp", quantizer=quantizer)
+    monkeypatch.setenv("FP4GRAPH_CACHE", str(tmp_path))
+    monkeypatch.setattr("fp4graph.calibration.blocks.fits", lambda *_: False)
+    kept: list[int] = []
+    keep = MappedFile.keep
+    monkeypatch.setattr(
+        MappedFile, "keep", lambda self, each: (kept.append(each.nbytes), keep(self, each))[1]
+    )
+    torch._dynamo.reset()
+    again = fp4graph.calibrate(model, BATCHES, "mlp", quantizer=quantizer)
+    assert again.digest() == found.digest()
+    residual = BATCHES[0].numel() * 64 * 4
+    assert kept.count(residual) >= len(BATCHES) * (2 if quantizer == "distilled" else 1)
 
 
 def inputs_of(model: nn.Module, name: str) -> Tensor:
