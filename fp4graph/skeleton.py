@@ -50,7 +50,7 @@ def check_memory(count: int, dtype: torch.dtype, device: torch.device | str) -> 
     if needed <= free:
         return
     smaller = count * _SMALLER.itemsize
-    advice = "a machine with more memory is needed"
+    advice = "ablate, sensitivity, outliers and calibrate read it from disk: --stream"
     if dtype.itemsize > _SMALLER.itemsize and smaller <= free:
         advice = f"in bfloat16 it takes {smaller / 1e9:.1f} GB: --dtype bfloat16"
     name = str(dtype).removeprefix("torch.")

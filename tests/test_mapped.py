@@ -154,7 +154,7 @@ OPTIONS = "--corpus", "pydoc", "--tokens", "128", "--seq-len", "32", "--json"
     ],
     ids=lambda each: "-".join(each[::3]),
 )
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", ["mixtral"])
 def test_studies_give_the_same(
     command: tuple[str, ...], family: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -70,7 +70,7 @@ def calibrate(
             rotate is SmoothQuant with alpha 0.6 or as said: inputs that come from a norm are
             divided in the norm.
         activations: `same` rounds inputs too while codes are found (W4A4): between blocks, and
-            where `learned` and `distilled` train.
+            where `learned` and `distilled` train. `int8` has no part in finding codes.
         serve: `vllm` or `sglang`: linears of one input that run in one way share a per-tensor scale
             from the start, as such engines want it of those that they compute as one. `export`
             leaves their codes and scales then as they are.
