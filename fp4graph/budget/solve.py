@@ -97,8 +97,8 @@ def _solved(
         rows.append(csr_array([same]))
         low.append(-np.inf)
         high.append(float(len(kept) - apart))
-    scale = max(float(np.abs(cost).max()), 1e-300)
-    damage = damage / max(float(damage.max()), 1e-300)
+    scale = float(np.abs(cost).max()) or 1.0
+    damage = damage / (float(damage.max()) or 1.0)
     rows.append(csr_array([cost / scale]))
     room = limit / scale
     step = _STEP * max(1.0, room)

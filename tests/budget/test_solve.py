@@ -48,6 +48,7 @@ COSTS = st.lists(
 
 @given(COSTS, st.floats(0.05, 1.2))
 @example([[(1.0, 1), (1e-9, 2)]], 1.0)
+@example([[(2.225073858507e-311, 1)]], 1.0)
 @settings(deadline=None)
 def test_it_is_the_best_of_all_plans(costs: list[list[tuple[float, int]]], share: float) -> None:
     items = items_of(costs)
