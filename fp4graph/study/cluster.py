@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fp4graph.study.trial import Row, Trial
 
 _MOST_ATTEMPTS = 3  # that one trial may take its worker down with it
+_TOKEN = "one that wants a token wants RAY_AUTH_MODE=token here too"  # and answers nothing else
 _LOG = logging.getLogger("fp4graph.ablate")
 
 
@@ -292,7 +293,8 @@ def _connected(on: str) -> Iterator[Any]:
         try:
             ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise StudyError(f"cannot reach the cluster {on}: {error}") from None
+            reason = " ".join(str(error).split())[:300]
+            raise StudyError(f"cannot reach the cluster {on}: {reason}; {_TOKEN}") from None
     try:
         yield ray
     finally:
