@@ -30,7 +30,7 @@ WANTED: dict[str, Any] = {"by": ("role", "block"), "format": ("nvfp4", "mxfp4")}
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    os.environ["RAY_worker_niceness"] = "0"  # or what runs beside starves the workers
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 # Ray's name; or the workers starve
     where = str(Path(__file__).parents[1])
     environment = {"env_vars": {"PYTHONPATH": where, "OMP_NUM_THREADS": "1"}}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
