@@ -9,6 +9,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fp4graph.cache import cache_folder
+from fp4graph.errors import StudyError
 from fp4graph.mapped import MappedFile, is_mapped
 from fp4graph.memory import let_go
 
@@ -24,11 +25,15 @@ class MappedConfig(QuantizationConfigMixin):
     """Weights that stay dense, for transformers' `from_pretrained`: each is mapped when it is read.
 
     It has to be taken off what was loaded, with `plain`.
+
+    Attributes:
+        error: why a weight could not be kept, where transformers says only that one failed.
     """
 
     def __init__(self) -> None:
         self.quant_method = _METHOD
         self.file = MappedFile(cache_folder())
+        self.error: StudyError | None = None
 
     def __deepcopy__(self, memo: object) -> MappedConfig:
         return self
@@ -56,8 +61,6 @@ class MappedQuantizer(HfQuantizer):
         usual = model.config.dtype  # the others' dtype is transformers' to see to
         named = model.named_parameters()
         self._shapes = {name: each.shape for name, each in named if each.dtype == usual}
-        sizes = (each.nbytes for each in model.parameters())
-        self.quantization_config.file.room(sum(sizes))
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether it is a weight, of the shape that the model has."""
@@ -65,7 +68,7 @@ class MappedQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return what maps."""
-        return _Map(self.quantization_config.file, self._shapes)
+        return _Map(self.quantization_config, self._shapes)
 
     def is_serializable(self) -> bool:
         """Whether `save_pretrained` works: what is plain again can be saved."""
@@ -78,8 +81,8 @@ class MappedQuantizer(HfQuantizer):
 
 
 class _Map(ConversionOps):
-    def __init__(self, file: MappedFile, shapes: dict[str, torch.Size]) -> None:
-        self._file, self._shapes = file, shapes
+    def __init__(self, config: MappedConfig, shapes: dict[str, torch.Size]) -> None:
+        self._config, self._shapes = config, shapes
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         found = {}
@@ -88,7 +91,14 @@ class _Map(ConversionOps):
             if self._shapes.get(name) != tensor.shape:
                 self._shapes.pop(name, None)  # transformers is to name it
             elif not is_mapped(tensor):
-                tensor = self._file.keep(tensor)
+                tensor = self._kept(tensor)
             let_go(tensor)
             found[name] = tensor
         return found
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        try:
+            return self._config.file.keep(tensor)
+        except StudyError as error:
+            self._config.error = error
+            raise

@@ -195,13 +195,19 @@ def load(
                 check_memory(parameters_of(hull), dtype, device)
             if packed_config(hull.config) is not None:
                 _check_dense_config(hull.config)
-        how: dict[str, Any] = {"quantization_config": MappedConfig()} if stream else {}
-        if gguf is not None:
-            model, tokenizer = load_gguf(Path(folder) / gguf, dtype, allow_weights, **how)
-            problem = ""
-        else:
-            model = read_checkpoint(folder, dtype, allow_weights, **how)
-            tokenizer, problem = _tokenizer(folder)
+        mapped = MappedConfig() if stream else None
+        how: dict[str, Any] = {} if mapped is None else {"quantization_config": mapped}
+        try:
+            if gguf is not None:
+                model, tokenizer = load_gguf(Path(folder) / gguf, dtype, allow_weights, **how)
+                problem = ""
+            else:
+                model = read_checkpoint(folder, dtype, allow_weights, **how)
+                tokenizer, problem = _tokenizer(folder)
+        except RuntimeError:
+            if mapped is not None and mapped.error is not None:
+                raise mapped.error from None
+            raise
         model = plain(model) if stream else model
         check_dense(model)
     model = _frozen(model).to(device)

@@ -6,7 +6,6 @@ import errno
 import gc
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,6 +16,7 @@ from support.models import tiny, tokens
 from fp4graph import ModelError, OptionError, StudyError, models
 from fp4graph.cli import main
 from fp4graph.mapped import MappedFile, is_mapped
+from fp4graph.memory import give_back_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +36,7 @@ WAYS = [
 def anonymous() -> int:
     """Return how much memory this process has that no file backs, bytes."""
     gc.collect()
+    give_back_memory()  # what was freed is to be counted no more
     lines = Path("/proc/self/status").read_text().splitlines()
     (found,) = (line.split()[1] for line in lines if line.startswith("RssAnon"))
     return int(found) * 1024
@@ -114,13 +115,11 @@ def test_its_weights_take_no_memory(tmp_path: Path) -> None:
     assert anonymous() - before < size / 5
     del loaded
     loaded = models.load(str(tmp_path))
-    assert anonymous() - before > size / 2
+    assert not any(map(is_mapped, loaded.model.parameters())), "which are of another dtype"
     assert not loaded.streamed
 
 
-def test_faults_are_said(
-    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_faults_are_said(tmp_path: Path, tiny_folder: Path) -> None:
     with pytest.raises(OptionError, match="device=cuda: what is streamed runs on the CPU"):
         models.load(str(tiny_folder), device="cuda", stream=True)
     with pytest.raises(OptionError, match="has no weights in a file"):
@@ -135,8 +134,15 @@ def test_faults_are_said(
     config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"another shape for model.layers.0.mlp.down_proj.weight"):
         models.load(str(tmp_path), torch.bfloat16, stream=True)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
-    with pytest.raises(StudyError, match="no room in"):
+
+
+def test_a_copy_that_has_no_room(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    assert models.load(str(tiny_folder), stream=True).streamed, "its files have that dtype"
+    with pytest.raises(StudyError, match=r"cannot keep values in .*No space left"):
         models.load(str(tiny_folder), torch.bfloat16, stream=True)
 
 
