@@ -50,7 +50,7 @@ def check_memory(count: int, dtype: torch.dtype, device: torch.device | str) -> 
     if needed <= free:
         return
     smaller = count * _SMALLER.itemsize
-    advice = "ablate, sensitivity, outliers and calibrate read it from disk: --stream"
+    advice = "more memory is needed, or --stream: ablate, sensitivity, outliers, calibrate have it"
     if dtype.itemsize > _SMALLER.itemsize and smaller <= free:
         advice = f"in bfloat16 it takes {smaller / 1e9:.1f} GB: --dtype bfloat16"
     name = str(dtype).removeprefix("torch.")
