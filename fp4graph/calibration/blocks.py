@@ -56,6 +56,7 @@ class Blocks:
     Raises:
         CalibrationError: the model cannot be run block by block; no batches, or of several shapes;
             a linear that cannot be calibrated.
+        StudyError: values between blocks have room neither in memory nor on the disk.
     """
 
     def __init__(
@@ -86,7 +87,8 @@ class Blocks:
             self._linears[number][node] = site
         first = segment(self._gm, Cut(0, ()), self._starts[0])
         needed = max(cut.bytes for cut in self._starts) * len(self._args) * (2 if dense else 1)
-        self._in_files = not fits(needed, self._starts[0].device)
+        device = self._starts[0].device
+        self._in_files = device.type == "cpu" and not fits(needed, device)
         kept = self._kept()
         self._live: list[Args] = []
         for args in self._args:

@@ -96,6 +96,7 @@ def calibrate(
         CalibrationError: the model cannot be run block by block; no batches, or of several shapes;
             a linear that cannot be calibrated, or whose inputs were NaN or Inf.
         WeightError: a weight holds NaN or Inf.
+        StudyError: values between blocks have room neither in memory nor on the disk.
     """
     policy = policy_for(select, format, quantizer, activations)
     learns = any(scheme.quantizer.trains for scheme in policy.schemes)

@@ -11,6 +11,7 @@ from fp4graph.errors import CalibrationError
 from fp4graph.graph.match import match_linear
 from fp4graph.graph.site import LinearSite, site_of
 from fp4graph.traced.cuts import Cut
+from fp4graph.traced.recorded import graph_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -64,31 +65,18 @@ def starts(found: Sequence[Cut], selected: Mapping[int, tuple[Node, LinearSite]]
     return [Cut(0, ()), *starts] if before or not starts else starts
 
 
-class _Recorded(Exception):
-    """Ends a call of the model early: what its graph is given is known."""
-
-
 @torch.no_grad()
 def record(traced: TracedModel, batches: Iterable[Tensor | Mapping[str, Any]]) -> list[Args]:
     """Return the inputs of the model's graph for each batch; but for the first it is not run."""
     found: list[Args] = []
-
-    def record(*args: Any) -> Any:
-        found.append(args)
-        raise _Recorded
-
     for batch in batches:
         inputs = {"input_ids": batch, "use_cache": False} if isinstance(batch, Tensor) else batch
         if not traced.graphs:
             traced.settle(**inputs)
-        if len(traced.graphs) != 1:
-            break
-        try:
-            with traced.graphs[0].running(record):
-                traced(**inputs)
-        except _Recorded:
-            continue
-        break  # another graph ran, which the caller notices
+        args = graph_inputs(traced, inputs) if len(traced.graphs) == 1 else None
+        if args is None:
+            break  # another graph ran, which the caller notices
+        found.append(args)
     if not traced.graphs:
         raise CalibrationError("there are no batches to calibrate with")
     return found

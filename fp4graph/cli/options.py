@@ -183,7 +183,7 @@ def stream_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
     text = "For a model larger than memory: weights stay on disk, and blocks run in turn."
     return click.option(
-        "--stream", is_flag=True, callback=keep, expose_value=False, help=text,
+        "--stream", is_flag=True, is_eager=True, callback=keep, expose_value=False, help=text,
     )(command)  # fmt: skip
 
 
@@ -225,7 +225,7 @@ class _Device(click.ParamType[Any]):
 def _fastest() -> str:
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() and not is_streamed() else "cpu"
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:

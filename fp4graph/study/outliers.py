@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fp4graph import TracedModel
 from fp4graph.models import check_length
-from fp4graph.study.taps import tap_of, told
+from fp4graph.study.taps import steps_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -135,12 +135,11 @@ def outliers(
     traced = TracedModel(loaded.model)
     all_ids = windows.ids.to(loaded.device)
     traced.settle(input_ids=all_ids[:1], use_cache=False)
-    tap = tap_of(loaded, traced)
     seen: dict[str, Accumulator] = {}
     tokens: dict[str, int] = defaultdict(int)
     weights: dict[LinearTag, Outliers] = {}
     inputs = [{"input_ids": ids, "use_cache": False} for ids in all_ids.split(1)]
-    for step in told(tap.steps(inputs), tap.parts, progress):
+    for step in steps_of(loaded, traced, inputs, progress):
         # q, k and v have one input between them
         own: dict[tuple[tuple[int, int], ...], Accumulator] = {}
         for tag, calls in step.seen.items():

@@ -28,7 +28,7 @@ from fp4graph import (
     quantize,
 )
 from fp4graph.models import check_length
-from fp4graph.study.taps import tap_of, told
+from fp4graph.study.taps import steps_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -187,9 +187,8 @@ class Sensitivity:
         self._generator = torch.Generator("cpu").manual_seed(0)
         dense = _seconds(loaded, ids_WT)
         start = time.perf_counter()
-        tap = tap_of(loaded, traced)
         inputs = [{"input_ids": ids, "use_cache": False} for ids in ids_WT.split(1)]
-        for step in told(tap.steps(inputs, self._losses), tap.parts, progress):
+        for step in steps_of(loaded, traced, inputs, progress, self._losses):
             self._take(step, schemes)
         self.forwards = (time.perf_counter() - start) / dense
         scored = [

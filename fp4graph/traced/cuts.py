@@ -24,6 +24,8 @@ from fp4graph.graph.writes import written
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from fp4graph.traced.model import TracedGraph
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -48,6 +50,16 @@ class Cut:
         values = (node.meta.get("example_value") for node in self.live)
         found = (value.device for value in values if isinstance(value, Tensor))
         return next(found, torch.device("cpu"))
+
+
+def places(graphs: Sequence[TracedGraph]) -> list[Cut] | str:
+    """Return where a traced model is cut: at its start and before each block; or why it is not."""
+    if len(graphs) != 1:
+        return f"Dynamo made {len(graphs)} graphs of it"
+    found = cuts(graphs[0].tagged)
+    if isinstance(found, str):
+        return found
+    return [Cut(0, ()), *found] if found else "it has no blocks"
 
 
 def cuts(gm: GraphModule) -> list[Cut] | str:

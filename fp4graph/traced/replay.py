@@ -18,8 +18,9 @@ from fp4graph.graph.site import site_of
 from fp4graph.memory import fits
 from fp4graph.passes.pipeline import rows
 from fp4graph.report import Report
-from fp4graph.traced.cuts import Cut, cuts, segment, tapped
+from fp4graph.traced.cuts import Cut, places, segment, tapped
 from fp4graph.traced.model import TracedGraph
+from fp4graph.traced.recorded import NO_LOGITS, place_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -64,9 +65,7 @@ class Replay:
         self.refusal = self._find_cuts()
 
     def _find_cuts(self) -> str | None:
-        if len(self._traced.graphs) != 1:
-            return f"Dynamo made {len(self._traced.graphs)} graphs of it"
-        found = cuts(self._traced.graphs[0].tagged)
+        found = places(self._traced.graphs)
         if isinstance(found, str):
             return found
         live = {node for cut in found for node in cut.live}
@@ -74,8 +73,8 @@ class Replay:
         needed = len(self._inputs) * everything.bytes
         if not self._has_room(needed, everything.device):
             return f"the values before its blocks take {needed / 1e9:.1f} GB"
-        self._places = [Cut(0, ()), *found]
-        return None if found else "it has no blocks"
+        self._places = found
+        return None
 
     def _has_room(self, needed: int, device: torch.device) -> bool:
         return fits(needed, device)
@@ -101,13 +100,13 @@ class Replay:
 
         with graph.running(run):
             picked = self._pick(self._traced(**inputs))
-        self._find_output(outputs, picked)
+        self._find_output(place_of(picked, outputs))
         return picked
 
-    def _find_output(self, outputs: Sequence[Any], picked: Tensor) -> None:
-        self._output = next((i for i, each in enumerate(outputs) if each is picked), -1)
-        if self._output < 0:
-            self.refusal = "its graph does not return the logits as they are"
+    def _find_output(self, place: int) -> None:
+        self._output = place
+        if place < 0:
+            self.refusal = NO_LOGITS
 
     def select(self, policy: Policy, base: Policy | None = None) -> Report:
         """Rewrite what comes between the cuts around everything in which two policies differ.

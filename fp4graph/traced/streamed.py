@@ -9,19 +9,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from fp4graph.errors import StudyError
 from fp4graph.mapped import MappedFile
 from fp4graph.packed.cache import CACHE
 from fp4graph.passes.pipeline import rows
 from fp4graph.report import Report
+from fp4graph.traced.recorded import graph_inputs, output_place
 from fp4graph.traced.replay import Replay
 from fp4graph.traced.tap import TRACED_ANEW
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
+
+    from torch import Tensor
 
     from fp4graph.policy import Policy
     from fp4graph.report import LinearRow
@@ -65,8 +67,8 @@ class StreamedReplay(Replay):
         """See `Replay.dense`; the first one runs all inputs."""
         if self.refusal is None and not index:
             self._traced.select(None)
-            for inputs in self._inputs:
-                self._record(inputs)
+            self._kept = [(self._given(inputs), {}) for inputs in self._inputs]
+            self._find_output(output_place(self._traced, self._inputs[0], self._pick))
         if self.refusal is not None:
             return super().dense(index)
         if not index:
@@ -78,10 +80,11 @@ class StreamedReplay(Replay):
             self._finish(number, None, self._dense_values(number))
         return self.run(index)
 
-    def _record(self, inputs: Mapping[str, Any]) -> None:
-        args, outputs, out = recorded(self._traced, inputs)
-        self._kept.append((args, {}))
-        self._find_output(outputs, self._pick(out))
+    def _given(self, inputs: Mapping[str, Any]) -> Values:
+        found = graph_inputs(self._traced, inputs)
+        if found is None:
+            raise StudyError(TRACED_ANEW)
+        return found
 
     @torch.no_grad()
     def select(self, policy: Policy, base: Policy | None = None) -> Report:
@@ -167,34 +170,3 @@ class _Before:
     def __init__(self, policy: Policy, values: list[Values]) -> None:
         self.policy, self.values = policy, values
         self.rows: list[list[LinearRow]] = []  # of each piece
-
-
-def recorded(traced: TracedModel, inputs: Mapping[str, Any]) -> tuple[Values, list[Any], Any]:
-    """Return what a model's one graph is given, and what it and the model give, without values.
-
-    Raises:
-        StudyError: another graph ran.
-    """
-    (graph,) = traced.graphs
-    given: list[Any] = []
-    outputs: list[Any] = []
-
-    def run(*args: Any) -> Any:
-        given.extend(args)
-        made: Any = graph.tagged.graph.output_node().args[0]
-        outputs.extend(map(_empty, made))
-        return tuple(outputs)
-
-    with graph.running(run):
-        out = traced(**inputs)
-    if len(traced.graphs) > 1:
-        raise StudyError(TRACED_ANEW)
-    return tuple(given), outputs, out
-
-
-def _empty(made: Any) -> Any:
-    """Return something like a graph's output, without values."""
-    value = made.meta.get("example_value") if isinstance(made, torch.fx.Node) else made
-    if not isinstance(value, Tensor):
-        return value
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

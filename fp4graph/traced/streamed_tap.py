@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,18 +11,17 @@ from torch import Tensor
 
 from fp4graph.errors import StudyError
 from fp4graph.mapped import MappedFile
-from fp4graph.traced.cuts import Cut, cuts, segment
-from fp4graph.traced.streamed import recorded
-from fp4graph.traced.tap import LinearTap, Step, Watched, gradients_by, seen_by_tag
+from fp4graph.traced.cuts import places, segment
+from fp4graph.traced.recorded import NO_LOGITS, graph_inputs, output_place
+from fp4graph.traced.tap import TRACED_ANEW, Step, Watched, gradients_by, seen_by_tag
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from fp4graph.traced.cuts import Cut
     from fp4graph.traced.model import TracedModel
     from fp4graph.traced.tap import Call, Gradients, Inputs, Losses
-
-_LOG = logging.getLogger("fp4graph.stream")
 
 
 @dataclass
@@ -48,37 +46,47 @@ class StreamedTap:
 
     Args:
         traced: the model, traced.
+        inputs: of the model, keyword arguments each.
         folder: for the files, on a disk.
+        losses: see `LinearTap.steps`.
 
     Attributes:
-        parts: how many steps an input has.
+        refusal: why the model cannot be cut, or None; then nothing else may be called.
 
     Raises:
-        StudyError: linears are inside higher-order ops; values cannot be kept.
+        StudyError: linears are inside higher-order ops; Dynamo traced the model anew.
     """
 
-    def __init__(self, traced: TracedModel, folder: Path) -> None:
-        self._traced, self._folder = traced, folder
-        self._output = 0
+    def __init__(
+        self,
+        traced: TracedModel,
+        inputs: Sequence[Inputs],
+        folder: Path,
+        losses: Losses | None = None,
+    ) -> None:
+        self._folder, self._losses = folder, losses
         self._needs_grad: set[str] = set()
         self._places: list[Cut] = []
         self._pieces: list[Watched] = []
-        refusal = self._cut()
-        self._whole = None if refusal is None else LinearTap(traced)
-        if refusal is not None:
-            _LOG.warning("each window runs the whole model: %s", refusal)
+        self._runs: list[_Run] = []
+        with torch.set_grad_enabled(losses is not None):
+            self.refusal = self._cut(traced, inputs)
 
-    def _cut(self) -> str | None:
-        if len(self._traced.graphs) != 1:
-            return f"Dynamo made {len(self._traced.graphs)} graphs of it"
-        gm = self._traced.graphs[0].tagged
-        found = cuts(gm)
+    def _cut(self, traced: TracedModel, inputs: Sequence[Inputs]) -> str | None:
+        found = places(traced.graphs)
         if isinstance(found, str):
             return found
-        self._places = [Cut(0, ()), *found]
-        ends = [*found, None]
-        for start, end in zip(self._places, ends, strict=True):
-            self._pieces.append(Watched(segment(gm, start, end)))
+        for each in inputs:
+            args = graph_inputs(traced, each)
+            if args is None:
+                raise StudyError(TRACED_ANEW)
+            self._runs.append(_Run(args))
+        self._output = output_place(traced, inputs[0], lambda out: out.logits)
+        if self._output < 0:
+            return NO_LOGITS
+        self._places = found
+        for start, end in zip(found, [*found[1:], None], strict=True):
+            self._pieces.append(Watched(segment(traced.graphs[0].tagged, start, end)))
         pieces = Counter(tag for piece in self._pieces for tag in dict.fromkeys(piece.tags))
         again = next((tag.fqn for tag, count in pieces.items() if count > 1), None)
         return f"{again} is used in several blocks" if again else None
@@ -86,54 +94,44 @@ class StreamedTap:
     @property
     def parts(self) -> int:
         """How many steps an input has."""
-        return 1 if self._whole else len(self._pieces)
+        return len(self._pieces)
 
-    def steps(self, inputs: Sequence[Inputs], losses: Losses | None = None) -> Iterator[Step]:
+    def steps(self) -> Iterator[Step]:
         """Yield what linears saw and the gradients of losses, block by block, input by input.
 
-        With losses from the last block to the first. See `LinearTap.steps`.
+        With losses from the last block to the first.
+
+        Raises:
+            StudyError: values cannot be kept.
         """
-        if self._whole is not None:
-            yield from self._whole.steps(inputs, losses)
-            return
-        with torch.set_grad_enabled(losses is not None):
-            runs = list(map(self._begin, inputs))
         file = MappedFile(self._folder)
         last = len(self._pieces) - 1
-        for number in range(last if losses else last + 1):
-            for index, run in enumerate(runs):
-                seen = self._forward(number, run, file, grads=losses is not None)
-                if not losses:
+        for number in range(last if self._losses else last + 1):
+            for index, run in enumerate(self._runs):
+                seen = self._forward(number, run, file)
+                if not self._losses:
                     yield Step(index, seen_by_tag(seen), [])
-        if losses:
+        if self._losses:
             for number in range(last, -1, -1):
                 file = MappedFile(self._folder)
-                for index, run in enumerate(runs):
-                    yield self._backward(number, index, run, losses, file)
+                for index, run in enumerate(self._runs):
+                    yield self._backward(number, index, run, self._losses, file)
 
-    def _begin(self, inputs: Inputs) -> _Run:
-        args, outputs, out = recorded(self._traced, inputs)
-        self._output = next((i for i, each in enumerate(outputs) if each is out.logits), -1)
-        if self._output < 0:
-            raise StudyError("a streamed model's graph has to return the logits as they are")
-        return _Run(args)
-
-    def _run(self, number: int, run: _Run, *, grads: bool) -> tuple[Any, list[Call], list[Tensor]]:
+    def _run(self, number: int, run: _Run) -> tuple[Any, list[Call], list[Tensor]]:
         """Run a piece; return what it gives, what linears saw, and what gradients go on to."""
         names = [node.name for node in self._places[number].live]
         live = [run.live[name] for name in names]
         wanted = []
-        if grads:
-            for place, name in enumerate(names):
-                if name in self._needs_grad:
-                    live[place] = live[place].detach().requires_grad_()
-                    wanted.append(live[place])
-        with torch.set_grad_enabled(grads):
+        for place, name in enumerate(names):
+            if name in self._needs_grad:
+                live[place] = live[place].detach().requires_grad_()
+                wanted.append(live[place])
+        with torch.set_grad_enabled(self._losses is not None):
             own, calls = self._pieces[number](*run.args, *live)
         return own, calls, wanted
 
-    def _forward(self, number: int, run: _Run, file: MappedFile, *, grads: bool) -> list[Call]:
-        own, calls, _ = self._run(number, run, grads=grads)
+    def _forward(self, number: int, run: _Run, file: MappedFile) -> list[Call]:
+        own, calls, _ = self._run(number, run)
         if number + 1 < len(self._places):
             for node, each in zip(self._places[number + 1].live, own, strict=True):
                 if isinstance(each, Tensor) and each.requires_grad:
@@ -145,7 +143,7 @@ class StreamedTap:
     def _backward(
         self, number: int, index: int, run: _Run, losses: Losses, file: MappedFile
     ) -> Step:
-        own, calls, wanted = self._run(number, run, grads=True)
+        own, calls, wanted = self._run(number, run)
         names = [node.name for node in self._places[number].live if node.name in self._needs_grad]
         found: list[Gradients] = []
         before: list[dict[str, Tensor]] = []

@@ -161,14 +161,9 @@ class LinearTap:
     Args:
         traced: the model, traced; its dense form is run.
 
-    Attributes:
-        parts: how many steps an input has.
-
     Raises:
         StudyError: a graph has linears inside higher-order ops.
     """
-
-    parts = 1
 
     def __init__(self, traced: TracedModel) -> None:
         self._traced = traced
