@@ -2,8 +2,9 @@
 
     python bench/gpu_cuts.py [--shapes 14336x4096,...] [--rows 1,8,16] [--json FILE]
 
-Protocol: that of `gpu_kernels.py`, each cut a variant. They are compiled first, in --jobs processes
-that fill Triton's cache. Printed are the fastest, with their time over that of today's choice.
+`fp4graph gpu-check` goes from neighbour to neighbour; this tries all. Protocol: that of
+`fp4graph/gpu_check/cuda.py`, each cut a call. They are compiled first, in --jobs processes that
+fill Triton's cache. Printed are the fastest, with their time over that of today's choice.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from gpu_kernels import SHAPES, Variant, alternate, capture, copies_of
 
 import fp4graph
-from fp4graph.formats import FORMATS
+from fp4graph.formats import FP4_FORMATS
+from fp4graph.gpu_check.cuda import Cuda
+from fp4graph.gpu_check.device import Call
+from fp4graph.gpu_check.speed import SHAPES
 from fp4graph.kernels import target_of
 from fp4graph.kernels.triton.mma import launch, layout
 from fp4graph.kernels.triton.mma.cut import Cut, choose
@@ -55,7 +58,7 @@ def caller(n: int, k: int, rows: int, name: str) -> tuple[Callable[..., object],
     w = torch.randn(n, k, device="cuda", generator=generator) / k**0.5
     x = torch.randn(rows, k, device="cuda", generator=generator).bfloat16()
     order = layout.order_of(x.dtype, target)
-    format = FORMATS[name]
+    format = FP4_FORMATS[name]
     tensors = layout.pack(fp4graph.quantize(w, name), order)
 
     def call(each: tuple[Tensor, ...], cut: Cut) -> Tensor:
@@ -73,13 +76,17 @@ def compile_cuts(job: tuple[int, int, int, str, list[Cut]]) -> None:
     torch.cuda.synchronize()
 
 
+def call_cut(call: Callable[..., object], cut: Cut, *tensors: Tensor) -> object:
+    return call(tensors, cut)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--shapes", default=SHAPES, help="NxK,...")
+    parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES), help="NxK,...")
     parser.add_argument("--rows", default="1,16,64")
-    parser.add_argument("--format", choices=list(FORMATS), default="nvfp4")
+    parser.add_argument("--format", choices=list(FP4_FORMATS), default="nvfp4")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--jobs", type=int, default=8)
     parser.add_argument("--best", type=int, default=8, help="how many to print")
@@ -96,16 +103,16 @@ def main() -> None:
     ]
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as processes:
         list(processes.map(compile_cuts, jobs))
+    device = Cuda(torch.device("cuda", 0))
     for n, k, rows, name in problems:
         call, tensors = caller(n, k, rows, name)
-        today = choose(rows, n, k, target_of(torch.device("cuda")))
-        pool = copies_of(*tensors)
-        found: dict[Cut, Variant] = {
-            cut: capture(str(cut), partial(call, cut=cut), pool)
-            for cut in dict.fromkeys((today, *cuts(rows, k)))
+        today = choose(rows, n, k, device.target)
+        asked = list(dict.fromkeys((today, *cuts(rows, k))))
+        calls = [Call(str(cut), partial(call_cut, call, cut), tuple(tensors)) for cut in asked]
+        measured = device.times(calls, arguments.rounds)
+        times = {
+            cut: statistics.median(each) * 1e6 for cut, each in zip(asked, measured, strict=True)
         }
-        alternate(list(found.values()), arguments.rounds)
-        times = {cut: statistics.median(each.times) * 1e6 for cut, each in found.items()}
         print(f"{name} {n}x{k}, {rows} rows; today's: {times[today]:.2f} us, {today}")
         for cut in sorted(times, key=times.__getitem__)[: arguments.best]:
             print(f"    {times[cut]:7.2f} us  {times[today] / times[cut]:.2f} x  {cut}")
@@ -114,7 +121,6 @@ def main() -> None:
                 for cut, time in times.items():
                     line = {"shape": f"{n}x{k}", "rows": rows, "format": name, "us": time}
                     file.write(json.dumps({**line, **vars(cut)}) + "\n")
-        del found
         torch.cuda.empty_cache()
 
 

@@ -19,6 +19,7 @@ from fp4graph.cli.doctor import doctor_command
 from fp4graph.cli.export import export_command
 from fp4graph.cli.export_results import export_results_command
 from fp4graph.cli.fit import fit_command
+from fp4graph.cli.gpu_check import gpu_check_command
 from fp4graph.cli.inspect import inspect_command
 from fp4graph.cli.latency import latency_command
 from fp4graph.cli.outliers import outliers_command
@@ -71,3 +72,4 @@ main.add_command(sensitivity_command)
 main.add_command(additivity_command)
 main.add_command(tasks_command)
 main.add_command(latency_command)
+main.add_command(gpu_check_command)

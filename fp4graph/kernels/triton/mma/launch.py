@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from fp4graph.kernels.triton.launch import add_up, as_matrix
 from fp4graph.kernels.triton.mma import bodies, unpacking
-from fp4graph.kernels.triton.mma.cut import MOST_ROWS, Cut, choose
+from fp4graph.kernels.triton.mma.cut import MOST_ROWS, Cut
+from fp4graph.kernels.triton.mma.kept import cut_for
 from fp4graph.kernels.triton.mma.layout import COLUMNS, ROWS, Order
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def linear(
         order: of the stream's bits.
         block_size: B.
         target: what it runs on.
-        cut: how to cut the work; chosen by size if None.
+        cut: how to cut the work; kept for this machine or chosen by size if None.
         dtype: of the result of up to 128 rows; that of x if None.
         run: what a kernel is launched by: itself, or something that stands in for a GPU.
 
@@ -69,7 +70,7 @@ def linear(
     elif not rows.is_contiguous() or rows.storage_offset() % 2:
         rows = rows.clone(memory_format=torch.contiguous_format)
     words = rows.view(torch.int32)  # two activations each
-    cut = cut or choose(M, N, K, target)
+    cut = cut or cut_for(M, N, K, target)
     out = y
     if cut.split > 1:
         out = torch.empty((cut.split, M, N), dtype=torch.float32, device=x.device)

@@ -1,0 +1,149 @@
+"""The search for the best cut, with times by a table and products by the reference."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from support.fake_device import FakeDevice
+from torch.nn.functional import linear
+
+import fp4graph
+from fp4graph.gpu_check import cuts
+from fp4graph.kernels import parse_target
+from fp4graph.kernels.triton.mma.cut import Cut, choose
+from fp4graph.kernels.triton.mma.kept import cut_for, keep
+from fp4graph.kernels.triton.mma.layout import COLUMNS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytest.importorskip("triton")
+
+H100 = "cuda:sm_90"
+N, K = 256, 512
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FP4GRAPH_CACHE", str(tmp_path))
+    cut_for.cache_clear()
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cut, Exception | float], None]:
+    """Let every cut give the right product, but for those that are told otherwise."""
+    odd: dict[Cut, Exception | float] = {}
+
+    def multiply(device: FakeDevice, x: torch.Tensor, cut: Cut) -> Callable[..., torch.Tensor]:
+        generator = torch.Generator().manual_seed(N + K)
+        w = torch.randn(N, K, generator=generator) / K**0.5
+        dense = fp4graph.quantize(w, cuts.FORMAT).dequantize(torch.bfloat16)
+
+        def run(*_: torch.Tensor) -> torch.Tensor:
+            what = odd.get(cut, 1.0)
+            if isinstance(what, Exception):
+                raise what
+            return linear(x, dense) * what
+
+        return run
+
+    monkeypatch.setattr(cuts, "_multiply", multiply)
+    return odd.__setitem__
+
+
+def best_of(*names: str) -> Callable[[str], float]:
+    """Let the last of some cuts be the fastest, the one before it the second."""
+    order = {name: 1e-5 / (number + 2) for number, name in enumerate(names)}
+    return lambda name: order.get(name, 1e-5)
+
+
+def path(start: Cut, length: int) -> list[Cut]:
+    """Go from neighbour to neighbour."""
+    found = [start]
+    while len(found) <= length:
+        found.append(next(cut for cut in cuts.neighbours(found[-1], K) if cut not in found))
+    return found
+
+
+def test_goes_from_neighbour_to_neighbour_to_the_fastest(
+    products: Callable[[Cut, Exception | float], None],
+) -> None:
+    chosen, *way = path(choose(1, N, K, parse_target(H100)), 3)
+    device = FakeDevice(best_of(*map(str, way)), H100)
+    tuned = cuts.tune(device, N, K, 1)
+    assert tuned.cut == way[-1]
+    assert (tuned.chosen, tuned.best) == (str(chosen), str(way[-1]))
+    assert tuned.gain == pytest.approx(4)
+    assert device.timed[-1] == [str(chosen), str(way[-1])]
+    assert not tuned.failed
+
+
+def test_what_fails_or_is_wrong_is_not_taken(
+    products: Callable[[Cut, Exception | float], None],
+) -> None:
+    chosen = choose(16, N, K, parse_target(H100))
+    broken, wrong, good = cuts.neighbours(chosen, K)[:3]
+    products(broken, RuntimeError("out of resource: shared memory"))
+    products(wrong, 1.1)
+    device = FakeDevice(best_of(str(good), str(wrong), str(broken)), H100)
+    tuned = cuts.tune(device, N, K, 16)
+    assert tuned.cut == good
+    assert [each for each in tuned.failed if "out of resource: shared memory" in each]
+    assert [each for each in tuned.failed if "times its bound" in each]
+    assert str(broken) not in itertools.chain(*device.timed)
+
+
+def test_nothing_faster_keeps_what_was_chosen(
+    products: Callable[[Cut, Exception | float], None],
+) -> None:
+    tuned = cuts.tune(FakeDevice(target=H100), N, K, 64)
+    assert tuned.cut is None
+    assert tuned.best == tuned.chosen
+    assert tuned.gain == 1
+    assert tuned.tried == 1 + len(cuts.neighbours(choose(64, N, K, parse_target(H100)), K))
+
+
+@pytest.mark.parametrize("k", [64, 512, 3584, 14336])
+@pytest.mark.parametrize("rows", cuts.ROWS)
+@pytest.mark.parametrize("target", ["cuda:sm_80", "cuda:sm_90", "cuda:sm_100"])
+def test_neighbours_can_be_launched(k: int, rows: int, target: str) -> None:
+    chosen = choose(rows, 4096, k, parse_target(target))
+    records = -(-k // COLUMNS)
+    found = cuts.neighbours(chosen, k)
+    assert chosen not in found
+    for cut in found:
+        assert records % cut.wk == 0
+        assert 1 <= cut.split <= 16
+        assert cut.wk * cut.split <= records
+        assert (cut.most_registers is not None) >= (cut.ring > 0)
+        assert cut.tokens == chosen.tokens
+
+
+def test_kept_cuts_go_before_arithmetic_on_their_target_alone() -> None:
+    h100, a100 = parse_target(H100), parse_target("cuda:sm_80")
+    cut = Cut(1, 4, 2, 2, 2, 4, 96)
+    assert cut_for(1, 4096, 4096, h100) == choose(1, 4096, 4096, h100)
+    keep({(1, 4096, 4096): cut}, h100)
+    keep({(2, 4096, 4096): Cut(2, 4, 2, 2, 2, 0)}, h100)
+    assert cut_for(1, 4096, 4096, h100) == cut
+    assert cut_for(8, 4096, 4096, h100) == cut
+    assert cut_for(9, 4096, 4096, h100).tokens == 2
+    for rows, n, target in [(33, 4096, h100), (1, 1024, h100), (1, 4096, a100)]:
+        assert cut_for(rows, n, 4096, target) == choose(rows, n, 4096, target)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]\n", '{"sizes": [1, 2]}\n', '{"sizes": [1, 2, 3]}\n'])
+def test_a_file_that_cannot_be_read_does_not_count(
+    text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = parse_target(H100)
+    file = keep({(1, 4096, 4096): Cut(1, 4, 2, 2, 2, 0)}, target)
+    file.write_text(text)
+    with caplog.at_level(logging.WARNING):
+        assert cut_for(1, 4096, 4096, target) == choose(1, 4096, 4096, target)
+    assert bool(text) == any("gpu-check makes it" in line for line in caplog.messages)
