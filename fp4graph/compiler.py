@@ -290,7 +290,8 @@ def backend(
             scale for each group; docs/numerics.md has all. With a calibration it is that one's own.
         activations: None or `none` leaves inputs as they are (W4A16). `same` quantises and
             dequantises each linear's input in the weight's format at each call (W4A4). `int8` lets
-            the kernel round it to 8 bits in groups, an approximation (W4A8).
+            the kernel round it to 8 bits in groups, an approximation (W4A8); `auto` lets it do so
+            from as many rows on as that gains a tenth of the time on this machine.
         kernel: `auto`, or a kernel's name.
         inner: `inductor`, `eager`, or a backend function that compiles the rewritten graph.
         on_refusal: what to do with a selected linear that cannot run in FP4: `raise`, or `keep`

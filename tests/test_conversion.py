@@ -30,6 +30,7 @@ WAYS = [
     ("attn,blocks<1", {"format": "mxfp4"}),
     ("all", {"activations": "same"}),
     ("all", {"activations": "int8"}),
+    ("all", {"activations": "auto"}),
     ("mlp", {"quantizer": "rtn@16", "activations": "same"}),
     ("all", {"quantizer": "scale-search@32"}),
     ({"all": "nvfp4", "v": None, "down": "mxfp4"}, {}),

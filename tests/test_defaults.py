@@ -72,7 +72,7 @@ def test_calibrated_codes(quantizer: str) -> None:
             assert run() == expected, each
 
 
-@pytest.mark.parametrize("activations", [None, "same", "int8"])
+@pytest.mark.parametrize("activations", [None, "same", "int8", "auto"])
 def test_a_compiled_model(activations: str | None) -> None:
     model = tiny("llama")
 

@@ -15,7 +15,6 @@ import statistics
 import time
 from contextlib import suppress
 from dataclasses import replace
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fp4graph import Activations, Scheme, StudyError, quantize
-from fp4graph.cache import cache_folder
+from fp4graph.cache import kept_file
 from fp4graph.files import read_text, write_text
 from fp4graph.kernels import Problem, choose, fake_quantize_op, target_of
 from fp4graph.machine import processor
@@ -96,9 +95,7 @@ def _keep(file: Path, more: dict[str, float]) -> None:
 
 def _file(device: torch.device) -> Path:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    facts = (name, device.type, torch.get_num_threads(), version("torch"), version("fp4graph"))
-    called = "-".join("".join(c if c.isalnum() else "_" for c in str(each)) for each in facts)
-    return cache_folder() / "times" / f"{called}.json"
+    return kept_file("times", name, device.type, torch.get_num_threads())
 
 
 def _known(file: Path) -> dict[str, float]:
@@ -119,8 +116,7 @@ def _key(
 
 
 def _problem(shape: Shape, scheme: Scheme, dtype: torch.dtype, device: torch.device) -> Problem:
-    int8 = scheme.activations is Activations.INT8
-    return Problem(*shape, scheme.format, dtype, target_of(device), int8=int8)
+    return Problem(*shape, scheme.format, dtype, target_of(device), inputs=scheme.inputs)
 
 
 def _measure(
@@ -165,7 +161,7 @@ def _calls(w_NK: Tensor, x_MK: Tensor, scheme: Scheme | None) -> list[Callable[[
     packed = quantize(w_NK, scheme.format, RTN)
     problem = _problem(packed.shape, scheme, x_MK.dtype, w_NK.device)
     kernel = choose(problem, scheme.kernel)
-    op = (kernel.int8_ops if problem.int8 else kernel.ops)[scheme.format.base]
+    op = kernel.op_for(problem)
     before = None
     if scheme.activations is Activations.SAME:
         rounding, format = fake_quantize_op(scheme.format), scheme.format.name

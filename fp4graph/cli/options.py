@@ -74,7 +74,7 @@ def packing_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--calibration", type=_FILE, help="Codes that `fp4graph calibrate` found."),
         click.option("--activations", default="none", show_default=True,
-                     help="none is W4A16, same is W4A4, int8 is W4A8."),
+                     help="none is W4A16, same is W4A4, int8 is W4A8, auto is int8 for many rows."),
         click.option("--quantizer", default="rtn", show_default=True,
                      help="How codes are found: docs/numerics.md."),
         click.option("--format", default="nvfp4", show_default=True,

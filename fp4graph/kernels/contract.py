@@ -7,7 +7,7 @@ A kernel is one `torch.library` op a format, `op(x, *prepack(packed), bias) -> y
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fp4graph.kernels.target import Target
 
 
+Inputs = Literal["exact", "int8", "auto"]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -34,7 +35,8 @@ class Problem:
         format: of the weight.
         dtype: of activations, bias and result.
         target: what all of it lies on.
-        int8: whether the kernel rounds activations to 8 bits in groups.
+        inputs: whether activations stay as they are, or the kernel rounds them to 8 bits in
+            groups, or it does so by the number of rows.
         weight_dtype: of the dense weight, where autocast makes it another; else None.
         experts: how many such weights there are, packed alike, of which rows choose one.
     """
@@ -44,7 +46,7 @@ class Problem:
     format: BlockFormat
     dtype: torch.dtype
     target: Target
-    int8: bool = False
+    inputs: Inputs = "exact"
     weight_dtype: torch.dtype | None = None
     experts: int = 1
 
@@ -76,6 +78,10 @@ def _no_refusal(problem: Problem) -> str | None:
     return None
 
 
+def _nothing_to_settle(problem: Problem) -> None:
+    pass
+
+
 def _as_it_is(problem: Problem) -> Plan:
     return Plan("qdata and scale as they are", "the whole weight")
 
@@ -95,6 +101,9 @@ class Kernel:
         plan: says how a problem is served.
         int8_ops: for each format an op on the same tensors that rounds activations to 8 bits in
             groups, an approximation; empty where there is none.
+        auto_ops: for each format an op on the same tensors that is one of both by the number of
+            rows of x, whichever is faster; empty where the exact one always is.
+        settle: finds out for a problem from how many rows on that is so, for those ops.
         merged: for an op, one for several weights of one x: `(x, *lists of packed tensors, list of
             biases) -> list of y`, each to the bit what the op gives; empty where there is none.
         unpack: gives a packed weight back, to the bit, from those tensors, the problem and the
@@ -111,12 +120,24 @@ class Kernel:
     refuses: Callable[[Problem], str | None] = _no_refusal
     plan: Callable[[Problem], Plan] = _as_it_is
     int8_ops: Mapping[str, OpOverload[..., Tensor]] = field(default_factory=dict)
+    auto_ops: Mapping[str, OpOverload[..., Tensor]] = field(default_factory=dict)
+    settle: Callable[[Problem], None] = _nothing_to_settle
     merged: Mapping[OpOverload[..., Tensor], OpOverload[..., list[Tensor]]] = field(
         default_factory=dict
     )
     unpack: Callable[[Sequence[Tensor], Problem, Tensor | None], PackedWeight] | None = None
     saves_memory: bool = True
     note: str = ""
+
+    def op_for(self, problem: Problem) -> OpOverload[..., Tensor]:
+        """Return the op that computes a problem."""
+        base = problem.format.base
+        if problem.inputs == "int8":
+            return self.int8_ops[base]
+        if problem.inputs == "auto" and base in self.auto_ops:
+            self.settle(problem)
+            return self.auto_ops[base]
+        return self.ops[base]
 
     def serves(self, target: Target) -> bool:
         """Whether it runs on a target at all."""
@@ -132,6 +153,6 @@ class Kernel:
         if problem.dtype not in self.dtypes:
             taken = ", ".join(str(each).removeprefix("torch.") for each in self.dtypes)
             return f"activations are {problem.dtype}, and it takes {taken}"
-        if problem.int8 and not self.int8_ops:
+        if problem.inputs == "int8" and problem.format.base not in self.int8_ops:
             return "it does not round activations to 8 bits"
         return self.refuses(problem)

@@ -65,6 +65,7 @@ class PackedModule(Multiplied, nn.Module):
         self.scheme = scheme
         self.dtype = dtype
         self.kernel: Kernel | None = None
+        self._computes: Op | None = None
         self._shape, self._stacked = matrix, stacked
         self._stored = stored
         self._is_hf_initialized = True  # transformers draws no weights at random here
@@ -131,6 +132,7 @@ class PackedModule(Multiplied, nn.Module):
         for number, plain in enumerate(weights):
             problem = self._problem(plain.qdata.device)
             kernel = self.kernel = choose(problem, self.scheme.kernel)
+            self._computes = kernel.op_for(problem)
             with torch.no_grad():
                 tensors = kernel.prepack(plain, problem)
             if self._stacked is None:
@@ -178,15 +180,14 @@ class PackedModule(Multiplied, nn.Module):
             self.scheme.format,
             self.dtype,
             target_of(device or self.device),
-            int8=self.scheme.activations is Activations.INT8,
+            inputs=self.scheme.inputs,
             experts=self._stacked or 1,
         )
 
     def _op(self) -> Op:
         """Return what computes."""
-        assert self.kernel is not None, "its weight is on the meta device"
-        int8 = self.scheme.activations is Activations.INT8
-        return (self.kernel.int8_ops if int8 else self.kernel.ops)[self.scheme.format.base]
+        assert self._computes is not None, "its weight is on the meta device"
+        return self._computes
 
     def _taken(self, x: Tensor) -> Tensor:
         """Return what the op takes of an input [..., K]: smoothed, rotated, rounded."""
@@ -235,7 +236,7 @@ class PackedModule(Multiplied, nn.Module):
         other.plain()
         assert other.scale is not None
         other.scale = other.scale.view(torch.uint8)
-        return {**other.__dict__, "kernel": None, "_grouped": None}
+        return {**other.__dict__, "kernel": None, "_computes": None, "_grouped": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -13,7 +13,6 @@ from fp4graph.graph.site import LinearSite, mark, sites
 from fp4graph.kernels import KERNELS, Problem, Target, choose, refusals, target_of
 from fp4graph.quantizers import is_plain, matrix_name
 from fp4graph.report import REFUSED
-from fp4graph.scheme import Activations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +67,8 @@ class ChooseKernels:
                     # it is second best: say what the better ones lack
                     better = [each for each in KERNELS if each.serves(problem.target)]
                     note = f" ({'; '.join((kernel.note, *refusals(problem, better)))})"
+                if problem.inputs == "auto" and problem.format.base not in kernel.auto_ops:
+                    note += f"; exact at any number of rows, for {kernel.name} rounds none"
                 reason = f"{site.reason} as {site.scheme}{note}"
                 mark(node, replace(site, problem=problem, kernel=kernel, reason=reason))
         if refused and self.on_refusal == "raise":
@@ -121,7 +122,7 @@ def _problem(site: LinearSite, example_inputs: Sequence[Any], target: Target | N
         site.scheme.format,
         site.dtype,
         target or target_of(weight.device),
-        int8=site.scheme.activations is Activations.INT8,
+        inputs=site.scheme.inputs,
         weight_dtype=weight.dtype if weight.dtype != site.dtype else None,
         experts=math.prod(site.tag.shape[:-2]),
     )

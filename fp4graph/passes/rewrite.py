@@ -99,16 +99,14 @@ def _replace(
     form = match_linear(node)
     assert form is not None
     assert site.kernel is not None
+    assert site.problem is not None
     assert site.scheme is not None
     assert site.entry is not None
     graph = node.graph
     packed, index = packed[: len(site.entry.tensors)], packed[len(site.entry.tensors) :]
     with graph.inserting_before(node):
         x = move(cast(form.x, site.dtype), form.x_dim, -1)
-        ops = site.kernel.ops
-        if site.scheme.activations is Activations.INT8:
-            ops = site.kernel.int8_ops
-        elif site.scheme.activations is Activations.SAME:
+        if site.scheme.activations is Activations.SAME:
             # an input that is written to in between is not the same input
             how = (site.scheme.format.name, site.scheme.rotation)
             key = (form.x, form.x_dim, site.dtype, how, writes)
@@ -117,7 +115,7 @@ def _replace(
                 quantized[key] = graph.call_function(rounds, (x, *how))
                 quantized[key].meta = dict(x.meta)
             x = quantized[key]
-        op = ops[site.scheme.format.base]
+        op = site.kernel.op_for(site.problem)
         value = node.meta["example_value"].movedim(form.y_dim, -1)
         bias = None if form.bias is None else cast(form.bias, site.dtype)
         if site.rows is not None:

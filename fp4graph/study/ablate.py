@@ -17,6 +17,7 @@ import torch
 
 from fp4graph import (
     Activations,
+    OptionError,
     Policy,
     Replay,
     Report,
@@ -280,6 +281,11 @@ class Ablation:
         # where activations are rounded, last digits decide which way, and that adds up
         rounds = any(each.activations is not Activations.NONE for each in schemes)
         rounded: dict[str, Any] = {"arithmetic": self._arithmetic} if rounds else {}
+        if any(each.activations is Activations.AUTO for each in schemes):
+            raise OptionError(
+                "activations 'auto' are exact or of 8 bits by the number of rows, as this machine "
+                "likes it: measure 'none' and 'int8'"
+            )
         if any(each.activations is Activations.INT8 for each in schemes):  # how is up to the kernel
             rows = self._traced.plan(trial.policy).selected
             rounded["kernels"] = sorted({row.kernel for row in rows if row.kernel})

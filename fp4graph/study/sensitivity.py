@@ -129,8 +129,9 @@ def _check_scored(scheme: Scheme) -> None:
             f"quantizer {str(how)!r} is not scored, only those that need no data and do not "
             "rotate: `fp4graph ablate` measures it"
         )
-    if scheme.activations is Activations.INT8:
-        raise OptionError("activations 'int8' are not scored: `fp4graph ablate` measures them")
+    if scheme.inputs != "exact":
+        mode = str(scheme.activations)
+        raise OptionError(f"activations {mode!r} are not scored: `fp4graph ablate` measures 'int8'")
 
 
 class Sensitivity:

@@ -44,7 +44,7 @@ def model() -> LoadedModel:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "cache_folder", lambda: tmp_path)
+    monkeypatch.setenv("FP4GRAPH_CACHE", str(tmp_path))
     monkeypatch.setattr(timing, "_POOL_BYTES", 1e5)
 
 

@@ -26,7 +26,7 @@ SIZES = ("--tokens", "64", "--samples", "4", "--seq-len", "32", "--verify-tokens
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(times, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setenv("FP4GRAPH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(times, "_POOL_BYTES", 1e5)
 
 

@@ -40,7 +40,8 @@ def run(model: nn.Module, ids: torch.Tensor, select: Any, **options: Any) -> tup
 @pytest.mark.parametrize("length", [1, 3, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "format, activations", [("nvfp4", "none"), ("mxfp4", "int8"), ("fp8", "none")]
+    "format, activations",
+    [("nvfp4", "none"), ("mxfp4", "int8"), ("mxfp4", "auto"), ("fp8", "none")],
 )
 def test_the_bits_are_those_of_separate_linears(
     format: str, dtype: torch.dtype, length: int, activations: str, monkeypatch: Any

@@ -133,6 +133,8 @@ def test_options_that_do_not_go_together(model: Any) -> None:
         study.ablate(model, IDS, "q", by="role")
     with pytest.raises(OptionError, match="not scored"):
         study.sensitivity(model, IDS, activations="int8")
+    with pytest.raises(OptionError, match="measure 'none' and 'int8'"):
+        study.ablate(model, IDS, "all", activations="auto")
     with pytest.raises(OptionError, match="need the model's tokenizer"):
         study.tasks(model, "arc_easy")
     with pytest.raises(OptionError, match=r"W4A4\), 'int8'"):

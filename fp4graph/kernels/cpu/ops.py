@@ -10,6 +10,7 @@ from torch import Tensor
 from fp4graph.errors import RefusalError, WeightError
 from fp4graph.formats import FORMATS, FP4_FORMATS, FP8, BlockFormat, PackedWeight
 from fp4graph.kernels.contract import Kernel, Plan, Problem
+from fp4graph.kernels.cpu.crossings import ROUNDED, crossings, describe, settle
 from fp4graph.kernels.cpu.library import Missing, load
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _define_merged(name: str) -> MergedOp:
 
 
 def _refuses(problem: Problem) -> str | None:
-    if not problem.int8 and problem.autocast_refusal:
+    if problem.inputs != "int8" and problem.autocast_refusal:
         return problem.autocast_refusal
     found = load()
     return found.reason if isinstance(found, Missing) else None
@@ -146,19 +147,38 @@ def _unpack(
 
 def _plan(problem: Problem) -> Plan:
     padded = (-(-problem.out_features // 16) * 16, problem.in_features)
-    return Plan("panels of 16 rows", "panels, which many rows share once decoded", padded)
+    tile = "panels, which many rows share once decoded"
+    if problem.inputs == "auto":
+        tile += f"; activations {describe(_crossings(problem))}"
+    return Plan("panels of 16 rows", tile, padded)
+
+
+def _settle(problem: Problem) -> None:
+    if problem.dtype in ROUNDED:
+        settle(problem.format, problem.dtype, _crossings(problem))
+
+
+def _crossings(problem: Problem) -> tuple[int, ...]:
+    base = problem.format.base
+    if problem.inputs != "auto" or base not in _INT8_OPS:
+        return ()
+    return crossings(problem.format, problem.dtype, _OPS[base], _INT8_OPS[base], pack_tiles)
 
 
 _OPS = {base: _define(f"cpu_{base}") for base in FORMATS}
 _INT8_OPS = {base: _define(f"cpu_int8_{base}") for base in FP4_FORMATS}
+_AUTO_OPS = {base: _define(f"cpu_auto_{base}") for base in FP4_FORMATS}
 
 CPU = Kernel(
     name="cpu",
     ops=_OPS,
     int8_ops=_INT8_OPS,
+    auto_ops=_AUTO_OPS,
+    settle=_settle,
     merged={
         **{op: _define_merged(f"cpu_merged_{base}") for base, op in _OPS.items()},
         **{op: _define_merged(f"cpu_merged_int8_{base}") for base, op in _INT8_OPS.items()},
+        **{op: _define_merged(f"cpu_merged_auto_{base}") for base, op in _AUTO_OPS.items()},
     },
     prepack=lambda packed, _: pack_tiles(packed),
     unpack=_unpack,

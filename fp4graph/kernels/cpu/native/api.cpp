@@ -57,7 +57,20 @@ const Fp4Isa* const* available() {  // best first, null at the end
 const Fp4Isa* const* const isas = available();
 std::atomic<const Fp4Isa*> chosen{isas[0]};
 
+constexpr int kFormats = FP4_FP8 + 1, kDtypes = FP4_FLOAT64 + 1, kCrossings = 8;
+std::atomic<int64_t> crossings[kFormats][kDtypes][kCrossings];  // 0 for none
+
 }  // namespace
+
+Fp4Mode fp4_mode(int format, int dtype, int64_t M) {
+  int passed = 0;
+  for (const auto& rows : crossings[format][dtype]) {
+    const int64_t from = rows.load(std::memory_order_relaxed);
+    if (from == 0 || M < from) break;
+    passed++;
+  }
+  return passed % 2 ? FP4_INT8 : FP4_EXACT;
+}
 
 const Fp4Isa& fp4_chosen() { return *chosen.load(std::memory_order_relaxed); }
 
@@ -85,4 +98,10 @@ int fp4_use(const char* name) {
 }
 
 const char* fp4_isa() { return fp4_chosen().name; }
+
+int fp4_cross(int format, int dtype, const int64_t* rows, int count) {
+  if (count > kCrossings) return 1;
+  for (int i = 0; i < kCrossings; i++) crossings[format][dtype][i] = i < count ? rows[i] : 0;
+  return 0;
+}
 }

@@ -6,8 +6,8 @@ enum Fp4Format { FP4_NVFP4 = 0, FP4_MXFP4 = 1, FP4_FP8 = 2 };
 enum Fp4Dtype { FP4_FLOAT32 = 0, FP4_BFLOAT16 = 1, FP4_FLOAT16 = 2, FP4_FLOAT64 = 3 };
 
 // Who computes the products: float32, whatever the dtype; or integers of activations that are
-// rounded to 8 bits a group, an approximation.
-enum Fp4Mode { FP4_EXACT = 0, FP4_INT8 = 1 };
+// rounded to 8 bits a group, an approximation; or one of these by the rows of x, see `fp4_cross`.
+enum Fp4Mode { FP4_EXACT = 0, FP4_INT8 = 1, FP4_AUTO = 2 };
 
 // How an MXFP4 group's scale is picked; see fp4graph/formats/scales.py.
 enum Fp4Rule { FP4_FLOOR = 0, FP4_CEIL = 1, FP4_RCEIL = 2, FP4_EVEN = 3 };
@@ -81,5 +81,11 @@ FP4_EXPORT const char* fp4_available();
 FP4_EXPORT int fp4_use(const char* isa);
 // The one in use.
 FP4_EXPORT const char* fp4_isa();
+// Say what FP4_AUTO is for a format and a dtype: FP4_EXACT below rows[0], FP4_INT8 from there on,
+// the other again from rows[1] on, and so forth. Before it is called all is exact. Returns 0, or 1
+// where `count` is too many.
+FP4_EXPORT int fp4_cross(int format, int dtype, const int64_t* rows, int count);
 }
+// What FP4_AUTO is for M rows.
+Fp4Mode fp4_mode(int format, int dtype, int64_t M);
 const Fp4Isa& fp4_chosen();

@@ -85,12 +85,14 @@ Fp4Linear call_of(const Tensor& x, const Tensor& tiles, const Tensor& row_scale,
   }
   shape.back() = N;
   y = torch::stable::new_empty(x, shape);
+  const int64_t M = rows_of(x);
+  if (mode == FP4_AUTO) mode = fp4_mode(format, dtype_of(x), M);
   return {x.const_data_ptr(),
           static_cast<const uint8_t*>(tiles.const_data_ptr()),
           static_cast<const float*>(row_scale.const_data_ptr()),
           bias.has_value() ? bias->const_data_ptr() : nullptr,
           y.mutable_data_ptr(),
-          rows_of(x),
+          M,
           N,
           K,
           format,
@@ -352,6 +354,10 @@ STABLE_TORCH_LIBRARY_IMPL(fp4graph, CPU, m) {
   m.impl("cpu_unpack_fp8", TORCH_BOX(&unpack_fp8));
   m.impl("cpu_int8_nvfp4", TORCH_BOX((&linear<FP4_NVFP4, FP4_INT8>)));
   m.impl("cpu_int8_mxfp4", TORCH_BOX((&linear<FP4_MXFP4, FP4_INT8>)));
+  m.impl("cpu_auto_nvfp4", TORCH_BOX((&linear<FP4_NVFP4, FP4_AUTO>)));
+  m.impl("cpu_auto_mxfp4", TORCH_BOX((&linear<FP4_MXFP4, FP4_AUTO>)));
+  m.impl("cpu_merged_auto_nvfp4", TORCH_BOX((&merged<FP4_NVFP4, FP4_AUTO>)));
+  m.impl("cpu_merged_auto_mxfp4", TORCH_BOX((&merged<FP4_MXFP4, FP4_AUTO>)));
   m.impl("cpu_attend", TORCH_BOX(&attend_op));
   m.impl("cpu_pack_tiles", TORCH_BOX(&pack_tiles));
   m.impl("cpu_unpack_tiles", TORCH_BOX(&unpack_tiles));

@@ -6,10 +6,9 @@ import json
 import logging
 from dataclasses import asdict
 from functools import lru_cache
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from fp4graph.cache import cache_folder
+from fp4graph.cache import kept_file
 from fp4graph.files import read_text, write_text
 from fp4graph.kernels.triton.mma.cut import Cut, choose, tokens_of
 
@@ -46,8 +45,7 @@ def keep(found: Mapping[Sizes, Cut], target: Target) -> Path:
 
 
 def _file(target: Target) -> Path:
-    facts = (target.backend, target.arch, target.multiprocessors, version("fp4graph"))
-    return cache_folder() / "cuts" / f"{'-'.join(map(str, facts))}.jsonl"
+    return kept_file("cuts", target.backend, target.arch, target.multiprocessors)
 
 
 def _read(file: Path) -> dict[Sizes, Cut]:
