@@ -132,7 +132,6 @@ class Blocks:
             self._live = self._dense_live = []
             return
         changed = self._in_place_of_weights(number, rounded)
-        dense = segment(self._gm, self._starts[number], end)
         run = segment(self._gm, self._starts[number], end)
         for fqn, each in (round_inputs(run) if rounded else {}).items():
             each.transform = _of_linear(transforms, fqn)
@@ -140,7 +139,9 @@ class Blocks:
         for batch, (args, live) in enumerate(zip(self._args, self._live, strict=True)):
             values = kept(run(*_replaced(args, changed), *live), (*args, *live))
             self._live[batch] = _shared(values, self._live[:batch])
+        dense = segment(self._gm, self._starts[number], end) if self._dense_live else None
         for batch, (args, live) in enumerate(zip(self._args, self._dense_live, strict=False)):
+            assert dense is not None
             values = kept(dense(*args, *live), (*args, *live))
             self._dense_live[batch] = _shared(values, self._live)
         give_back_memory()

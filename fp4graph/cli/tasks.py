@@ -67,8 +67,8 @@ def tasks_command(
     """Run tasks of lm-evaluation-harness on MODEL with FP4 in it, and on the dense one.
 
     Differences are taken question by question. Without a selection it is `all`, or the model in a
-    folder that `fp4graph convert` wrote. Needs
-    fp4graph[eval], and the tasks' data.
+    folder that `fp4graph convert` wrote. Needs fp4graph[eval], and the tasks' data;
+    `--task fp4graph` asks 600 questions that ship with it.
     """
     from fp4graph.loading import dense_of
     from fp4graph.study.given import plan_of, read_calibrations

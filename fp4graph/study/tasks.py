@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
@@ -18,7 +19,6 @@ from fp4graph.study.trial import DENSE, OfTrial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from fp4graph.models import LoadedModel
     from fp4graph.study.progress import Progress
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     Key = tuple[str, str, str]  # task, metric, filter
     Aggregate = Callable[[list[Any]], float]
 
+QUESTIONS = Path(__file__).parent / "questions"
+"""The project's own tasks: `fp4graph` is `fp4graph_choice` and `fp4graph_answers`."""
 _RESAMPLES = 100  # as many as the harness itself takes for metrics of a whole corpus
 _NO_METRIC = "bypass"  # the harness's name for a task that is run and not scored
 
@@ -146,15 +148,14 @@ class _Harness:
             raise OptionError(
                 "lm-evaluation-harness is needed: pip install 'fp4graph[eval]'"
             ) from None
+        folders = [str(each) for each in (QUESTIONS, include) if each is not None]
         known: set[str] = set()
         for defaults in (False, True):  # reading its own thousands of tasks takes half a minute
-            if defaults or include is not None:
-                folder = None if include is None else str(include)
-                try:
-                    self._manager = TaskManager(include_path=folder, include_defaults=defaults)
-                except Exception as error:  # a file in the folder that is no task
-                    raise _failed(f"the tasks in {include}", error) from None
-                known = set(self._manager.all_tasks)
+            try:
+                self._manager = TaskManager(include_path=folders, include_defaults=defaults)
+            except Exception as error:  # a file in the folder that is no task
+                raise _failed(f"the tasks in {include}", error) from None
+            known = set(self._manager.all_tasks)
             if known.issuperset(tasks):
                 break
         for task in tasks:

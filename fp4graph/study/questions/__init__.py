@@ -1,0 +1,1 @@
+"""The project's own questions, as tasks of lm-evaluation-harness."""
