@@ -29,7 +29,7 @@ from fp4graph.passes.base import run_passes
 from fp4graph.passes.select import SelectLinears
 from fp4graph.private import SET_GRAD_ENABLED
 from fp4graph.quantizers import matrix_name
-from fp4graph.traced.cuts import Cut, cuts, segment
+from fp4graph.traced.cuts import Cut, Part, cuts
 from fp4graph.traced.model import TracedModel
 
 if TYPE_CHECKING:
@@ -85,14 +85,14 @@ class Blocks:
         for index, (node, site) in own.items():
             number = max(i for i, cut in enumerate(self._starts) if cut.index <= index)
             self._linears[number][node] = site
-        first = segment(self._gm, Cut(0, ()), self._starts[0])
+        first = Part(self._gm, Cut(0, ()), self._starts[0])
         needed = max(cut.bytes for cut in self._starts) * len(self._args) * (2 if dense else 1)
         device = self._starts[0].device
         self._in_files = device.type == "cpu" and not fits(needed, device)
         kept = self._kept()
         self._live: list[Args] = []
         for args in self._args:
-            self._live.append(_shared(kept(first(*args), args), self._live))
+            self._live.append(_shared(kept(first(args), args), self._live))
         self._dense_live = list(self._live) if dense else []
 
     def __len__(self) -> int:
@@ -108,9 +108,9 @@ class Blocks:
         """Return a block's selected weights, each with the Hessian of its inputs."""
         linears, inputs = look(self._linears[number])
         nodes = [node for each in inputs for node in each.nodes]
-        seen = segment(self._gm, self._starts[number], self._end(number), nodes)
+        seen = Part(self._gm, self._starts[number], self._end(number), nodes)
         for args, live in zip(self._args, self._live, strict=True):
-            values = iter(seen(*args, *live))
+            values = iter(seen(args, live))
             for each in inputs:
                 each.add(*(next(values) for _ in each.nodes))
         give_back_memory()
@@ -132,17 +132,17 @@ class Blocks:
             self._live = self._dense_live = []
             return
         changed = self._in_place_of_weights(number, rounded)
-        run = segment(self._gm, self._starts[number], end)
-        for fqn, each in (round_inputs(run) if rounded else {}).items():
+        run = Part(self._gm, self._starts[number], end)
+        for fqn, each in (round_inputs(run.gm) if rounded else {}).items():
             each.transform = _of_linear(transforms, fqn)
         kept = self._kept()
         for batch, (args, live) in enumerate(zip(self._args, self._live, strict=True)):
-            values = kept(run(*_replaced(args, changed), *live), (*args, *live))
+            values = kept(run(_replaced(args, changed), live), (*args, *live))
             self._live[batch] = _shared(values, self._live[:batch])
-        dense = segment(self._gm, self._starts[number], end) if self._dense_live else None
+        dense = Part(self._gm, self._starts[number], end) if self._dense_live else None
         for batch, (args, live) in enumerate(zip(self._args, self._dense_live, strict=False)):
             assert dense is not None
-            values = kept(dense(*args, *live), (*args, *live))
+            values = kept(dense(args, live), (*args, *live))
             self._dense_live[batch] = _shared(values, self._live)
         give_back_memory()
 
@@ -156,15 +156,15 @@ class Blocks:
         """
         end = self._end(number)
         outputs = None if end is not None else self._after_last()
-        run = segment(self._gm, self._starts[number], end, outputs)
-        for node in list(run.graph.nodes):
+        run = Part(self._gm, self._starts[number], end, outputs)
+        for node in list(run.gm.graph.nodes):
             if node.target is SET_GRAD_ENABLED:  # of code that was traced without
-                run.graph.erase_node(node)
-        run.recompile()
+                run.gm.graph.erase_node(node)
+        run.gm.recompile()
         with torch.no_grad():
             both = zip(self._args, self._dense_live, strict=True)
-            targets = [_floats(run(*args, *live)) for args, live in both]
-        inputs = round_inputs(run)
+            targets = [_floats(run(args, live)) for args, live in both]
+        inputs = round_inputs(run.gm)
 
         def error(
             weights: Mapping[str, Tensor], transforms: Mapping[str, Transform], batch: int
@@ -172,7 +172,7 @@ class Blocks:
             for fqn, each in inputs.items():
                 each.transform = _of_linear(transforms, fqn)
             args = _replaced(self._args[batch], self._in_place_of_weights(number, weights))
-            found = _floats(run(*args, *self._live[batch]))
+            found = _floats(run(args, self._live[batch]))
             pairs = zip(found, targets[batch], strict=True)
             power = sum(float(target.square().sum()) for target in targets[batch])
             return torch.stack([(y - target).square().sum() for y, target in pairs]).sum() / power

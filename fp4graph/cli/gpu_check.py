@@ -63,6 +63,8 @@ _HOW = (
 def _checked(where: torch.device, file: Path) -> Found:
     from importlib.util import find_spec
 
+    import torch
+
     from fp4graph.errors import OptionError
     from fp4graph.gpu_check import check
 
@@ -70,7 +72,8 @@ def _checked(where: torch.device, file: Path) -> Found:
         raise OptionError("GPU kernels need a package: pip install 'fp4graph[triton]'")
     from fp4graph.gpu_check.cuda import Cuda
 
-    with progress_shown() as progress:
+    # kernels are launched on the current GPU, wherever tensors lie
+    with torch.cuda.device(where), progress_shown() as progress:
         return check(Cuda(where), save=lambda found: _write(found, file), progress=progress)
 
 

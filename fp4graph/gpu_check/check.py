@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp4graph.gpu_check import cuts, exact, faults, speed, whole
+from fp4graph.gpu_check.device import reason_of
 from fp4graph.gpu_check.found import Found
 from fp4graph.kernels.triton.mma.kept import keep
 from fp4graph.study.progress import SILENT, Progress
@@ -109,8 +110,7 @@ def _run(
         try:
             found.rows[step].extend(do())
         except Exception as error:  # compilers, drivers and models raise anything
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            found.errors.setdefault(step, []).append(f"{name}: {reason}")
+            found.errors.setdefault(step, []).append(f"{name}: {reason_of(error)}")
         progress.advance(name)
     found.seconds[step] = round(clock() - start, 1)
 

@@ -43,8 +43,13 @@ class Call:
         try:
             self()
         except Exception as error:  # compilers and drivers raise anything
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return reason_of(error)
         return ""
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 class Device(Protocol):

@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from fp4graph import quantize
 from fp4graph.formats import FP4_FORMATS
-from fp4graph.gpu_check.device import Call, paired
+from fp4graph.gpu_check.device import Call, paired, reason_of
 from fp4graph.gpu_check.exact import fused, problem_of
 from fp4graph.gpu_check.torch_own import torch_own
 
@@ -85,8 +85,13 @@ def speeds(
         for kernel in filter(takes, fused(device, n, k, format, dtype)):
             run = _with_input(kernel.ops[format], x_MK)
             asked.append(Call(f"{format} {kernel.name}", run, kernel.prepack(packed, problem)))
-    asked += torch_own(device.target, x_MK, n)
-    reasons = {call.name: call.fails() for call in asked}
+    reasons: dict[str, str] = {}
+    for name, make in torch_own(device.target, x_MK, n):
+        try:
+            asked.append(make())
+        except Exception as error:  # what this torch has for other devices alone
+            reasons[name] = reason_of(error)
+    reasons |= {call.name: call.fails() for call in asked}
     able = [call for call in asked if not reasons[call.name]]
     block_size = FP4_FORMATS["nvfp4"].block_size
     read = device.read(n * k // 2 + n * k // block_size)

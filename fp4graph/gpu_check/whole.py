@@ -30,6 +30,8 @@ def load(device: Device) -> LoadedModel:
     Raises:
         ModelError: it has room for none.
     """
+    if device.where.type == "cuda":
+        torch.cuda.empty_cache()  # what earlier steps freed counts as taken
     room = available(device.where) / _PARTS
     for name in _NAMES:
         outline = models.outline(name, _DTYPE).model

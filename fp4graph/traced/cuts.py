@@ -103,7 +103,11 @@ def _cut(nodes: list[Node], index: int, last_use: dict[Node, int]) -> Cut:
 
 
 def segment(
-    gm: GraphModule, start: Cut, end: Cut | None = None, outputs: Sequence[Node] | None = None
+    gm: GraphModule,
+    start: Cut,
+    end: Cut | None = None,
+    outputs: Sequence[Node] | None = None,
+    inputs: Collection[Node] | None = None,
 ) -> GraphModule:
     """Return the graph from one cut to another; marks are kept.
 
@@ -112,16 +116,21 @@ def segment(
         start: where it begins; its inputs are the graph's, then the values that are live there.
         end: where it ends, None for the end of the graph.
         outputs: what it returns; None for what is live at its end, or what the graph returns.
+        inputs: which of the graph's inputs it takes; None for all.
     """
     graph, copies = Graph(), dict[Node, Node]()
     nodes = list(gm.graph.nodes)
-    copies.update({node: graph.node_copy(node) for node in nodes if node.op == "placeholder"})
+    for node in nodes:
+        if node.op == "placeholder" and (inputs is None or node in inputs):
+            copies[node] = graph.node_copy(node)
     copies.update({node: graph.placeholder(f"live_{node.name}") for node in start.live})
     copies.update({node: graph.node_copy(node) for node in nodes if node.op == "get_attr"})
     if end is not None and outputs is None:
         outputs = end.live
     for node in nodes[start.index : None if end is None else end.index]:
-        if node not in copies and (node.op != "output" or outputs is None):
+        if node in copies or node.op == "placeholder":
+            continue
+        if node.op != "output" or outputs is None:
             copies[node] = graph.node_copy(node, lambda each: copies[each])
     for old, new in copies.items():
         new.meta = dict(old.meta)
@@ -129,6 +138,34 @@ def segment(
         graph.output(tuple(copies[node] for node in outputs))
         graph.eliminate_dead_code(lambda node: not is_pure(node))
     return GraphModule(gm, graph)
+
+
+class Part:
+    """What lies between two cuts, as a function of a graph's inputs and of what is live there.
+
+    It has just the inputs that it uses: with all of them, taking a model to pieces would cost the
+    square of its blocks. Arguments as in `segment`.
+
+    Attributes:
+        gm: the graph.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        start: Cut,
+        end: Cut | None = None,
+        outputs: Sequence[Node] | None = None,
+    ) -> None:
+        nodes = list(gm.graph.nodes)[start.index : None if end is None else end.index]
+        used = {each for node in nodes for each in node.all_input_nodes} | set(outputs or ())
+        given = gm.graph.find_nodes(op="placeholder")
+        self._taken = [place for place, node in enumerate(given) if node in used]
+        self.gm = segment(gm, start, end, outputs, {given[place] for place in self._taken})
+
+    def __call__(self, args: Sequence[Any], live: Sequence[Any] = ()) -> Any:
+        """Run it on all inputs of the graph and the values that are live at its start."""
+        return self.gm(*(args[place] for place in self._taken), *live)
 
 
 def tapped(gm: GraphModule, nodes: Collection[Node]) -> GraphModule:

@@ -18,7 +18,7 @@ from fp4graph.cli import main
 from fp4graph.gpu_check import check, exact, whole
 from fp4graph.gpu_check.check import Work
 from fp4graph.gpu_check.speed import best_over_dense, speeds
-from fp4graph.gpu_check.told import tables, to_json, verdict
+from fp4graph.gpu_check.told import table_of_speeds, tables, to_json, verdict
 from fp4graph.kernels.cpu import CPU
 from fp4graph.study.progress import SILENT
 
@@ -91,6 +91,16 @@ def test_times_are_paired_and_beside_a_read() -> None:
     packed = nvfp4.gb_per_s * nvfp4.us * 1e3
     assert nvfp4.of_read == pytest.approx(0.5 * packed / read)
     assert best_over_dense(rows) == {4: 2}
+
+
+def test_what_torch_lacks_has_a_row_that_says_why() -> None:
+    found = {row.variant: row for row in speeds(FakeDevice(target="cuda:sm_100"), 128, 256, 4)}
+    assert {"torch int4", "torch fp8 W8A8", "torch nvfp4 W4A4"} < found.keys()
+    assert all(row.us is None for name, row in found.items() if row.reason)
+    assert found["F.linear"].over_dense == 1
+    assert "Error: " in found["torch int4"].reason
+    text = str(table_of_speeds(list(found.values()), "title"))
+    assert "torch int4: " in text
 
 
 def test_what_is_wrong_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
