@@ -13,10 +13,11 @@ import torch
 from click.testing import CliRunner
 from support.models import tiny, tokens
 
-from fp4graph import ModelError, OptionError, StudyError, models
+from fp4graph import ModelError, OptionError, StudyError, models, study
 from fp4graph.cli import main
 from fp4graph.mapped import MappedFile, is_mapped
 from fp4graph.memory import give_back_memory
+from fp4graph.study.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -173,3 +174,17 @@ def test_studies_give_the_same(
         return result.stdout
 
     assert rows("--stream") == rows()
+
+
+def test_a_streamed_trial_says_how_far_it_is(tiny_folder: Path) -> None:
+    class Told(Progress):
+        def __init__(self) -> None:
+            self.parts: list[str] = []
+
+        def within(self, what: str) -> None:
+            self.parts.append(what)
+
+    told = Told()
+    loaded = models.load(str(tiny_folder), stream=True)
+    study.ablate(loaded, tokens(16, batch=2), "blocks=0", progress=told)
+    assert {each.partition(",")[0] for each in told.parts} == {"part 1 of 3", "part 2 of 3"}

@@ -246,6 +246,10 @@ def progress_shown(*, as_json: bool = False) -> Iterator[Progress]:
             check_interrupt()
             self._inner.advance(what)
 
+        def within(self, what: str) -> None:
+            check_interrupt()
+            self._inner.within(what)
+
         def ended(self, what: str, row: object, *, kept: bool = False) -> None:
             self._inner.ended(what, row, kept=kept)
             if as_json:

@@ -221,14 +221,18 @@ class Ablation:
         """Why every trial runs the whole model, and not only what comes after its first change."""
         return self._replay.refusal
 
-    def _new_replay(self) -> Replay:
+    def _new_replay(self, progress: Progress = SILENT) -> Replay:
         inputs = [self._inputs(index) for index in range(len(self._rows))]
-        if self._loaded.streamed:
-            return StreamedReplay(self._traced, lambda out: out.logits, inputs, self._scratch)
-        return Replay(self._traced, lambda out: out.logits, inputs)
+        if not self._loaded.streamed:
+            return Replay(self._traced, lambda out: out.logits, inputs)
+
+        def told(part: int, parts: int) -> None:
+            progress.within(f"part {part} of {parts}, all windows")
+
+        return StreamedReplay(self._traced, lambda out: out.logits, inputs, self._scratch, told)
 
     def _reference(self, progress: Progress) -> _Dense:
-        self._replay = self._new_replay()  # which keeps the values of one run
+        self._replay = self._new_replay(progress)  # which keeps the values of one run
 
         def run(index: int) -> Tensor:
             return self._replay.dense(index)

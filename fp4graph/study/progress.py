@@ -38,6 +38,9 @@ class Progress:
     def advance(self, what: str = "") -> None:
         """A step is done; `what` says what it was."""
 
+    def within(self, what: str) -> None:
+        """A part of a long step is done; `what` says which."""
+
     def ended(self, what: str, row: object, *, kept: bool = False) -> None:
         """A result is there, or was kept from an earlier run."""
 
@@ -81,6 +84,10 @@ class Live(Progress):
     def advance(self, what: str = "") -> None:
         """See the class."""
         self._step += 1
+        self.show(what)
+
+    def within(self, what: str) -> None:
+        """See the class."""
         self.show(what)
 
     def ended(self, what: str, row: object, *, kept: bool = False) -> None:

@@ -39,6 +39,8 @@ class StreamedReplay(Replay):
         pick: what to return of the model's output, a tensor.
         inputs: what it will be run on, keyword arguments each.
         folder: for values between blocks, on a disk.
+        told: is called after each part that all inputs ran through: its number from 1, and how many
+            there are.
 
     Raises:
         StudyError: the disk has no room for them.
@@ -50,8 +52,9 @@ class StreamedReplay(Replay):
         pick: Callable[[Any], Tensor],
         inputs: Sequence[Mapping[str, Any]],
         folder: Path,
+        told: Callable[[int, int], None],
     ) -> None:
-        self._folder = folder
+        self._folder, self._told = folder, told
         self._file = MappedFile(folder)
         super().__init__(traced, pick, inputs)
         self._last: TracedGraph | None = None
@@ -143,6 +146,7 @@ class StreamedReplay(Replay):
             given = (*args, *before)
             after.append(file.keep_new(graph.run(*given), given))
         self._drop(graph)
+        self._told(number + 1, len(self._places))
         return after, found
 
     def _finish(self, number: int, policy: Policy | None, values: list[Values]) -> list[LinearRow]:

@@ -29,7 +29,7 @@ def replay(
         traced(**INPUTS[0])
     if folder is None:
         return traced, Replay(traced, lambda out: out.logits, inputs)
-    return traced, StreamedReplay(traced, lambda out: out.logits, inputs, folder)
+    return traced, StreamedReplay(traced, lambda out: out.logits, inputs, folder, lambda *_: None)
 
 
 def replayed(
