@@ -28,10 +28,9 @@ _SHAPES = (
     *((100, 300), (1, 64), (17, 48), (65, 1008)),  # odd
 )
 _ROWS = (1, 16, 33, 128, 5, 64, 257, 8, 100, 17, 129)
-PROBLEMS = tuple(
-    (n, k, rows) for (n, k), rows in zip(_SHAPES * 2, itertools.cycle(_ROWS), strict=False)
-)
-"""(N, K, rows of x), forty of them."""
+_TWICE = [each for each in _SHAPES for _ in range(2)]
+PROBLEMS = tuple((n, k, rows) for (n, k), rows in zip(_TWICE, itertools.cycle(_ROWS), strict=False))
+"""(N, K, rows of x), forty of them, two of each weight."""
 
 _ROUNDINGS = 6.0  # deviations of one rounding of each product
 

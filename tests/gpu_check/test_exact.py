@@ -31,6 +31,8 @@ def h100() -> FakeDevice:
 
 def test_forty_problems_with_all_kinds_of_rows() -> None:
     assert len(PROBLEMS) == len(set(PROBLEMS)) == 40
+    for one, other in zip(PROBLEMS[::2], PROBLEMS[1::2], strict=True):  # of one weight, two dtypes
+        assert one[:2] == other[:2]
     for low, high in [(1, 8), (9, 16), (17, 32 + 1), (34, 128), (129, 300)]:
         assert any(low <= rows <= high for *_, rows in PROBLEMS)
 
