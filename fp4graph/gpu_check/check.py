@@ -70,7 +70,7 @@ def check(
     Args:
         device: what to check.
         work: what to look at; None for what takes ten minutes.
-        save: is called with what is found after each step, and at an interrupt.
+        save: is called with what is found: at the beginning, after each step, at an interrupt.
         progress: is told how far it is.
         clock: seconds, from any point on.
     """
@@ -90,6 +90,7 @@ def check(
         "times": [(_named(*each), partial(speed.speeds, device, *each)) for each in work.times],
         "model": [("generation", partial(work.model, device))],
     }
+    save(found)  # what cannot be written is said now
     try:
         for step, items in steps.items():
             _run(found, step, items, progress, clock)

@@ -194,6 +194,10 @@ def _of_ratios(ratios: Sequence[float]) -> list[str]:
     if off <= _CLOSE:
         right = math.ceil(off * 100 - _ROUNDING)
         return [f"{text}: sums are right to {right} %, so damages may be added up"]
+    if high < 1 - _CLOSE:
+        text += (
+            ", as in 16-bit dtypes, where rounding has a share in each trial's KL (not in float32)"
+        )
     return [f"{text}: sums are wrong by up to {off:.0%}; measure a mix before you rely on it"]
 
 

@@ -97,5 +97,9 @@ def test_a_grid_beside_sets_says_whether_damages_add_up() -> None:
     ]  # fmt: skip
     said = verdicts.of_ablation([*grid, *sets])
     assert any("sets cost 0.90 to 1.00 times" in each and "right to 10 %" in each for each in said)
+    said = verdicts.of_ablation([*grid, *(replace(each, kl=each.kl / 3) for each in sets)])
+    (sums,) = (each for each in said if "sets cost" in each)
+    assert "as in 16-bit dtypes" in sums
+    assert "wrong by up to 70%" in sums
     few = verdicts.of_ablation([*grid[:40], sets[0], sets[2]])
     assert not any("sets cost" in each for each in few), "linears of q are lacking"
