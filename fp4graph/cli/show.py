@@ -22,12 +22,15 @@ from fp4graph.errors import OptionError
 @click.option("--direction", type=click.Choice(("only", "except", "both")), default="both")
 @click.option("--model", type=CommaList(), default=(), help="Name or hash, or a pattern.")
 @click.option("--corpus", type=CommaList(), default=(), help="Name or hash, or a pattern.")
+@click.option("--dtype", type=CommaList(), default=(), help="Of what stayed dense.")
 @picture_option
 @json_option
 def show_command(
     out: Path, by: str | None, picture: Path | None, as_json: bool, **wanted: Any
 ) -> None:
-    """Show what OUT (a folder of `ablate`, or its trials.sqlite) has, a table a model and text.
+    """Show what OUT (a folder of `ablate`, or its trials.sqlite) has.
+
+    There is a table for each model, text and dtype.
 
     The options say which trials; without any it is all of them. Nothing is measured.
     """
@@ -37,7 +40,9 @@ def show_command(
     kinds = () if by is None else (",".join(reversed(check_by(by))),)
     tables = show(open_results(out), Wanted(by=kinds, **wanted))
     if picture is not None and len(tables) > 1:
-        raise OptionError("--picture shows one model and text: say which, --model or --corpus")
+        raise OptionError(
+            "--picture shows one model, text and dtype: say which, --model, --corpus or --dtype"
+        )
     for table in tables:
         print_table(table, as_json=as_json)
     if picture is not None:

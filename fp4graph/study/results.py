@@ -95,6 +95,7 @@ class Wanted:
         direction: `only` or `except`.
         model: names or hashes of models, or patterns.
         corpus: names or hashes of texts, or patterns.
+        dtype: of what stays dense: `float32`.
     """
 
     select: tuple[str, ...] = ()
@@ -105,6 +106,7 @@ class Wanted:
     direction: str = "both"
     model: tuple[str, ...] = ()
     corpus: tuple[str, ...] = ()
+    dtype: tuple[str, ...] = ()
 
     def has(self, stored: Stored) -> bool:
         """Whether a trial is wanted; the dense model's is with every other."""
@@ -112,6 +114,8 @@ class Wanted:
         if not _matches(self.model, identity["model"], run.get("model_name")):
             return False
         if not _matches(self.corpus, identity["text"], run.get("corpus")):
+            return False
+        if not _matches(self.dtype, str(identity["dtype"]).removeprefix("torch.")):
             return False
         return row.is_dense or (
             _matches(self.select, row.selector, row.name)

@@ -7,11 +7,14 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+from click.testing import CliRunner
 from support.models import tiny, tokens
 from support.trials import row
 
 import fp4graph
 from fp4graph import SelectorError, StudyError
+from fp4graph.cli import main
 from fp4graph.study.results import Wanted, open_results, records, show, write
 from fp4graph.study.store import Store
 
@@ -67,6 +70,19 @@ def test_rows_say_where_they_are_from(folder: Path, tmp_path: Path) -> None:
     export(rows, path)
     with path.open() as file:
         assert {each["corpus"] for each in csv.DictReader(file)} == {"wiki", "other"}
+
+
+def test_dtypes_are_studies_of_their_own(tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny("llama").to(dtype).requires_grad_(False)
+        fp4graph.study.ablate(model, tokens(16, batch=2), "q", out=tmp_path, corpus="wiki")
+    assert len(shown(tmp_path)) == 2
+    (only,) = shown(tmp_path, dtype=("bfloat16",))
+    assert "bfloat16" in only.view.title
+    only.draw(tmp_path / "one.svg")
+    words = CliRunner().invoke(main, ["show", str(tmp_path), "--picture", str(tmp_path / "a.svg")])
+    assert words.exit_code == 2
+    assert "--dtype" in words.stderr
 
 
 def test_a_table_for_each_model_and_text(folder: Path) -> None:
