@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests ask
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from kernels import proofs
 from support.models import byte_tokenizer, tiny
 
@@ -19,6 +20,11 @@ from fp4graph.private import setting
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+
+# a machine that stands still for seconds says nothing about a test
+settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -78,7 +78,9 @@ def test_other_kinds_of_weights_are_not_read(tmp_path: Path) -> None:
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_broken_files_are_errors_or_read(data: st.DataObject, tmp_path: Path) -> None:
