@@ -56,7 +56,7 @@ def gpu_check_command(file: Path | None, device: torch.device) -> None:
 
 _HOW = (
     "{file} has all of it: please attach it to an issue of the project. It names the GPU and the "
-    "versions of packages; it has no paths, no host's or user's name."
+    "versions of packages, no host and no user; texts under `errors` may hold paths."
 )
 
 

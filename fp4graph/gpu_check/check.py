@@ -12,7 +12,7 @@ import torch
 
 from fp4graph.gpu_check import cuts, exact, faults, speed, whole
 from fp4graph.gpu_check.device import reason_of
-from fp4graph.gpu_check.found import Found
+from fp4graph.gpu_check.found import STEPS, Found
 from fp4graph.kernels.triton.mma.kept import keep
 from fp4graph.study.progress import SILENT, Progress
 
@@ -25,14 +25,6 @@ if TYPE_CHECKING:
     Sizes = tuple[int, int, int]
 
 _DTYPES = (torch.bfloat16, torch.float16)
-_STEPS = {
-    "exact": ("problems checked", 120),
-    "faults": ("numbers of rows with faults", 30),
-    "cuts": ("weights cut", 130),
-    "times": ("sizes timed", 120),
-    "model": ("models timed", 200),
-}
-"""What is counted, and after how many seconds nothing more is begun; what was begun ends."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +101,7 @@ def _run(
     clock: Callable[[], float],
 ) -> None:
     start = clock()
-    counted, seconds = _STEPS[step]
+    counted, seconds = STEPS[step]
     progress.start(len(items), counted, budget=seconds)
     for name, do in items:
         if clock() - start > seconds:

@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-STEPS = ("exact", "faults", "cuts", "times", "model")
+STEPS = {
+    "exact": ("problems checked", 120),
+    "faults": ("numbers of rows with faults", 30),
+    "cuts": ("weights cut", 130),
+    "times": ("sizes timed", 120),
+    "model": ("models timed", 200),
+}
+"""What is counted, and after how many seconds nothing more is begun; what was begun ends."""
 
 
 @dataclass
