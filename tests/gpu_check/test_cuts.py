@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import pytest
@@ -137,7 +139,12 @@ def test_kept_cuts_go_before_arithmetic_on_their_target_alone() -> None:
         assert cut_for(rows, n, 4096, target) == choose(rows, n, 4096, target)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]\n", '{"sizes": [1, 2]}\n', '{"sizes": [1, 2, 3]}\n'])
+FOREIGN = json.dumps({"sizes": [2, 4096, 4096], **asdict(Cut(1, 4, 2, 2, 2, 0))})
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", FOREIGN, "[]\n", '{"sizes": [1, 2]}\n', '{"sizes": [1, 2, 3]}\n']
+)
 def test_a_file_that_cannot_be_read_does_not_count(
     text: str, caplog: pytest.LogCaptureFixture
 ) -> None:

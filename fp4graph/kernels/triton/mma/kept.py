@@ -9,8 +9,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fp4graph.cache import kept_file
-from fp4graph.files import read_text, write_text
+from fp4graph.files import read_lines, write_text
 from fp4graph.kernels.triton.mma.cut import Cut, choose, tokens_of
+from fp4graph.kernels.triton.mma.layout import COLUMNS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,10 +52,12 @@ def _file(target: Target) -> Path:
 def _read(file: Path) -> dict[Sizes, Cut]:
     found = {}
     try:
-        for line in read_text(file).splitlines():
+        for _, line in read_lines(file):
             values = json.loads(line)
             tokens, n, k = values.pop("sizes")
-            found[tokens, n, k] = Cut(**values)
+            found[tokens, n, k] = cut = Cut(**values)
+            if cut.tokens != tokens or -(-k // COLUMNS) % cut.wk:  # it would leave columns out
+                raise ValueError(f"{cut} does not fit {tokens}, {n}, {k}")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
