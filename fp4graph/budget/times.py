@@ -8,13 +8,11 @@ machine was busy: such times are used, with a warning, and not kept.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
-import time
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +20,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fp4graph import Activations, Scheme, StudyError, quantize
-from fp4graph.cache import kept_file
-from fp4graph.files import read_text, write_text
 from fp4graph.kernels import Problem, choose, fake_quantize_op, target_of
 from fp4graph.machine import processor
 from fp4graph.quantizers import RTN
+from fp4graph.timing import alternated, is_quiet, keep, kept, kept_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
 
 _POOL_BYTES = 128e6
 _MOST_COPIES = 512
-_BUSY = 1.5  # times the least
 _LOG = logging.getLogger("fp4graph.budget")
 _ROUNDS = 9
 
@@ -70,7 +66,7 @@ def times(
     """
     where = torch.device(device)
     file = _file(where)
-    known = _known(file)
+    known = kept(file)
     found: Timed = {}
     for shape in dict.fromkeys(shapes):
         keys = {scheme: _key(shape, scheme, rows, dtype, where) for scheme in schemes}
@@ -88,7 +84,7 @@ def times(
 
 def _keep(file: Path, more: dict[str, float]) -> None:
     try:
-        write_text(file, json.dumps(_known(file) | more, indent=0) + "\n")
+        keep(file, more)
     except OSError as error:
         raise StudyError(f"cannot write {file}: {error}") from None
 
@@ -96,13 +92,6 @@ def _keep(file: Path, more: dict[str, float]) -> None:
 def _file(device: torch.device) -> Path:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return kept_file("times", name, device.type, torch.get_num_threads())
-
-
-def _known(file: Path) -> dict[str, float]:
-    with suppress(OSError, ValueError):
-        found: dict[str, float] = json.loads(read_text(file))
-        return found
-    return {}
 
 
 def _key(
@@ -131,26 +120,23 @@ def _measure(
     w_NK = torch.randn(shape, device=device) / math.sqrt(shape[1])
     x_MK = torch.randn(rows, shape[1], device=device).to(dtype)
     calls = {scheme: _calls(w_NK, x_MK, scheme) for scheme in schemes}
-    taken: dict[Scheme | None, list[float]] = {scheme: [] for scheme in schemes}
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else _nothing
     with torch.no_grad():
-        for number in range(_ROUNDS + 1):
-            ordered = list(calls)
-            turn = number % len(ordered)
-            for scheme in ordered[turn:] + ordered[:turn]:
-                _wait(device)
-                start = time.perf_counter()
-                for call in calls[scheme]:
-                    call()
-                _wait(device)
-                taken[scheme].append((time.perf_counter() - start) / len(calls[scheme]) * 1e6)
-    medians = {scheme: statistics.median(each[1:]) for scheme, each in taken.items()}
-    quiet = all(medians[scheme] < _BUSY * min(each) for scheme, each in taken.items())
-    return medians, quiet
+        taken = alternated([partial(_each, each) for each in calls.values()], _ROUNDS, wait)
+    medians = {
+        scheme: statistics.median(seconds) / len(calls[scheme]) * 1e6
+        for scheme, seconds in zip(calls, taken, strict=True)
+    }
+    return medians, is_quiet(taken)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _nothing() -> None:
+    pass
+
+
+def _each(calls: Sequence[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
 
 
 def _calls(w_NK: Tensor, x_MK: Tensor, scheme: Scheme | None) -> list[Callable[[], Any]]:

@@ -122,5 +122,5 @@ def _named(n: int, k: int, rows: int) -> str:
 def _tuned(device: Device, n: int, k: int, rows: int) -> list[cuts.Tuned]:
     tuned = cuts.tune(device, n, k, rows)
     if tuned.cut is not None:
-        keep({cuts.sizes(rows, n, k): tuned.cut}, device.target)
+        keep(rows, n, k, tuned.cut, device.target)
     return [tuned]

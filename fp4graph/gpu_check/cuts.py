@@ -13,7 +13,7 @@ from fp4graph.formats import FP4_FORMATS
 from fp4graph.gpu_check.device import Call, paired
 from fp4graph.gpu_check.exact import fused, of_bound, problem_of
 from fp4graph.kernels.triton.mma import FRAGMENTS
-from fp4graph.kernels.triton.mma.cut import Cut, choose, tokens_of
+from fp4graph.kernels.triton.mma.cut import Cut, choose
 from fp4graph.kernels.triton.mma.layout import COLUMNS
 from fp4graph.kernels.triton.mma.ops import body
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fp4graph.gpu_check.device import Device
 
 FORMAT = "nvfp4"
-ROWS = (1, 16, 64)
+ROWS = (1, 16, 32, 64, 128)
 _WARPS = ((1, 2), (2, 1), (1, 4), (2, 2), (4, 1))  # wn, wk
 _RING = 4
 _REGISTERS = 96  # with a ring, for each eight rows of x
@@ -124,17 +124,12 @@ def tune(device: Device, n: int, k: int, rows: int) -> Tuned:
         best = fastest
     before, after = device.times([call(chosen), call(best)], _LAST_ROUNDS)
     gain = paired(before, after)
-    if best != chosen and gain < _GAIN:  # the search had picked luck
+    if best == chosen or gain < _GAIN:  # the search had picked luck
         best, after, gain = chosen, before, 1.0
     return Tuned(
         f"{n}x{k}", rows, str(chosen), str(best), statistics.median(after) * 1e6, gain,
         len(tried), tuple(failed), best if best != chosen else None,
     )  # fmt: skip
-
-
-def sizes(rows: int, n: int, k: int) -> tuple[int, int, int]:
-    """Return what a cut is kept by."""
-    return tokens_of(rows), n, k
 
 
 def _multiply(device: Device, x_MK: Tensor, cut: Cut) -> Callable[..., Tensor]:

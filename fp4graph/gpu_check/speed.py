@@ -54,6 +54,11 @@ class Speed:
     over_dense: float | None = None
     reason: str = ""
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a kernel of fp4graph."""
+        return self.variant.startswith(tuple(FP4_FORMATS))
+
 
 def speeds(
     device: Device,
@@ -114,18 +119,17 @@ def _with_input(op: Callable[..., Tensor], x_MK: Tensor) -> Callable[..., Tensor
 
 
 def best_over_dense(found: Sequence[Speed]) -> dict[int, float]:
-    """Return by number of rows how many times the fastest FP4 kernel is faster than dense."""
-    best: dict[int, list[float]] = {}
-    for (rows, _), group in _grouped(found).items():
-        ours = [each.over_dense for each in group if each.variant.startswith(tuple(FP4_FORMATS))]
-        known = [each for each in ours if each is not None]
-        if known:
-            best.setdefault(rows, []).append(max(known))
-    return {rows: statistics.median(each) for rows, each in sorted(best.items())}
+    """Return by number of rows how many times the fastest FP4 kernel is faster than dense.
 
-
-def _grouped(found: Sequence[Speed]) -> dict[tuple[int, str], list[Speed]]:
-    groups: dict[tuple[int, str], list[Speed]] = {}
+    It is the median over shapes.
+    """
+    fastest: dict[tuple[int, str], float] = {}
     for each in found:
-        groups.setdefault((each.rows, each.shape), []).append(each)
-    return groups
+        if each.over_dense is not None and each.is_ours:
+            key = each.rows, each.shape
+            fastest[key] = max(each.over_dense, fastest.get(key, 0.0))
+    counts = sorted({rows for rows, _ in fastest})
+    return {
+        count: statistics.median(speed for (rows, _), speed in fastest.items() if rows == count)
+        for count in counts
+    }

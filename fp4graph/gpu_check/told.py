@@ -76,7 +76,7 @@ def _speed(rows: Sequence[Speed]) -> Iterator[str]:
     slow = [count for count, speed in best.items() if speed < 1]
     if slow:
         yield f"slower than dense from {min(slow)} rows on"
-    reads = [row.of_read for row in rows if row.rows == 1 and _is_ours(row) and row.of_read]
+    reads = [row.of_read for row in rows if row.rows == 1 and row.is_ours and row.of_read]
     if reads:
         yield f"one row reads weights at {statistics.median(reads):.0%} of a plain read's bandwidth"
 
@@ -89,10 +89,6 @@ def _model(rows: Sequence[Any]) -> Iterator[str]:
                 f"a whole model decodes {ratio.median:.2f} times as fast with `{row.selector}` "
                 f"in {row.format} ({ratio.low:.2f} to {ratio.high:.2f})"
             )
-
-
-def _is_ours(row: Speed) -> bool:
-    return "triton" in row.variant
 
 
 def tables(found: Found) -> Iterator[TextTable]:

@@ -93,7 +93,7 @@ def test_an_engine_s_sets_run_in_one_way(model: LoadedModel) -> None:
 
 
 def test_times_are_measured_once(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "_BUSY", 1e9)
+    monkeypatch.setattr("fp4graph.timing.BUSY", 1e9)
     first = found(model, Budget("speedup", 1.01), timed=True)
     dense = sum(choice.us or 0.0 for choice in (item.choices[0] for item in first.items))
     assert 0 < first.plans[0].us <= dense / 1.01
@@ -206,7 +206,7 @@ def test_a_quantizer_that_needs_data_is_told_from_rounding_to_nearest() -> None:
 
 def test_the_command(folder_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(timing, "_BUSY", 1e9)  # so that times are kept whatever else runs
+    monkeypatch.setattr("fp4graph.timing.BUSY", 1e9)  # so that times are kept whatever else runs
     folder, out = folder_of("llama"), tmp_path / "p.toml"
     sizes = ("--tokens", "128", "--seq-len", "16", "--verify-tokens", "128", "--verify", "1")
     arguments = ["policy", str(folder), "--bits", "6", *sizes, "--out", str(out), "--json"]

@@ -130,27 +130,37 @@ def test_kept_cuts_go_before_arithmetic_on_their_target_alone() -> None:
     h100, a100 = parse_target(H100), parse_target("cuda:sm_80")
     cut = Cut(1, 4, 2, 2, 2, 4, 96)
     assert cut_for(1, 4096, 4096, h100) == choose(1, 4096, 4096, h100)
-    keep({(1, 4096, 4096): cut}, h100)
-    keep({(2, 4096, 4096): Cut(2, 4, 2, 2, 2, 0)}, h100)
+    keep(1, 4096, 4096, cut, h100)
+    keep(16, 4096, 4096, Cut(2, 4, 2, 2, 2, 0), h100)
+    keep(64, 4096, 4096, Cut(4, 4, 1, 1, 1, 0), h100)
     assert cut_for(1, 4096, 4096, h100) == cut
     assert cut_for(8, 4096, 4096, h100) == cut
-    assert cut_for(9, 4096, 4096, h100).tokens == 2
-    for rows, n, target in [(33, 4096, h100), (1, 1024, h100), (1, 4096, a100)]:
+    assert cut_for(9, 4096, 4096, h100) == Cut(2, 4, 2, 2, 2, 0)
+    assert cut_for(33, 4096, 4096, h100) == Cut(4, 4, 1, 1, 1, 0)
+    others = [(32, 4096, h100), (65, 4096, h100), (1, 1024, h100), (1, 4096, a100)]
+    for rows, n, target in others:  # another number of programs, weight or target
         assert cut_for(rows, n, 4096, target) == choose(rows, n, 4096, target)
 
 
-FOREIGN = json.dumps({"sizes": [2, 4096, 4096], **asdict(Cut(1, 4, 2, 2, 2, 0))})
+KEY = "8 rows, 4096x4096"
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", FOREIGN, "[]\n", '{"sizes": [1, 2]}\n', '{"sizes": [1, 2, 3]}\n']
+    "text",
+    [
+        *("", "{", "[]", f'{{"{KEY}": 1}}', f'{{"{KEY}": {{"tokens": 1}}}}'),
+        json.dumps({KEY: asdict(Cut(2, 4, 2, 2, 2, 0))}),  # of other rows
+        json.dumps({KEY: asdict(Cut(1, 4, 1, 3, 2, 0))}),  # which would leave columns out
+    ],
 )
-def test_a_file_that_cannot_be_read_does_not_count(
-    text: str, caplog: pytest.LogCaptureFixture
+def test_what_cannot_be_read_or_does_not_fit_does_not_count(
+    text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = parse_target(H100)
-    file = keep({(1, 4096, 4096): Cut(1, 4, 2, 2, 2, 0)}, target)
+    keep(1, 4096, 4096, Cut(1, 4, 2, 2, 2, 0), target)
+    (file,) = (tmp_path / "cuts").iterdir()
+    assert list(json.loads(file.read_text())) == [KEY]
     file.write_text(text)
     with caplog.at_level(logging.WARNING):
         assert cut_for(1, 4096, 4096, target) == choose(1, 4096, 4096, target)
-    assert bool(text) == any("gpu-check makes it" in line for line in caplog.messages)
+    assert any("does not count" in line for line in caplog.messages)

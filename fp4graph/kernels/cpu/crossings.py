@@ -8,25 +8,21 @@ used, with a warning, and not kept.
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import math
 import statistics
-import time
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from fp4graph.cache import kept_file
-from fp4graph.files import read_text, write_text
-from fp4graph.kernels.cpu.library import native
+from fp4graph.kernels.cpu.library import FORMAT_CODES, native
 from fp4graph.machine import processor
+from fp4graph.timing import alternated, is_quiet, keep, kept, kept_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -40,8 +36,6 @@ _SHAPES = ((4864, 896), (896, 4864))
 _ROUNDS = 7
 _COLD_BYTES = 64e6
 _COLD_ROWS = 16  # up to which weights come from memory
-_BUSY = 1.5  # times the least
-_CODES = {"nvfp4": 0, "mxfp4": 1}  # of native/fp4.h
 ROUNDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of which activations are ever rounded, and their numbers there."""
 _LOG = logging.getLogger("fp4graph.kernels")
@@ -52,7 +46,7 @@ def settle(format: BlockFormat, dtype: torch.dtype, rows: Sequence[int]) -> None
     library = native()
     assert library is not None
     array = (ctypes.c_int64 * len(rows))(*rows)
-    failed = library.lib.fp4_cross(_CODES[format.base], ROUNDED[dtype], array, len(rows))
+    failed = library.lib.fp4_cross(FORMAT_CODES[format.base], ROUNDED[dtype], array, len(rows))
     assert not failed
 
 
@@ -93,16 +87,17 @@ def crossings(
     assert library is not None
     file = kept_file("crossings", processor(), library.isa, torch.get_num_threads())
     key = f"{format.base} {dtype}"
-    known = _known(file)
-    if key not in known:
-        gains, quiet = _measured(format, dtype, exact, int8, pack)
-        known[key] = changes(gains)
-        if quiet:
-            with suppress(OSError):  # it is measured again
-                write_text(file, json.dumps(_known(file) | {key: known[key]}) + "\n")
-        else:
-            _LOG.warning("the machine was busy while activations=auto was timed: not kept")
-    return tuple(known[key])
+    known = kept(file)
+    if key in known:
+        return tuple(known[key])
+    gains, quiet = _measured(format, dtype, exact, int8, pack)
+    found = changes(gains)
+    if quiet:
+        with suppress(OSError):  # it is measured again
+            keep(file, {key: found})
+    else:
+        _LOG.warning("the machine was busy while activations=auto was timed: not kept")
+    return tuple(found)
 
 
 def changes(gains: Sequence[float]) -> list[int]:
@@ -116,13 +111,6 @@ def changes(gains: Sequence[float]) -> list[int]:
             worth[place] = worth[place - 1]
     before = [False, *worth[:-1]]
     return [rows for rows, now, was in zip(ROWS, worth, before, strict=True) if now != was]
-
-
-def _known(file: Path) -> dict[str, list[int]]:
-    with suppress(OSError, ValueError):
-        found: dict[str, list[int]] = json.loads(read_text(file))
-        return found
-    return {}
 
 
 @torch.no_grad()
@@ -143,22 +131,14 @@ def _measured(
         pool = [first, *(tuple(each.clone() for each in first) for _ in range(copies - 1))]
         for place, rows in enumerate(ROWS):
             x = torch.randn(rows, k, generator=generator, device="cpu").to(dtype)
-            times = _alternated((exact, int8), x, pool if rows <= _COLD_ROWS else pool[:1])
+            some = pool if rows <= _COLD_ROWS else pool[:1]
+            times = alternated([partial(_run, op, x, some) for op in (exact, int8)], _ROUNDS)
             ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
             logs[place] += math.log(ratio) / len(_SHAPES)
-            quiet &= all(statistics.median(each) < _BUSY * min(each) for each in times)
+            quiet &= is_quiet(times)
     return [math.exp(each) for each in logs], quiet
 
 
-def _alternated(
-    ops: Sequence[Op], x: Tensor, pool: Sequence[tuple[Tensor, ...]]
-) -> list[list[float]]:
-    times: list[list[float]] = [[] for _ in ops]
-    for number in range(_ROUNDS + 1):
-        for op, taken in zip(ops, times, strict=True):
-            start = time.perf_counter()
-            for packed in pool:
-                op(x, *packed, None)
-            if number:
-                taken.append(time.perf_counter() - start)
-    return times
+def _run(op: Op, x: Tensor, pool: Sequence[tuple[Tensor, ...]]) -> None:
+    for packed in pool:
+        op(x, *packed, None)

@@ -16,6 +16,8 @@ from fp4graph.errors import OptionError
 from fp4graph.kernels.cpu.build import BuildError, compile_library, library_name
 
 _LOG = logging.getLogger("fp4graph.kernels")
+FORMAT_CODES = {"nvfp4": 0, "mxfp4": 1}
+"""Numbers of FP4 formats in native/fp4.h, by their `base`."""
 ISA_VARIABLE = "FP4GRAPH_CPU_ISA"
 NO_NATIVE = "none"
 """The value of FP4GRAPH_CPU_ISA that leaves the native library unused."""

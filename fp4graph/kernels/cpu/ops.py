@@ -11,7 +11,7 @@ from fp4graph.errors import RefusalError, WeightError
 from fp4graph.formats import FORMATS, FP4_FORMATS, FP8, BlockFormat, PackedWeight
 from fp4graph.kernels.contract import Kernel, Plan, Problem
 from fp4graph.kernels.cpu.crossings import ROUNDED, crossings, describe, settle
-from fp4graph.kernels.cpu.library import Missing, load
+from fp4graph.kernels.cpu.library import FORMAT_CODES, Missing, load
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     MergedOp = torch._ops.OpOverload[..., list[Tensor]]
 
 _LIBRARY = torch.library.Library("fp4graph", "FRAGMENT")
-_CODES = {"nvfp4": 0, "mxfp4": 1}
 _EXCESS = 256.0  # kE4M3Excess in native/layout.h
 _RULES = {"nearest": 0, "floor": 0, "ceil": 1, "rceil": 2, "even": 3}
 
@@ -59,7 +58,7 @@ def pack_tiles(packed: PackedWeight) -> tuple[Tensor, Tensor]:
         packed.qdata,
         packed.scale.view(torch.uint8),
         torch.ones((), dtype=torch.float32, device="cpu") if tensor is None else tensor,
-        _CODES[packed.format.base],
+        FORMAT_CODES[packed.format.base],
     )
     return tiles, row_scale
 
@@ -68,7 +67,7 @@ def unpack_tiles(
     tiles: Tensor, shape: tuple[int, int], format: BlockFormat
 ) -> tuple[Tensor, Tensor]:
     """Return (`qdata`, `scale` as uint8) of a weight [N, K] in tiles: `pack_tiles` undone."""
-    qdata, scale = torch.ops.fp4graph.cpu_unpack_tiles(tiles, shape[0], _CODES[format.base])
+    qdata, scale = torch.ops.fp4graph.cpu_unpack_tiles(tiles, shape[0], FORMAT_CODES[format.base])
     return qdata, scale
 
 
@@ -80,7 +79,7 @@ def quantize(weight: Tensor, format: BlockFormat) -> PackedWeight:
     """
     rule = _RULES[format.scale_codec.rule]
     qdata, scale, per_tensor_scale, broken = torch.ops.fp4graph.cpu_quantize(
-        weight.detach(), _CODES[format.base], rule
+        weight.detach(), FORMAT_CODES[format.base], rule
     )
     if int(broken):
         return format.quantize(weight)  # which says what is wrong

@@ -2,65 +2,60 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fp4graph.cache import kept_file
-from fp4graph.files import read_lines, write_text
+from fp4graph import timing
 from fp4graph.kernels.triton.mma.cut import Cut, choose, tokens_of
 from fp4graph.kernels.triton.mma.layout import COLUMNS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from fp4graph.kernels.target import Target
 
 _LOG = logging.getLogger("fp4graph.kernels")
-Sizes = tuple[int, int, int]
-"""Eights of rows of x in a program, N, K."""
 
 
 @lru_cache(maxsize=4096)  # a launch asks
 def cut_for(M: int, N: int, K: int, target: Target) -> Cut:
     """Return the cut that was found best on this machine, or else the one that `choose` takes."""
-    found = _read(_file(target)).get((tokens_of(M), N, K))
-    return found or choose(M, N, K, target)
+    file, key = _file(target), _key(M, N, K)
+    values = timing.kept(file).get(key)
+    if values is not None:
+        cut = _fitting(values, M, K)
+        if cut is not None:
+            return cut
+        _LOG.warning("%s: the cut for %s does not fit and does not count", file, key)
+    return choose(M, N, K, target)
 
 
-def keep(found: Mapping[Sizes, Cut], target: Target) -> Path:
-    """Keep cuts beside those kept before, and return the file.
+def keep(M: int, N: int, K: int, cut: Cut, target: Target) -> None:
+    """Keep a cut for M rows of x and all that take as many programs, and a weight [N, K].
 
     Raises:
         OSError: it cannot be written.
     """
-    file = _file(target)
-    known = {**_read(file), **found}
-    lines = [json.dumps({"sizes": sizes, **asdict(cut)}) for sizes, cut in known.items()]
-    write_text(file, "\n".join(lines) + "\n")
+    timing.keep(_file(target), {_key(M, N, K): asdict(cut)})
     cut_for.cache_clear()
-    return file
 
 
 def _file(target: Target) -> Path:
-    return kept_file("cuts", target.backend, target.arch, target.multiprocessors)
+    return timing.kept_file("cuts", target.backend, target.arch, target.multiprocessors)
 
 
-def _read(file: Path) -> dict[Sizes, Cut]:
-    found = {}
+def _key(M: int, N: int, K: int) -> str:
+    rows = 8 * tokens_of(M)
+    return f"{-(-M // rows) * rows} rows, {N}x{K}"
+
+
+def _fitting(values: Any, M: int, K: int) -> Cut | None:
+    """Return a cut that was read; None for one that would leave out rows or columns."""
     try:
-        for _, line in read_lines(file):
-            values = json.loads(line)
-            tokens, n, k = values.pop("sizes")
-            found[tokens, n, k] = cut = Cut(**values)
-            if cut.tokens != tokens or -(-k // COLUMNS) % cut.wk:  # it would leave columns out
-                raise ValueError(f"{cut} does not fit {tokens}, {n}, {k}")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        _LOG.warning("%s cannot be read and does not count (%s): gpu-check makes it", file, error)
-        return {}
-    return found
+        cut = Cut(**values)
+        fits = cut.tokens == tokens_of(M) and -(-K // COLUMNS) % cut.wk == 0
+    except (TypeError, ZeroDivisionError):
+        return None
+    return cut if fits else None
