@@ -14,6 +14,10 @@ Up to 32 rows (AMD: 64) share a reading of the weight. Above 128 it is unpacked 
 bytes a weight, then read again) and multiplied densely. The dense bfloat16 linear is the longer
 of its memory and tensor times. Launches, starts of warps and tails of uneven work are left out, so
 small shapes are slower.
+
+On Hopper the kernel by wgmma is a line of its own, for its best tile. One more time counts there:
+
+    L2      bytes of x and of the weight that all programs read / 5.5 TB/s, which is assumed
 """
 
 from __future__ import annotations
@@ -29,9 +33,11 @@ from rich.table import Table
 
 from fp4graph.kernels import Target, parse_target
 from fp4graph.kernels.triton import tiles
-from fp4graph.kernels.triton.mma.cut import MOST_ROWS, choose
+from fp4graph.kernels.triton.mma.cut import MOST_ROWS, Cut, choose
+from fp4graph.kernels.triton.mma.wgmma.tile import tiles_for
 
 TABLE = Path(__file__).parents[1] / "tests/kernels/machine_code.json"
+L2 = 5.5e12  # bytes a second, of H100 and H200
 ROWS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 BYTES = {"nvfp4": 0.5 + 1 / 16, "mxfp4": 0.5 + 1 / 32}
 
@@ -95,22 +101,24 @@ class Prediction:
     issue: float
     tensor: float
     before: float = 0.0
+    l2: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Of the whole call."""
-        return self.before + max(self.memory, self.issue, self.tensor)
+        return self.before + max(self.memory, self.issue, self.tensor, self.l2)
 
     @property
     def binds(self) -> str:
         """What the time goes to."""
-        return max(("memory", "issue", "tensor"), key=lambda each: getattr(self, each))
+        return max(("memory", "issue", "tensor", "l2"), key=lambda each: getattr(self, each))
 
 
 def launch_of(device: Device, M: int, N: int, K: int) -> tuple[int, int, str]:
     """Return the rows of x in a program, the split of sums, and how the launch's name starts."""
     if device.target.backend == "cuda":
         cut = choose(M, N, K, device.target)
+        assert isinstance(cut, Cut)
         return 8 * cut.tokens, cut.split, f"multiply {{}} bfloat16 TOKENS={cut.tokens} "
     tile = tiles.choose(M, N, K, tiles.programs(device.target))
     return max(tile.rows, 1), tile.split, "gemm {} bfloat16" if tile.rows else "gemv {} bfloat16"
@@ -140,6 +148,32 @@ def fp4(table: dict[str, Any], device: Device, format: str, M: int, N: int, K: i
     return Prediction(moved / device.bandwidth, issue, 2 * passes * rows * N * K / device.mma_sync)
 
 
+def wgmma(
+    table: dict[str, Any], device: Device, format: str, M: int, N: int, K: int
+) -> Prediction | None:
+    """Predict the kernel by wgmma with its best tile; None where there is none."""
+    weights, lines = BYTES[format] * N * K, table[str(device.target)]
+    found = []
+    for tile in tiles_for(M, N, K, device.target):
+        passes = -(-M // tile.tokens)  # over the weight
+        start = f"warpgroup_multiply {format} bfloat16 TOKENS={tile.tokens} BLOCKS={tile.blocks} "
+        launch = [value for key, value in lines.items() if key.startswith(start)]
+        per_weight = max(each["per_weight"] for each in launch)
+        sums = 8 * tile.split * M * N if tile.split > 1 else 0
+        programs = passes * -(-N // tile.rows) * tile.split
+        busy = min(1, programs / device.target.multiprocessors)
+        x_of_all = passes * -(-N // tile.rows) * 2 * tile.tokens * K
+        found.append(
+            Prediction(
+                memory=(weights + 2 * M * (N + K) + sums) / device.bandwidth,
+                issue=passes * per_weight * N * K / device.lanes / busy,
+                tensor=2 * passes * tile.tokens * N * K / device.tensor / busy,
+                l2=(x_of_all + passes * weights) / L2,
+            )
+        )
+    return min(found, key=lambda each: each.seconds, default=None)
+
+
 def print_tables(table: dict[str, Any], N: int, K: int) -> None:
     """Print one table a format."""
     console = Console(width=140)
@@ -148,12 +182,19 @@ def print_tables(table: dict[str, Any], N: int, K: int) -> None:
         for column in ("device", "M", "dense us", "FP4 us", "binds", "dense / FP4"):
             shown.add_column(column, justify="left" if column in ("device", "binds") else "right")
         for name, device in DEVICES.items():
-            for M in (1, 16, 64, 512, 4096):
-                before, after = dense(device, M, N, K), fp4(table, device, format, M, N, K)
-                shown.add_row(
-                    name, str(M), f"{before.seconds * 1e6:.1f}", f"{after.seconds * 1e6:.1f}",
-                    after.binds, f"{before.seconds / after.seconds:.2f}",
-                )  # fmt: skip
+            for M in (1, 16, 64, 128, 256, 512, 4096):
+                before = dense(device, M, N, K)
+                ways = {
+                    name: fp4(table, device, format, M, N, K),
+                    f"{name}, wgmma": wgmma(table, device, format, M, N, K),
+                }
+                for way, after in ways.items():
+                    if after is not None:
+                        shown.add_row(
+                            way, str(M), f"{before.seconds * 1e6:.1f}",
+                            f"{after.seconds * 1e6:.1f}", after.binds,
+                            f"{before.seconds / after.seconds:.2f}",
+                        )  # fmt: skip
         console.print(shown)
 
 
@@ -171,6 +212,11 @@ def plot(table: dict[str, Any], N: int, K: int, path: Path) -> None:
             for M in ROWS
         ]
         axes.plot(ROWS, ratios, marker=".", label=f"{name}, predicted")
+    hopper = {M: wgmma(table, DEVICES["H200"], "nvfp4", M, N, K) for M in ROWS}
+    ratios = {
+        M: dense(DEVICES["H200"], M, N, K).seconds / way.seconds for M, way in hopper.items() if way
+    }
+    axes.plot(list(ratios), list(ratios.values()), ".--", label="H200 by wgmma, predicted")
     axes.plot(list(MEASURED), list(MEASURED.values()), "ko--", label="H200, measured")
     for label, points in PUBLISHED.items():
         axes.scatter(list(points), list(points.values()), marker="x", label=f"{label}, published")

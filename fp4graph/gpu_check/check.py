@@ -77,7 +77,7 @@ def check(
         "cuts": [
             (_named(*each), partial(_tuned, device, *each))
             for each in work.cuts
-            if cuts.is_tuned(device, *each[:2])
+            if cuts.is_tuned(device, *each)
         ],
         "times": [(_named(*each), partial(speed.speeds, device, *each)) for each in work.times],
         "model": [("generation", partial(work.model, device))],

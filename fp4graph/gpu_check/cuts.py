@@ -1,4 +1,4 @@
-"""Which cut of the fragment kernel's work is fastest on this device; what wins is kept."""
+"""Which way to multiply fragments is fastest on this device; what wins is kept."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fp4graph.kernels.triton.mma import FRAGMENTS
 from fp4graph.kernels.triton.mma.cut import Cut, choose
 from fp4graph.kernels.triton.mma.layout import COLUMNS
 from fp4graph.kernels.triton.mma.ops import body
+from fp4graph.kernels.triton.mma.wgmma.tile import Tile, tiles_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,9 +24,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fp4graph.gpu_check.device import Device
+    from fp4graph.kernels.triton.mma.cut import Unpack
+
+    Way = Cut | Tile | Unpack
 
 FORMAT = "nvfp4"
-ROWS = (1, 16, 32, 64, 128)
+ROWS = (1, 16, 32, 64, 128, 256, 512)
 _WARPS = ((1, 2), (2, 1), (1, 4), (2, 2), (4, 1))  # wn, wk
 _RING = 4
 _REGISTERS = 96  # with a ring, for each eight rows of x
@@ -45,7 +49,7 @@ class Tuned:
         best: the fastest; `chosen` where nothing is faster.
         us: microseconds of the best, the median.
         gain: times that it is faster than `chosen`, measured anew in pairs.
-        tried: how many cuts were timed.
+        tried: how many ways were timed.
         failed: errors of those that could not run, or were wrong.
     """
 
@@ -57,13 +61,21 @@ class Tuned:
     gain: float
     tried: int
     failed: tuple[str, ...]
-    cut: Cut | None = None
+    cut: Cut | Tile | None = None
     """To keep; None where `chosen` stays."""
 
 
-def is_tuned(device: Device, n: int, k: int) -> bool:
-    """Whether a device has the kernel that is cut."""
-    return FRAGMENTS in fused(device, n, k, FORMAT, torch.bfloat16)
+def is_tuned(device: Device, n: int, k: int, rows: int) -> bool:
+    """Whether a device has more than one way to multiply so many rows."""
+    has_kernel = FRAGMENTS in fused(device, n, k, FORMAT, torch.bfloat16)
+    return has_kernel and len(_first(device, n, k, rows)) > 1
+
+
+def _first(device: Device, n: int, k: int, rows: int) -> list[Way]:
+    """Return what arithmetic takes, and after it where a search goes first."""
+    chosen = choose(rows, n, k, device.target)
+    near = neighbours(chosen, k) if isinstance(chosen, Cut) else []
+    return [chosen, *near, *tiles_for(rows, n, k, device.target)]
 
 
 def neighbours(cut: Cut, k: int) -> list[Cut]:
@@ -91,7 +103,8 @@ def neighbours(cut: Cut, k: int) -> list[Cut]:
 def tune(device: Device, n: int, k: int, rows: int) -> Tuned:
     """Go from the chosen cut to its fastest neighbour until none is faster.
 
-    Each cut that is tried must run and be exact.
+    On Hopper all tiles of wgmma are among the first neighbours. What is tried must run, be exact
+    and give the same bits again.
     """
     generator = torch.Generator().manual_seed(n + k)
     w_NK = torch.randn(n, k, generator=generator).to(device.where) / k**0.5
@@ -99,39 +112,44 @@ def tune(device: Device, n: int, k: int, rows: int) -> Tuned:
     packed = quantize(w_NK, FORMAT)
     tensors = FRAGMENTS.prepack(packed, problem_of(device, n, k, FORMAT, torch.bfloat16))
 
-    def call(cut: Cut) -> Call:
-        return Call(str(cut), _multiply(device, x_MK, cut), tensors)
+    def call(way: Way) -> Call:
+        return Call(str(way), _multiply(device, x_MK, way), tensors)
 
-    chosen = best = choose(rows, n, k, device.target)
-    tried = {best}
+    def error_of(way: Way) -> str:
+        if error := call(way).fails():
+            return error
+        y_MN = call(way)()
+        if (off := of_bound(y_MN, x_MK, packed, None)) > 1:
+            return f"an error of {off:.3g} times its bound"
+        return "" if torch.equal(y_MN, call(way)()) else "other bits at the second call"
+
+    chosen, *more = _first(device, n, k, rows)
+    best, tried = chosen, {chosen}
     failed: list[str] = []
-    while more := [cut for cut in neighbours(best, k) if cut not in tried]:
+    while more:
         tried.update(more)
-        able = []
-        for cut in more:
-            error = call(cut).fails()
-            if not error and (off := of_bound(call(cut)(), x_MK, packed, None)) > 1:
-                error = f"an error of {off:.3g} times its bound"
-            if error:
-                failed.append(f"{cut}: {error}")
-            else:
-                able.append(cut)
+        errors = {way: error_of(way) for way in more}
+        failed += [f"{way}: {error}" for way, error in errors.items() if error]
+        able = [way for way, error in errors.items() if not error]
         times = device.times([call(best), *map(call, able)], _ROUNDS)
-        speeds = {cut: paired(times[0], each) for cut, each in zip(able, times[1:], strict=True)}
+        speeds = {way: paired(times[0], each) for way, each in zip(able, times[1:], strict=True)}
         fastest = max(speeds, key=speeds.__getitem__, default=best)
         if speeds.get(fastest, 1.0) < _GAIN:
             break
         best = fastest
+        near = neighbours(best, k) if isinstance(best, Cut) else []
+        more = [way for way in near if way not in tried]
     before, after = device.times([call(chosen), call(best)], _LAST_ROUNDS)
     gain = paired(before, after)
     if best == chosen or gain < _GAIN:  # the search had picked luck
         best, after, gain = chosen, before, 1.0
     return Tuned(
         f"{n}x{k}", rows, str(chosen), str(best), statistics.median(after) * 1e6, gain,
-        len(tried), tuple(failed), best if best != chosen else None,
+        len(tried), tuple(failed),
+        best if isinstance(best, (Cut, Tile)) and best != chosen else None,
     )  # fmt: skip
 
 
-def _multiply(device: Device, x_MK: Tensor, cut: Cut) -> Callable[..., Tensor]:
-    run = body(FP4_FORMATS[FORMAT], device.target, cut=cut)
+def _multiply(device: Device, x_MK: Tensor, way: Way) -> Callable[..., Tensor]:
+    run = body(FP4_FORMATS[FORMAT], device.target, cut=way)
     return lambda *tensors: run(x_MK, *tensors, None)

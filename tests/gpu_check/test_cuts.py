@@ -15,10 +15,13 @@ from torch.nn.functional import linear
 
 import fp4graph
 from fp4graph.gpu_check import cuts
+from fp4graph.gpu_check.exact import problem_of
 from fp4graph.kernels import parse_target
-from fp4graph.kernels.triton.mma.cut import Cut, choose
+from fp4graph.kernels.triton.mma import FRAGMENTS
+from fp4graph.kernels.triton.mma.cut import Cut, Unpack, choose
 from fp4graph.kernels.triton.mma.kept import cut_for, keep
 from fp4graph.kernels.triton.mma.layout import COLUMNS
+from fp4graph.kernels.triton.mma.wgmma.tile import Tile, tiles_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,17 +40,17 @@ def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cut, Exception | float], None]:
-    """Let every cut give the right product, but for those that are told otherwise."""
-    odd: dict[Cut, Exception | float] = {}
+def products(monkeypatch: pytest.MonkeyPatch) -> Callable[[object, Exception | float], None]:
+    """Let every way give the right product, but for those that are told otherwise."""
+    odd: dict[object, Exception | float] = {}
 
-    def multiply(device: FakeDevice, x: torch.Tensor, cut: Cut) -> Callable[..., torch.Tensor]:
+    def multiply(device: FakeDevice, x: torch.Tensor, way: object) -> Callable[..., torch.Tensor]:
         generator = torch.Generator().manual_seed(N + K)
         w = torch.randn(N, K, generator=generator) / K**0.5
         dense = fp4graph.quantize(w, cuts.FORMAT).dequantize(torch.bfloat16)
 
         def run(*_: torch.Tensor) -> torch.Tensor:
-            what = odd.get(cut, 1.0)
+            what = odd.get(way, 1.0)
             if isinstance(what, Exception):
                 raise what
             return linear(x, dense) * what
@@ -73,7 +76,7 @@ def path(start: Cut, length: int) -> list[Cut]:
 
 
 def test_goes_from_neighbour_to_neighbour_to_the_fastest(
-    products: Callable[[Cut, Exception | float], None],
+    products: Callable[[object, Exception | float], None],
 ) -> None:
     chosen, *way = path(choose(1, N, K, parse_target(H100)), 3)
     device = FakeDevice(best_of(*map(str, way)), H100)
@@ -86,7 +89,7 @@ def test_goes_from_neighbour_to_neighbour_to_the_fastest(
 
 
 def test_what_fails_or_is_wrong_is_not_taken(
-    products: Callable[[Cut, Exception | float], None],
+    products: Callable[[object, Exception | float], None],
 ) -> None:
     chosen = choose(16, N, K, parse_target(H100))
     broken, wrong, good = cuts.neighbours(chosen, K)[:3]
@@ -101,17 +104,48 @@ def test_what_fails_or_is_wrong_is_not_taken(
 
 
 def test_nothing_faster_keeps_what_was_chosen(
-    products: Callable[[Cut, Exception | float], None],
+    products: Callable[[object, Exception | float], None],
 ) -> None:
     tuned = cuts.tune(FakeDevice(target=H100), N, K, 64)
     assert tuned.cut is None
     assert tuned.best == tuned.chosen
     assert tuned.gain == 1
-    assert tuned.tried == 1 + len(cuts.neighbours(choose(64, N, K, parse_target(H100)), K))
+    h100 = parse_target(H100)
+    neighbours = cuts.neighbours(choose(64, N, K, h100), K)
+    assert tuned.tried == 1 + len(neighbours) + len(list(tiles_for(64, N, K, h100)))
+
+
+@pytest.mark.parametrize("rows", [32, 64, 128, 256, 512])
+def test_a_tile_of_wgmma_goes_before_cuts_and_unpacking(
+    rows: int, products: Callable[[object, Exception | float], None]
+) -> None:
+    h100 = parse_target(H100)
+    best = Tile(min(rows, 64), 1)
+    tuned = cuts.tune(FakeDevice(best_of(str(best)), H100), N, K, rows)
+    assert tuned.cut == best
+    assert tuned.gain == pytest.approx(2)
+    keep(rows, N, K, best, h100)
+    assert cut_for(rows, N, K, h100) == best
+    assert cut_for(rows + 257, N, K, h100) == choose(rows + 257, N, K, h100)
+    if rows in (64, 256):  # of those that a report shows
+        problem = problem_of(FakeDevice(target=H100), N, K, "nvfp4", torch.bfloat16)
+        assert f"M={rows}: {best}" in FRAGMENTS.plan(problem).tile
+
+
+def test_only_hopper_is_tuned_beyond_what_cuts_take() -> None:
+    for target, rows, expected in (
+        (H100, 512, True),
+        (H100, 513, False),
+        ("cuda:sm_80", 256, False),
+        ("cuda:sm_80", 128, True),
+    ):
+        assert cuts.is_tuned(FakeDevice(target=target), N, K, rows) == expected, (target, rows)
+    assert not cuts.is_tuned(FakeDevice(), N, K, 1)
+    assert cut_for(600, N, K, parse_target(H100)) == Unpack()
 
 
 @pytest.mark.parametrize("k", [64, 512, 3584, 14336])
-@pytest.mark.parametrize("rows", cuts.ROWS)
+@pytest.mark.parametrize("rows", [rows for rows in cuts.ROWS if rows <= 128])
 @pytest.mark.parametrize("target", ["cuda:sm_80", "cuda:sm_90", "cuda:sm_100"])
 def test_neighbours_can_be_launched(k: int, rows: int, target: str) -> None:
     chosen = choose(rows, 4096, k, parse_target(target))
@@ -151,6 +185,7 @@ KEY = "8 rows, 4096x4096"
         *("", "{", "[]", f'{{"{KEY}": 1}}', f'{{"{KEY}": {{"tokens": 1}}}}'),
         json.dumps({KEY: asdict(Cut(2, 4, 2, 2, 2, 0))}),  # of other rows
         json.dumps({KEY: asdict(Cut(1, 4, 1, 3, 2, 0))}),  # which would leave columns out
+        json.dumps({KEY: asdict(Tile(96, 1))}),  # which is no kernel
     ],
 )
 def test_what_cannot_be_read_or_does_not_fit_does_not_count(

@@ -26,6 +26,7 @@ from fp4graph.kernels import Target, parse_target
 from fp4graph.kernels.triton import launch, layout, tiles
 from fp4graph.kernels.triton.mma import launch as mma
 from fp4graph.kernels.triton.mma import layout as fragment_layout
+from fp4graph.kernels.triton.mma.wgmma.tile import tiles_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,7 +91,11 @@ def _multiply(
     blocks = tuple(-(-size // by) for size, by in zip(packed.shape, (64, 128), strict=True))
     record = 1024 + 2048 // packed.format.block_size
     stream = torch.zeros((*blocks, record), dtype=torch.int32)
-    mma.linear(x, stream, row_scale, None, order, packed.format.block_size, target, run=run)
+    tiles = [each for each in tiles_for(len(x), *packed.shape, target) if each.split <= 2]
+    for cut in (None, *tiles):
+        mma.linear(
+            x, stream, row_scale, None, order, packed.format.block_size, target, cut=cut, run=run
+        )
 
 
 def report(name: str, half: str, each: Launch, target: Target) -> dict[str, Any]:
@@ -113,6 +118,9 @@ def report(name: str, half: str, each: Launch, target: Target) -> dict[str, Any]
         line["x_bytes_per_weight_byte"] = round(x_bytes / (weights * (0.5 + 1 / constants["G"])), 2)
     elif kind in ("gemm", "gemv"):
         weights = constants["BN"] * constants["BK"]
+    elif kind == "warpgroup_multiply":
+        line["serialized"] = len(found.serialized)
+        warps, weights = 4, constants["BLOCKS"] * 64 * 128
     else:
         return line
     line["per_weight"] = round(found.per_weight(weights, warps), 2)

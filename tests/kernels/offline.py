@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 
 _POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32",
-    torch.uint8: "*u8",
+    torch.int16: "*i16", torch.uint8: "*u8",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_A_RECORDS = 8  # wgmma: four a half
 
 
 def gpu_target(target: Target) -> GPUTarget:
@@ -52,9 +54,9 @@ def compile_launch(
     signature = dict.fromkeys(names, "constexpr")
     divisible = {}
     for name, value in zip(names, args, strict=False):
-        signature[name] = _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        signature[name] = type_of(value)
         number = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        if number % 16 == 0:
+        if not isinstance(value, TensorDescriptor) and number % 16 == 0:
             divisible[(names.index(name),)] = [["tt.divisibility", 16]]
     made = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
     source = made(
@@ -65,6 +67,14 @@ def compile_launch(
     )
     options = {name: value for name, value in keywords.items() if name in OPTIONS}
     return triton.compile(source, target=gpu_target(target), options=options)
+
+
+def type_of(value: Any) -> str:
+    """Return an argument's type as a launch would tell it to the compiler."""
+    if isinstance(value, TensorDescriptor):
+        element = _POINTERS[value.base.dtype].removeprefix("*")
+        return f"tensordesc<{element}{list(value.block_shape)},{value.layout!r}>"
+    return _POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
 
 
 @dataclass(frozen=True)
@@ -110,9 +120,10 @@ class Facts:
         spilled: bytes of registers that go through memory.
         shared: bytes of shared memory of a program.
         instructions: how often each mnemonic of PTX, or of AMD's assembly, appears.
-        loop: instructions of the longest loop in machine code; of AMD's, without scalar ones, which
-            have a unit of their own.
+        loop: instructions of the longest loop in machine code, with wgmma of the shortest that has
+            a record's; of AMD's, without scalar ones, which have a unit of their own.
         lanes: threads that one instruction serves.
+        serialized: what ptxas says of wgmma that waits for each other: an info, no warning.
     """
 
     registers: int
@@ -121,6 +132,7 @@ class Facts:
     instructions: Counter[str]
     loop: int
     lanes: int = 32
+    serialized: tuple[str, ...] = ()
 
     def per_weight(self, weights: int, warps: int) -> float:
         """Lane-instructions of the main loop for each of the weights that a round of it takes."""
@@ -144,9 +156,8 @@ def _amd(compiled: Any) -> Facts:
 
     spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
     names = re.findall(r"^\s+([vs]_\w+|buffer_\w+|global_\w+|ds_\w+)", text, re.M)
-    loop = _longest_loop(
-        text, r"^(\.LBB\w+):", r"^\s+([a-rt-z]\w+.*)", r"^\s+s_c?branch\w* (\.LBB\w+)"
-    )
+    loops = _loops(text, r"^(\.LBB\w+):", r"^\s+([a-rt-z]\w+.*)", r"^\s+s_c?branch\w* (\.LBB\w+)")
+    loop = max(map(len, loops), default=0)
     return Facts(
         number("vgpr_count"), spilled, number("group_segment_fixed_size"), Counter(names), loop, 64
     )
@@ -168,29 +179,36 @@ def _nvidia(compiled: Any, capability: int) -> Facts:
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     names = re.findall(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]+)", ptx, re.M)
     names += re.findall(r"(?:mma\.sync|cvt)\.[\w.]+", ptx)
+    loops = _loops(
+        sass, r"^(\.L_x_\d+):", r"^\s+/\*[0-9a-f]+\*/\s+(.*?);", r".*\bBRA\b.*`\((\.L_x_\d+)\)"
+    )
+    if products := [loop for loop in loops if sum("HGMMA" in each for each in loop) >= _A_RECORDS]:
+        loops = [min(products, key=len)]  # a wait for a barrier spins outside of it
     return Facts(
         registers=int(re.search(r"Used (\d+) registers", said)[1]),  # type: ignore[index]
         spilled=sum(map(int, spills.groups())),  # type: ignore[union-attr]
         shared=compiled.metadata.shared,
         instructions=Counter(names),
-        loop=_longest_loop(
-            sass, r"^(\.L_x_\d+):", r"^\s+/\*[0-9a-f]+\*/\s+(.*?);", r".*\bBRA\b.*`\((\.L_x_\d+)\)"
-        ),
+        loop=max(map(len, loops), default=0),
+        serialized=tuple(re.findall(r".*C75\d\d.*", said)),
     )
 
 
-def _longest_loop(code: str, label: str, instruction: str, branch: str) -> int:
+def _loops(code: str, label: str, instruction: str, branch: str) -> list[list[str]]:
+    """Return the instructions from a label to each branch back to it."""
     labels: dict[str, int] = {}
-    count = longest = 0
+    all_of: list[str] = []
+    found = []
     for line in code.splitlines():
-        if found := re.match(label, line):
-            labels[found[1]] = count
+        if here := re.match(label, line):
+            labels[here[1]] = len(all_of)
             continue
-        count += bool(re.match(instruction, line))
+        if one := re.match(instruction, line):
+            all_of.append(one[1])
         back = re.match(branch, line)
         if back and back[1] in labels:
-            longest = max(longest, count - labels[back[1]])
-    return longest
+            found.append(all_of[labels[back[1]] :])
+    return found
 
 
 def _output(*command: str) -> str:

@@ -29,18 +29,20 @@ class Kernel:
 
     def __init__(self, text: str) -> None:
         head, _, body = text[text.index(".entry") :].partition(")")
-        self.parameters = re.findall(
-            r"\.param\s+\.\w+\s+(?:\.ptr\s+\.\w+\s+\.align\s+\d+\s+)?([\w$]+)", head
-        )
+        self.parameters = re.findall(r"[\w$]+_param_\d+", head)
         directives = r"^\s*\.(loc|file|reqntid|maxnreg|minnctapersm).*$"
         body = re.sub(rf"//.*|{directives}", "", body, flags=re.M)
+        body = re.sub(r"\b(0x[0-9A-Fa-f]+)U\b", r"\1", body)
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
+        self.tables: dict[str, list[str]] = {}  # of brx.idx
         for statement in body.partition(".section")[0].split(";"):
             rest = statement.strip().lstrip("{} \t\n")
             while label := re.match(r"(\$?[\w$]+):\s*", rest):
                 self.labels[label[1]] = len(self.code)
                 rest = rest[label.end() :].lstrip("{} \t\n")
+                if rest.startswith(".branchtargets"):
+                    self.tables[label[1]] = re.findall(r"\$\w+", rest)
             if rest and rest[0] != ".":
                 self.code.append(_parse(rest))
 
@@ -76,10 +78,15 @@ class Kernel:
             elif each.name[0] == "ret":
                 return
             elif each.name[0] not in _IGNORED and p.active.any():
-                _execute(p, each)
+                execute(p, each)
 
 
-def _execute(p: Program, each: Instruction) -> None:
+def execute(p: Program, each: Instruction) -> None:
+    """Do what an instruction does to the registers and memory of a program.
+
+    Raises:
+        PtxError: no handler knows it.
+    """
     for count in range(len(each.name), 0, -1):
         handler = HANDLERS.get(".".join(each.name[:count]))
         if handler is not None:

@@ -131,6 +131,9 @@ def _write_halves(p: Program, to: str, values: Sequence[Array], *, bfloat16: boo
 @_handles("cvt")
 def _convert(p: Program, i: Instruction) -> None:
     after, before = i.name[-2:]
+    if before == "f32" and after in ("bf16x2", "f16x2"):  # the first is the high half
+        high, low = (p.float32(each) for each in i.operands[1:3])
+        return _write_halves(p, i.operands[0], [low, high], bfloat16=after == "bf16x2")
     if before == "f32" and after == "bf16":
         return p.write(i.operands[0], bfloat16_bits(p.float32(i.operands[1])))
     if before == "f32" and after == "f16":
@@ -161,19 +164,23 @@ def _logic3(p: Program, i: Instruction) -> None:
 @_handles("prmt")
 def _permute(p: Program, i: Instruction) -> None:
     low, high = (p.read(each).astype(np.uint64) for each in i.operands[1:3])
-    both, selector = low | high << np.uint64(32), int(i.operands[3], 0)
+    both, selector = low | high << np.uint64(32), p.read(i.operands[3]).astype(np.uint64)
     out = np.zeros(len(p.thread), np.uint64)
     for byte in range(4):
-        picked = both >> np.uint64(8 * (selector >> 4 * byte & 7)) & np.uint64(255)
+        which = selector >> np.uint64(4 * byte) & np.uint64(15)
+        if (which > 7)[p.active].any():
+            raise PtxError("prmt that repeats signs")
+        picked = both >> np.uint64(8) * (which & np.uint64(7)) & np.uint64(255)
         out |= picked << np.uint64(8 * byte)
     p.write(i.operands[0], out.astype(np.uint32))
 
 
 @_handles("shf.l.wrap")
 def _funnel(p: Program, i: Instruction) -> None:
-    by = int(i.operands[3], 0) & 31
-    low, high = p.read(i.operands[1]), p.read(i.operands[2])
-    p.write(i.operands[0], high << by | low >> (32 - by) if by else high)
+    by = p.read(i.operands[3]).astype(np.uint64) & np.uint64(31)
+    low, high = (p.read(each).astype(np.uint64) for each in i.operands[1:3])
+    both = (high << np.uint64(32) | low) << by
+    p.write(i.operands[0], (both >> np.uint64(32)).astype(np.uint32))
 
 
 @_handles("bfe")
@@ -279,10 +286,36 @@ def _low_product(p: Program, i: Instruction) -> None:
 
 @_handles("shfl")
 def _shuffle(p: Program, i: Instruction) -> None:
-    if i.name[2] != "bfly":
+    if i.name[2] not in ("bfly", "idx"):
         raise PtxError(f"unknown shuffle {'.'.join(i.name)}")
-    other = p.thread & ~31 | (p.thread & 31) ^ int(i.operands[2], 0)
-    p.write(i.operands[0].split("|")[0], p.read(i.operands[1])[other])
+    lane = p.thread & 31
+    other = lane ^ int(i.operands[2], 0) if i.name[2] == "bfly" else int(i.operands[2], 0)
+    of_thread = (p.thread & ~31 | other) - p.thread[0]
+    p.write(i.operands[0].split("|")[0], p.read(i.operands[1])[of_thread])
+
+
+@_handles("elect")
+def _elect(p: Program, i: Instruction) -> None:
+    p.write(i.operands[0].split("|")[1], p.thread % 32 == 0)
+
+
+@_handles("cvta")
+def _to_global(p: Program, i: Instruction) -> None:
+    p.write(i.operands[0], p.read(i.operands[1], 64))
+
+
+@_handles("stmatrix")
+def _store_matrices(p: Program, i: Instruction) -> None:
+    """Four transposed 8 x 8 of 16 bits: lane 8j + r gives the address of row r of matrix j."""
+    if "x4" not in i.name or "trans" not in i.name:
+        raise PtxError(f"unknown store {'.'.join(i.name)}")
+    lane, rows = p.thread & 31, p.address(i.operands[0])
+    warp = (p.thread & ~31) - p.thread[0]
+    for j, name in enumerate(i.operands[1]):
+        word = p.read(name)
+        for e, half in enumerate((word & 0xFFFF, word >> 16)):
+            at = rows[warp + 8 * j + 2 * (lane & 3) + e] + 2 * (lane >> 2)
+            p.memory["shared"].view(np.uint16)[at >> 1] = half.astype(np.uint16)
 
 
 @_handles("mma")

@@ -15,6 +15,7 @@ from fp4graph.formats import FP4_FORMATS
 from fp4graph.kernels import KERNELS, Kernel, Problem, refusals, target_of
 from fp4graph.kernels.triton import mma
 from fp4graph.kernels.triton.mma.cut import Cut
+from fp4graph.kernels.triton.mma.wgmma.tile import Tile, tiles_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,15 +67,19 @@ CUTS = {
     "ring of 6": Cut(1, 4, 4, 1, 2, 6, 96),
     "ring, 16 rows": Cut(2, 4, 2, 2, 1, 4, 160),
 }
+TILES = (Tile(32, 1), Tile(64, 1, 2), Tile(64, 2), Tile(128, 1), Tile(128, 2, 4))
 
 
-@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("cut", [*CUTS.values(), *TILES], ids=[*CUTS, *map(str, TILES)])
 @pytest.mark.parametrize("name", FP4_FORMATS)
-def test_every_cut_is_exact_and_runs_alike_each_time(cut: Cut, name: str) -> None:
+def test_every_cut_is_exact_and_runs_alike_each_time(cut: Cut | Tile, name: str) -> None:
     """A race in the ring, or a sum whose order is not settled, would show among 200 calls."""
     packed, tensors = prepared(FRAGMENTS, name, torch.bfloat16, 2048, 4096)
+    rows = 8 * cut.tokens if isinstance(cut, Cut) else cut.tokens + 5
+    if isinstance(cut, Tile) and cut not in tiles_for(rows, 2048, 4096, target_of(CUDA)):
+        pytest.skip("no wgmma is here")
     run = mma.ops.body(FP4_FORMATS[name], cut=cut, dtype=torch.float32)
-    x = torch.randn(8 * cut.tokens, 4096, device=CUDA).bfloat16()
+    x = torch.randn(rows, 4096, device=CUDA).bfloat16()
     y = run(x, *tensors, None)
     assert relative_l2(y, linear(x.double(), packed.dequantize(torch.float64))) <= 1e-6
     for _ in range(200):

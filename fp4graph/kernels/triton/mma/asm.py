@@ -26,10 +26,10 @@ def tile_asm(bits, mx, arch, tokens, words, pair):
     dtype = "bf16" if bits == "bfloat16" else "f16"
     lines = ["{ .reg .b32 t, m, s, lo, hi, nz, a<16>; .reg .b16 g, h; .reg .b8 q<4>;"]
     lines.append(f".reg .f32 c<{sums}>;")
-    lines += _scales(scale, pair % 2, bits, mx)
+    lines += scale_lines(scale, pair % 2, bits, mx)
     for i in range(4):
         a = [f"a{4 * i + j}" for j in range(4)]
-        lines += _codes(bits, code, i, a)
+        lines += code_lines(bits, code, i, a)
         for j in range(4):
             factor = "hi" if j % 2 else "lo"
             if dtype == "bf16" and arch < 90:  # sm_80 has no product of two bfloat16 alone
@@ -48,7 +48,7 @@ def tile_asm(bits, mx, arch, tokens, words, pair):
 
 
 @triton.constexpr_function
-def _scales(word, second, bits, mx):
+def scale_lines(word, second, bits, mx):
     """PTX: a pair's two scales, each twice in a register: `lo` for rows g, `hi` for rows g + 8."""
     lines = []
     if second:
@@ -64,7 +64,7 @@ def _scales(word, second, bits, mx):
 
 
 @triton.constexpr_function
-def _codes(bits, code, i, a):
+def code_lines(bits, code, i, a):
     """PTX: the eight codes of word i in the registers a."""
     word, neighbour = code[i], code[i ^ 1]
     if bits == "float16 cvt":

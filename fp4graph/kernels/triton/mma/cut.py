@@ -1,4 +1,4 @@
-"""How a decode is cut into warps: arithmetic on sizes and on the target.
+"""How `mma.sync`'s kernel is cut into warps: arithmetic on sizes and on the target.
 
 Chosen by `bench/gpu_cuts.py` on an H100 and an H200 (docs/kernels.md); the ring, which B200 alone
 gets, has not been on a GPU of its kind. What was timed on a machine goes before this: `kept`.
@@ -75,13 +75,23 @@ _WITH_RING = {1: _Warps(4, 2, 2, 16), 2: _Warps(4, 4, 1, 16)}
 _RING_REGISTERS = {1: 96, 2: 160}
 
 
+@dataclass(frozen=True)
+class Unpack:
+    """No cut: the weight is unpacked at each call, and `F.linear` does the rest."""
+
+    def __str__(self) -> str:
+        return "unpacked at each call, then F.linear"
+
+
 def tokens_of(M: int) -> int:
     """Return the eights of rows of x in a program; more than 32 rows are several programs."""
     return next((each for each in (1, 2) if 8 * each >= M), 4)
 
 
-def choose(M: int, N: int, K: int, target: Target) -> Cut:
-    """Choose a cut for M rows of x and a weight [N, K]."""
+def choose(M: int, N: int, K: int, target: Target) -> Cut | Unpack:
+    """Choose how to multiply M rows of x and a weight [N, K], as long as nothing was timed."""
+    if M > MOST_ROWS:
+        return Unpack()
     tokens = tokens_of(M)
     ring = 4 if target.capability in _FAST_MEMORY and tokens <= 2 else 0
     warps = _WITH_RING[tokens] if ring else _BY_TOKENS[tokens]

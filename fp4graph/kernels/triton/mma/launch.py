@@ -9,9 +9,11 @@ from torch.nn import functional
 
 from fp4graph.kernels.triton.launch import add_up, as_matrix
 from fp4graph.kernels.triton.mma import bodies, unpacking
-from fp4graph.kernels.triton.mma.cut import MOST_ROWS, Cut
+from fp4graph.kernels.triton.mma.cut import Cut, Unpack
 from fp4graph.kernels.triton.mma.kept import cut_for
 from fp4graph.kernels.triton.mma.layout import COLUMNS, ROWS, Order
+from fp4graph.kernels.triton.mma.wgmma import launch as wgmma
+from fp4graph.kernels.triton.mma.wgmma.tile import Tile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,13 +34,13 @@ def linear(
     block_size: int,
     target: Target,
     *,
-    cut: Cut | None = None,
+    cut: Cut | Tile | Unpack | None = None,
     dtype: torch.dtype | None = None,
     run: Run = lambda kernel: kernel,
 ) -> Tensor:
     """Compute `x W^T + bias`, the same result at each call.
 
-    Up to 128 rows straight from the stream, all sums in float32; for more the weight is unpacked to
+    By a cut or tile straight from the stream, all sums in float32; else the weight is unpacked to
     what `PackedWeight.dequantize` gives, and `F.linear` does the rest.
 
     Args:
@@ -49,8 +51,8 @@ def linear(
         order: of the stream's bits.
         block_size: B.
         target: what it runs on.
-        cut: how to cut the work; kept for this machine or chosen by size if None.
-        dtype: of the result of up to 128 rows; that of x if None.
+        cut: how to do it; kept for this machine or chosen by size if None.
+        dtype: of the result, but for unpacked weights; that of x if None.
         run: what a kernel is launched by: itself, or something that stands in for a GPU.
 
     Returns:
@@ -61,7 +63,8 @@ def linear(
     y = torch.empty((*x.shape[:-1], N), dtype=dtype or x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    if M > MOST_ROWS:
+    cut = cut or cut_for(M, N, K, target)
+    if isinstance(cut, Unpack):
         w = dequantize(stream, row_scale, K, x.dtype, order, block_size, run=run)
         return functional.linear(x, w, bias)
     steps = stream.shape[1]
@@ -69,8 +72,10 @@ def linear(
         rows = functional.pad(rows, (0, steps * COLUMNS - K))
     elif not rows.is_contiguous() or rows.storage_offset() % 2:
         rows = rows.clone(memory_format=torch.contiguous_format)
+    if isinstance(cut, Tile):
+        wgmma.multiply(rows, stream, row_scale, bias, y, order, block_size, cut, run)
+        return y
     words = rows.view(torch.int32)  # two activations each
-    cut = cut or cut_for(M, N, K, target)
     out = y
     if cut.split > 1:
         out = torch.empty((cut.split, M, N), dtype=torch.float32, device=x.device)

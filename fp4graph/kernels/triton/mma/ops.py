@@ -8,7 +8,6 @@ from fp4graph.formats import FP4_FORMATS, BlockFormat
 from fp4graph.kernels.contract import Kernel, Plan, Problem
 from fp4graph.kernels.target import Target, target_of
 from fp4graph.kernels.triton.mma import layout
-from fp4graph.kernels.triton.mma.cut import MOST_ROWS
 from fp4graph.kernels.triton.mma.kept import cut_for
 from fp4graph.kernels.triton.ops import DTYPES, define, refuses
 
@@ -42,10 +41,9 @@ def _order(problem: Problem) -> layout.Order:
 
 def _plan(problem: Problem) -> Plan:
     shape = problem.out_features, problem.in_features
-    cuts = [f"M={rows}: {cut_for(rows, *shape, problem.target)}" for rows in (1, 16, 64)]
-    tile = "; ".join([*cuts, f"M>{MOST_ROWS}: unpacked at each call, then F.linear"])
+    cuts = [f"M={rows}: {cut_for(rows, *shape, problem.target)}" for rows in (1, 16, 64, 256)]
     N, K = (-(-size // by) * by for size, by in zip(shape, _RECORD, strict=True))
-    return Plan(f"MMA fragments, {_order(problem).bits} bits", tile, (N, K))
+    return Plan(f"MMA fragments, {_order(problem).bits} bits", "; ".join(cuts), (N, K))
 
 
 FRAGMENTS = Kernel(
