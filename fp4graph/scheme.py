@@ -78,8 +78,18 @@ class Scheme:
     @property
     def inputs(self) -> Inputs:
         """What its kernel does to its input."""
-        inputs: dict[Activations, Inputs] = {Activations.INT8: "int8", Activations.AUTO: "auto"}
-        return inputs.get(self.activations, "exact")
+        inputs: dict[Activations, Inputs] = {
+            Activations.NONE: "exact",
+            Activations.SAME: "same",
+            Activations.INT8: "int8",
+            Activations.AUTO: "auto",
+        }
+        return inputs[self.activations]
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether its kernel may round inputs to 8 bits."""
+        return self.activations in (Activations.INT8, Activations.AUTO)
 
     @property
     def rotation(self) -> int:
@@ -184,7 +194,7 @@ class Scheme:
 
     def __str__(self) -> str:
         mode = self.activations.mode(self.format.bits)
-        if self.inputs != "exact":
+        if self.has_int8:
             return f"{self.format} {mode}, activations within {INT8_ERROR:.1%}"
         how = "" if self.quantizer == RTN else f", {self.quantizer}"
         return f"{self.format} {mode}{how}"

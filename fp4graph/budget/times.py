@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fp4graph import Activations, Scheme, StudyError, quantize
-from fp4graph.kernels import Problem, choose, fake_quantize_op, target_of
+from fp4graph import Scheme, StudyError, quantize
+from fp4graph.kernels import Problem, before, choose, target_of
 from fp4graph.machine import processor
 from fp4graph.quantizers import RTN
 from fp4graph.timing import alternated, is_quiet, keep, kept, kept_file
@@ -148,17 +148,11 @@ def _calls(w_NK: Tensor, x_MK: Tensor, scheme: Scheme | None) -> list[Callable[[
     problem = _problem(packed.shape, scheme, x_MK.dtype, w_NK.device)
     kernel = choose(problem, scheme.kernel)
     op = kernel.op_for(problem)
-    before = None
-    if scheme.activations is Activations.SAME:
-        rounding, format = fake_quantize_op(scheme.format), scheme.format.name
-
-        def before() -> Tensor:
-            return rounding(x_MK, format, scheme.rotation)
-
+    first = before(kernel, problem, scheme.rotation)
     found: list[Callable[[], Any]] = []
     for _ in range(_copies(packed.nbytes)):
         tensors = kernel.prepack(replace(packed, qdata=packed.qdata.clone()), problem)
-        found.append(_packed_call(op, x_MK, tensors, before))
+        found.append(_packed_call(op, x_MK, tensors, first))
     return found
 
 
@@ -171,6 +165,8 @@ def _dense_call(x_MK: Tensor, w_NK: Tensor) -> Callable[[], Any]:
 
 
 def _packed_call(
-    op: Any, x_MK: Tensor, tensors: Sequence[Tensor], before: Callable[[], Tensor] | None
+    op: Any, x_MK: Tensor, tensors: Sequence[Tensor], first: tuple[Any, ...] | None
 ) -> Callable[[], Any]:
-    return lambda: op(x_MK if before is None else before(), *tensors, None)
+    if first is None:
+        return lambda: op(x_MK, *tensors, None)
+    return lambda: op(first[0](x_MK, *first[1:]), *tensors, None)

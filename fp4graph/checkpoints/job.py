@@ -92,7 +92,7 @@ class Job:
             return f"K={site.tag.shape[-1]} is no multiple of {format.block_size}"
         if format.base not in FORMATS:
             return f"no engine reads {format}"
-        if scheme.inputs != "exact":
+        if scheme.has_int8:
             return "activations of 8 bits are fp4graph's own"
         needs = scheme.activations is Activations.SAME and format.has_per_tensor_scale
         if needs and site.tag.fqn not in (self._inputs or {}):

@@ -29,7 +29,7 @@ _LENGTH = 8
 )
 @click.option("--format", "format_name", default="nvfp4", show_default=True, help="FP4 format.")
 @click.option("--quantizer", default="rtn", show_default=True, help="How codes are found.")
-@click.option("--activations", default="none", show_default=True, help="none, same, or int8.")
+@click.option("--activations", default="none", show_default=True, help="none, same, int8, or auto.")
 @click.option("--kernel", default="auto", show_default=True, help="Kernel.")
 @click.option(
     "--device",

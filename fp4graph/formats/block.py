@@ -142,14 +142,30 @@ class BlockFormat:
         """
         rows = math.prod(x.shape[:-1])
         x_RGB = self._groups(x.reshape(rows, x.shape[-1]))
-        amax_RG = x_RGB.abs().amax(-1)
-        finite_RG = amax_RG.isfinite()
-        scale, per_tensor_scale = self.scale_codec.encode(amax_RG.where(finite_RG, 0))
-        codes = self._round(x_RGB, scale, per_tensor_scale)
+        codes, scale, per_tensor_scale, finite_RG = self._rounded(x_RGB)
         factor_RG = self.scale_codec.decode(scale, per_tensor_scale)
         factor_RG = torch.where(finite_RG, factor_RG, torch.nan)
         y_RK = (self.values.decode(codes) * factor_RG[..., None]).flatten(1)[:, : x.shape[-1]]
         return _saturated(y_RK, x.dtype).reshape(x.shape).contiguous()
+
+    def quantize_rows(self, x_RK: Tensor) -> PackedWeight:
+        """Round activations as `quantize` does weights; a group with NaN or Inf gets a NaN scale.
+
+        Args:
+            x_RK: [rows, K], any float dtype; of NVFP4, FP8 and MXFP4.
+        """
+        assert self.scale_codec.nan is not None
+        codes, scale, per_tensor_scale, finite_RG = self._rounded(self._groups(x_RK))
+        scale = scale.where(finite_RG, self.scale_codec.nan)
+        shape = (x_RK.shape[0], x_RK.shape[1])
+        return self.pack_codes(codes.flatten(1), scale, per_tensor_scale, shape)
+
+    def _rounded(self, x_RGB: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Return codes and scales of groups, and which hold neither NaN nor Inf."""
+        amax_RG = x_RGB.abs().amax(-1)
+        finite_RG = amax_RG.isfinite()
+        scale, per_tensor_scale = self.scale_codec.encode(amax_RG.where(finite_RG, 0))
+        return self._round(x_RGB, scale, per_tensor_scale), scale, per_tensor_scale, finite_RG
 
     def _groups(self, x_RK: Tensor) -> Tensor:
         x_RK = x_RK.to(torch.float32)

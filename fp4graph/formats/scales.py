@@ -44,6 +44,10 @@ class ScaleCodec(Protocol):
         """Size of what stands above the block scales, once a tensor; 0 for nothing."""
 
     @property
+    def nan(self) -> float | None:
+        """Code of a scale that is NaN; None where every code is a number."""
+
+    @property
     def rule(self) -> str:
         """Name of the rule that picks a scale."""
 
@@ -73,6 +77,7 @@ class E4M3Scale:
 
     rule: str = "nearest"
     dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
+    nan: ClassVar[float] = 0x7F
     per_tensor_bytes: ClassVar[int] = 4
 
     def encode(self, amax: Tensor, largest_scale: float = E4M3.max) -> tuple[Tensor, Tensor | None]:
@@ -112,6 +117,7 @@ class E8M0Scale:
 
     rule: str = "floor"
     dtype: ClassVar[torch.dtype] = torch.float8_e8m0fnu
+    nan: ClassVar[float] = 0xFF
     per_tensor_bytes: ClassVar[int] = 0
     rules: ClassVar[tuple[str, ...]] = tuple(_EXPONENT_RULES)
 
@@ -139,6 +145,7 @@ class ChannelScale:
 
     rule: str = "amax"
     dtype: ClassVar[torch.dtype] = torch.float32
+    nan: ClassVar[float] = torch.nan
     per_tensor_bytes: ClassVar[int] = 0
 
     def encode(self, amax: Tensor, largest_scale: float = E4M3.max) -> tuple[Tensor, Tensor | None]:
@@ -164,6 +171,7 @@ class FittedScale:
 
     rule: str = "fitted"
     dtype: ClassVar[torch.dtype] = torch.uint8
+    nan: ClassVar[None] = None
     per_tensor_bytes: ClassVar[int] = 8
 
     def encode(self, amax: Tensor, largest_scale: float = E4M3.max) -> tuple[Tensor, Tensor | None]:

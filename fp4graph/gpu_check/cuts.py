@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Way = Cut | Tile | Unpack
 
 FORMAT = "nvfp4"
-ROWS = (1, 16, 32, 64, 128, 256, 512)
+ROWS = (1, 128, 64, 256, 16, 512, 32)  # first what there is most to win for
 _WARPS = ((1, 2), (2, 1), (1, 4), (2, 2), (4, 1))  # wn, wk
 _RING = 4
 _REGISTERS = 96  # with a ring, for each eight rows of x

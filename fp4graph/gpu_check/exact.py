@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import linear
 
-from fp4graph import PackedWeight, quantize
-from fp4graph.formats import FP4_FORMATS
+from fp4graph import Activations, PackedWeight, quantize
+from fp4graph.formats import FORMATS, FP4_FORMATS
 from fp4graph.kernels import KERNELS, Kernel, Problem
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fp4graph.gpu_check.device import Device
+    from fp4graph.kernels.contract import Inputs
 
 _SHAPES = (
     *((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),  # Llama 3.1 8B
@@ -42,7 +43,7 @@ class Exactness:
     Attributes:
         shape: of the weight, NxK.
         rows: of x.
-        format: of the weight.
+        format: of the weight; W4A4 and W8A8 where x is rounded to it as well.
         dtype: of x and of the result.
         kernel: its name.
         of_bound: the largest error of an element over what rounding explains.
@@ -72,9 +73,19 @@ def fused(device: Device, n: int, k: int, format: str, dtype: torch.dtype) -> It
             yield kernel
 
 
-def problem_of(device: Device, n: int, k: int, format: str, dtype: torch.dtype) -> Problem:
+def rounding(device: Device, n: int, k: int, format: str, dtype: torch.dtype) -> Iterator[Kernel]:
+    """Yield the kernels of a device that round x to the weight's format themselves."""
+    problem = problem_of(device, n, k, format, dtype, "same")
+    for kernel in KERNELS:
+        if kernel.rounds(problem) and kernel.refusal(problem) is None:
+            yield kernel
+
+
+def problem_of(
+    device: Device, n: int, k: int, format: str, dtype: torch.dtype, inputs: Inputs = "exact"
+) -> Problem:
     """Return a linear as kernels see it."""
-    return Problem(n, k, FP4_FORMATS[format], dtype, device.target)
+    return Problem(n, k, FORMATS[format], dtype, device.target, inputs)
 
 
 def exactness(device: Device, n: int, k: int, rows: int, dtype: torch.dtype) -> Iterator[Exactness]:
@@ -83,16 +94,28 @@ def exactness(device: Device, n: int, k: int, rows: int, dtype: torch.dtype) -> 
     w_NK = torch.randn(n, k, generator=generator).to(device.where) / k**0.5
     x_MK = torch.randn(rows, k, generator=generator).to(device.where, dtype)
     bias_N = torch.randn(n, generator=generator).to(device.where, dtype)
-    for format in FP4_FORMATS:
+    for format in FORMATS:
         packed = quantize(w_NK, format)
-        for kernel in fused(device, n, k, format, dtype):
-            tensors = kernel.prepack(packed, problem_of(device, n, k, format, dtype))
-            y_MN = kernel.ops[format](x_MK, *tensors, bias_N)
+        exact = fused(device, n, k, format, dtype) if format in FP4_FORMATS else ()
+        asked: list[tuple[Kernel, Inputs]] = [(kernel, "exact") for kernel in exact]
+        asked += [(kernel, "same") for kernel in rounding(device, n, k, format, dtype)]
+        for kernel, inputs in asked:
+            problem = problem_of(device, n, k, format, dtype, inputs)
+            op, tensors = kernel.op_for(problem), kernel.prepack(packed, problem)
+            y_MN = op(x_MK, *tensors, bias_N)
+            rounds = inputs == "same"
+            taken_MK = problem.format.fake_quantize(x_MK.float()) if rounds else x_MK
             yield Exactness(
-                f"{n}x{k}", rows, format, str(dtype).removeprefix("torch."), kernel.name,
-                of_bound(y_MN, x_MK, packed, bias_N),
-                torch.equal(y_MN, kernel.ops[format](x_MK, *tensors, bias_N)),
+                f"{n}x{k}", rows, f"{format} {mode_of(problem)}" if rounds else format,
+                str(dtype).removeprefix("torch."), kernel.name,
+                of_bound(y_MN, taken_MK, packed, bias_N),
+                torch.equal(y_MN, op(x_MK, *tensors, bias_N)),
             )  # fmt: skip
+
+
+def mode_of(problem: Problem) -> str:
+    """Return `W4A4`, or `W8A8`."""
+    return Activations.SAME.mode(problem.format.bits)
 
 
 def of_bound(y_MN: Tensor, x_MK: Tensor, packed: PackedWeight, bias_N: Tensor | None) -> float:
@@ -104,8 +127,8 @@ def of_bound(y_MN: Tensor, x_MK: Tensor, packed: PackedWeight, bias_N: Tensor | 
     """
     x, w = x_MK.double(), packed.dequantize(torch.float64)
     exact = linear(x, w, None if bias_N is None else bias_N.double())
-    half_unit = torch.finfo(x_MK.dtype).eps / 2
+    half_unit = torch.finfo(y_MN.dtype).eps / 2
     spread = linear(x.square(), w.square()).sqrt()
     bound = half_unit * (1.01 * exact.abs() + _ROUNDINGS * spread)
-    bound += torch.finfo(x_MK.dtype).tiny
+    bound += torch.finfo(y_MN.dtype).tiny
     return float(((y_MN.double() - exact).abs() / bound).nan_to_num(nan=float("inf")).max())

@@ -9,9 +9,9 @@ from typing import Any
 STEPS = {
     "exact": ("problems checked", 120),
     "faults": ("numbers of rows with faults", 30),
-    "cuts": ("weights cut", 130),
+    "cuts": ("weights cut", 180),
     "times": ("sizes timed", 120),
-    "model": ("models timed", 200),
+    "model": ("models timed", 150),
 }
 """What is counted, and after how many seconds nothing more is begun; what was begun ends."""
 

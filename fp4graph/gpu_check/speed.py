@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import linear
 
 from fp4graph import quantize
-from fp4graph.formats import FP4_FORMATS
+from fp4graph.formats import FORMATS, FP4_FORMATS
 from fp4graph.gpu_check.device import Call, paired, reason_of
-from fp4graph.gpu_check.exact import fused, problem_of
+from fp4graph.gpu_check.exact import fused, mode_of, problem_of, rounding
 from fp4graph.gpu_check.torch_own import torch_own
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Speed:
     @property
     def is_ours(self) -> bool:
         """Whether it is a kernel of fp4graph."""
-        return self.variant.startswith(tuple(FP4_FORMATS))
+        return self.variant.startswith(tuple(FORMATS))
 
 
 def speeds(
@@ -90,6 +90,12 @@ def speeds(
         for kernel in filter(takes, fused(device, n, k, format, dtype)):
             run = _with_input(kernel.ops[format], x_MK)
             asked.append(Call(f"{format} {kernel.name}", run, kernel.prepack(packed, problem)))
+    for format in FORMATS:
+        problem = problem_of(device, n, k, format, dtype, "same")
+        for kernel in filter(takes, rounding(device, n, k, format, dtype)):
+            name = f"{format} {mode_of(problem)} {kernel.name}"
+            tensors = kernel.prepack(quantize(w_NK, format), problem)
+            asked.append(Call(name, _with_input(kernel.op_for(problem), x_MK), tensors))
     reasons: dict[str, str] = {}
     for name, make in torch_own(device.target, x_MK, n):
         try:

@@ -2,7 +2,7 @@
 
 from fp4graph.kernels.contract import Kernel, Plan, Problem
 from fp4graph.kernels.grouped import grouped
-from fp4graph.kernels.reference import FAKE_QUANTIZE, ROTATE, fake_quantize_op
+from fp4graph.kernels.reference import FAKE_QUANTIZE, ROTATE, before
 from fp4graph.kernels.registry import KERNELS, check_name, choose, refusals
 from fp4graph.kernels.target import Target, parse_target, target_of
 
@@ -14,9 +14,9 @@ __all__ = [
     "Plan",
     "Problem",
     "Target",
+    "before",
     "check_name",
     "choose",
-    "fake_quantize_op",
     "grouped",
     "parse_target",
     "refusals",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fp4graph.kernels.target import Target
 
 
-Inputs = Literal["exact", "int8", "auto"]
+Inputs = Literal["exact", "int8", "auto", "same"]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -36,7 +36,8 @@ class Problem:
         dtype: of activations, bias and result.
         target: what all of it lies on.
         inputs: whether activations stay as they are, or the kernel rounds them to 8 bits in
-            groups, or it does so by the number of rows.
+            groups, or it does so by the number of rows; "same" is rounding to the weight's format,
+            by the kernel or before it.
         weight_dtype: of the dense weight, where autocast makes it another; else None.
         experts: how many such weights there are, packed alike, of which rows choose one.
     """
@@ -103,6 +104,8 @@ class Kernel:
             groups, an approximation; empty where there is none.
         auto_ops: for each format an op on the same tensors that is one of both by the number of
             rows of x, whichever is faster; empty where the exact one always is.
+        same_ops: for each format an op on the same tensors that rounds x to the weight's format
+            itself; where there is none, x is rounded before.
         settle: finds out for a problem from how many rows on that is so, for those ops.
         merged: for an op, one for several weights of one x: `(x, *lists of packed tensors, list of
             biases) -> list of y`, each to the bit what the op gives; empty where there is none.
@@ -121,6 +124,7 @@ class Kernel:
     plan: Callable[[Problem], Plan] = _as_it_is
     int8_ops: Mapping[str, OpOverload[..., Tensor]] = field(default_factory=dict)
     auto_ops: Mapping[str, OpOverload[..., Tensor]] = field(default_factory=dict)
+    same_ops: Mapping[str, OpOverload[..., Tensor]] = field(default_factory=dict)
     settle: Callable[[Problem], None] = _nothing_to_settle
     merged: Mapping[OpOverload[..., Tensor], OpOverload[..., list[Tensor]]] = field(
         default_factory=dict
@@ -137,7 +141,11 @@ class Kernel:
         if problem.inputs == "auto" and base in self.auto_ops:
             self.settle(problem)
             return self.auto_ops[base]
-        return self.ops[base]
+        return self.same_ops[base] if self.rounds(problem) else self.ops[base]
+
+    def rounds(self, problem: Problem) -> bool:
+        """Whether its op rounds activations to the weight's format itself."""
+        return problem.inputs == "same" and problem.format.base in self.same_ops
 
     def serves(self, target: Target) -> bool:
         """Whether it runs on a target at all."""
@@ -148,7 +156,7 @@ class Kernel:
         if not self.serves(problem.target):
             where = " and ".join(self.backends)
             return f"it runs on {where}, and the weight is on {problem.target}"
-        if problem.format.base not in self.ops:
+        if problem.format.base not in {**self.ops, **self.same_ops}:
             return f"it does not read {problem.format}"
         if problem.dtype not in self.dtypes:
             taken = ", ".join(str(each).removeprefix("torch.") for each in self.dtypes)

@@ -9,7 +9,7 @@ instead of 15 (measured, 1x64x64).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -120,6 +120,15 @@ torch.library.register_fake("fp4graph::rotate", lambda x, block: x.new_empty(x.s
 
 ROTATE: Op = torch.ops.fp4graph.rotate.default
 """`rotate(x, block) -> y`: what goes with a rotated weight; see `fp4graph.formats.rotate`."""
+
+
+def before(kernel: Kernel, problem: Problem, rotation: int) -> tuple[Any, ...] | None:
+    """Return what an input goes through before a kernel's op: (op, arguments after x), or None."""
+    format = problem.format
+    if problem.inputs == "same" and not kernel.rounds(problem):
+        return fake_quantize_op(format), format.name, rotation
+    return (ROTATE, rotation) if rotation else None
+
 
 REFERENCE = Kernel(
     name="reference",

@@ -12,6 +12,7 @@ from fp4graph.errors import OptionError, RefusalError
 from fp4graph.kernels.cpu import CPU
 from fp4graph.kernels.dequantized import DEQUANTIZED
 from fp4graph.kernels.reference import REFERENCE
+from fp4graph.kernels.scaled_mm import SCALED_MM
 from fp4graph.kernels.triton import FRAGMENTS, TRITON
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from fp4graph.kernels.contract import Kernel, Problem
 
-KERNELS: tuple[Kernel, ...] = (CPU, FRAGMENTS, TRITON, DEQUANTIZED, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (CPU, SCALED_MM, FRAGMENTS, TRITON, DEQUANTIZED, REFERENCE)
 """All kernels; `kernel="auto"` takes the first that serves the problem."""
 
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fp4graph.formats import PackedWeight
-from fp4graph.kernels import ROTATE, Problem, choose, fake_quantize_op, target_of
+from fp4graph.kernels import Problem, before, choose, target_of
 from fp4graph.packed.stand_in import Multiplied
-from fp4graph.scheme import Activations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -66,6 +65,7 @@ class PackedModule(Multiplied, nn.Module):
         self.dtype = dtype
         self.kernel: Kernel | None = None
         self._computes: Op | None = None
+        self._before: tuple[Any, ...] | None = None
         self._shape, self._stacked = matrix, stacked
         self._stored = stored
         self._is_hf_initialized = True  # transformers draws no weights at random here
@@ -133,6 +133,7 @@ class PackedModule(Multiplied, nn.Module):
             problem = self._problem(plain.qdata.device)
             kernel = self.kernel = choose(problem, self.scheme.kernel)
             self._computes = kernel.op_for(problem)
+            self._before = before(kernel, problem, self.scheme.rotation)
             with torch.no_grad():
                 tensors = kernel.prepack(plain, problem)
             if self._stacked is None:
@@ -191,12 +192,13 @@ class PackedModule(Multiplied, nn.Module):
 
     def _taken(self, x: Tensor) -> Tensor:
         """Return what the op takes of an input [..., K]: smoothed, rotated, rounded."""
-        format, rotation = self.scheme.format, self.scheme.rotation
         if self.smooth is not None:
             x = x * self.smooth.reciprocal().to(x.dtype)
-        if self.scheme.activations is Activations.SAME:
-            return fake_quantize_op(format)(x, format.name, rotation)
-        return ROTATE(x, rotation) if rotation else x
+        if self._before is None:
+            return x
+        op, *arguments = self._before
+        taken: Tensor = op(x, *arguments)
+        return taken
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast: the weight moves and keeps its bits, all else does what `fn` says."""
@@ -236,7 +238,13 @@ class PackedModule(Multiplied, nn.Module):
         other.plain()
         assert other.scale is not None
         other.scale = other.scale.view(torch.uint8)
-        return {**other.__dict__, "kernel": None, "_computes": None, "_grouped": None}
+        return {
+            **other.__dict__,
+            "kernel": None,
+            "_computes": None,
+            "_before": None,
+            "_grouped": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -69,6 +69,8 @@ class ChooseKernels:
                     note = f" ({'; '.join((kernel.note, *refusals(problem, better)))})"
                 if problem.inputs == "auto" and problem.format.base not in kernel.auto_ops:
                     note += f"; exact at any number of rows, for {kernel.name} rounds none"
+                if problem.inputs == "same" and not kernel.rounds(problem):
+                    note += "; emulated: inputs are rounded in a call of their own"
                 reason = f"{site.reason} as {site.scheme}{note}"
                 mark(node, replace(site, problem=problem, kernel=kernel, reason=reason))
         if refused and self.on_refusal == "raise":

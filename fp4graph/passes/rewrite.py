@@ -9,7 +9,7 @@ from fp4graph.graph.match import match_linear
 from fp4graph.graph.regions import lift, regions
 from fp4graph.graph.site import LinearSite, mark, site_of, unmarked
 from fp4graph.graph.writes import writes_in_place
-from fp4graph.kernels import fake_quantize_op, grouped
+from fp4graph.kernels import before, grouped
 from fp4graph.passes.emit import cast, constant, move, put_among_dense, take
 from fp4graph.scheme import Activations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from fp4graph.packed.cache import PackEntry
 
-    _Input = tuple[Node, int, torch.dtype, tuple[str, int], int]
+    _Input = tuple[Node, int, torch.dtype, tuple[Any, ...] | None, int]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class RewriteLinears:
         r = fp4graph.fake_quantize(x, "mxfp4", 0)
         q = fp4graph.reference_mxfp4(r, qdata, scale, None)
         k = fp4graph.reference_mxfp4(r, k_qdata, k_scale, None)
+
+    Given, the same where the kernel rounds inputs itself:
+        q = linear(x, q_weight, None)      # scheme nvfp4 W4A4; kernel scaled_mm
+    Result:
+        q = fp4graph.scaled_mm_nvfp4(x, qdata, scale, per_tensor_scale, None)
 
     Given, autocast, whose result is bfloat16:
         q = linear(x, q_weight, bias)      # scheme mxfp4 W4A16; kernel reference; dtype bfloat16
@@ -108,13 +113,12 @@ def _replace(
         x = move(cast(form.x, site.dtype), form.x_dim, -1)
         if site.scheme.activations is Activations.SAME:
             # an input that is written to in between is not the same input
-            how = (site.scheme.format.name, site.scheme.rotation)
-            key = (form.x, form.x_dim, site.dtype, how, writes)
-            if key not in quantized:
-                rounds = fake_quantize_op(site.scheme.format)
-                quantized[key] = graph.call_function(rounds, (x, *how))
+            first = before(site.kernel, site.problem, site.scheme.rotation)
+            key = (form.x, form.x_dim, site.dtype, first, writes)
+            if first is not None and key not in quantized:
+                quantized[key] = graph.call_function(first[0], (x, *first[1:]))
                 quantized[key].meta = dict(x.meta)
-            x = quantized[key]
+            x = quantized.get(key, x)
         op = site.kernel.op_for(site.problem)
         value = node.meta["example_value"].movedim(form.y_dim, -1)
         bias = None if form.bias is None else cast(form.bias, site.dtype)

@@ -129,7 +129,7 @@ def _check_scored(scheme: Scheme) -> None:
             f"quantizer {str(how)!r} is not scored, only those that need no data and do not "
             "rotate: `fp4graph ablate` measures it"
         )
-    if scheme.inputs != "exact":
+    if scheme.has_int8:
         mode = str(scheme.activations)
         raise OptionError(f"activations {mode!r} are not scored: `fp4graph ablate` measures 'int8'")
 

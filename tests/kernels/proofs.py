@@ -27,6 +27,7 @@ TRITON = (
     *("tests/kernels/*ptx*.py", "tests/kernels/machine_code.*", "tests/kernels/known_failures.py"),
     *("tests/kernels/emulator.py", "tests/kernels/offline.py", "tests/kernels/on_cpu.py"),
     *("tests/kernels/*triton*.py", "tests/kernels/test_m*.py"),
+    *("tests/kernels/test_scaled_mm.py", "fp4graph/kernels/scaled_mm.py"),
 )
 
 

@@ -11,8 +11,9 @@ from support.models import tiny, tokens
 from torch.nn.functional import linear
 
 import fp4graph
-from fp4graph.formats import FP4_FORMATS
+from fp4graph.formats import FORMATS, FP4_FORMATS
 from fp4graph.kernels import KERNELS, Kernel, Problem, refusals, target_of
+from fp4graph.kernels.scaled_mm import SCALED_MM, rounded
 from fp4graph.kernels.triton import mma
 from fp4graph.kernels.triton.mma.cut import Cut
 from fp4graph.kernels.triton.mma.wgmma.tile import Tile, tiles_for
@@ -84,6 +85,24 @@ def test_every_cut_is_exact_and_runs_alike_each_time(cut: Cut | Tile, name: str)
     assert relative_l2(y, linear(x.double(), packed.dequantize(torch.float64))) <= 1e-6
     for _ in range(200):
         assert torch.equal(y, run(x, *tensors, None))
+
+
+@pytest.mark.parametrize("name", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("m", [1, 17, 300])
+def test_codes_by_codes(name: str, m: int) -> None:
+    format = FORMATS[name]
+    problem = Problem(256, 1024, format, torch.bfloat16, target_of(CUDA), "same")
+    if refused := refusals(problem, [SCALED_MM]):
+        pytest.skip(refused[0])
+    packed = fp4graph.quantize(torch.randn(256, 1024, device=CUDA), name)
+    x = torch.randn(m, 1024, device=CUDA).bfloat16()
+    x[0, :16] *= 100
+    taken = format.quantize_rows(x)
+    for ours, expected in zip(rounded(x, format), SCALED_MM.prepack(taken, problem), strict=True):
+        assert torch.equal(ours.flatten(), expected.flatten())
+    y = SCALED_MM.op_for(problem)(x, *SCALED_MM.prepack(packed, problem), None)
+    exact = linear(taken.dequantize(torch.float64), packed.dequantize(torch.float64))
+    assert relative_l2(y, exact) <= 2.0**-8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
