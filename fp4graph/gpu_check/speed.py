@@ -55,9 +55,10 @@ class Speed:
     reason: str = ""
 
     @property
-    def is_ours(self) -> bool:
-        """Whether it is a kernel of fp4graph."""
-        return self.variant.startswith(tuple(FORMATS))
+    def is_w4a16(self) -> bool:
+        """Whether it is a kernel of fp4graph with the weight in FP4 and x as it is."""
+        format, _, kernel = self.variant.partition(" ")
+        return format in FP4_FORMATS and not kernel.startswith("W")
 
 
 def speeds(
@@ -131,7 +132,7 @@ def best_over_dense(found: Sequence[Speed]) -> dict[int, float]:
     """
     fastest: dict[tuple[int, str], float] = {}
     for each in found:
-        if each.over_dense is not None and each.is_ours:
+        if each.over_dense is not None and each.is_w4a16:
             key = each.rows, each.shape
             fastest[key] = max(each.over_dense, fastest.get(key, 0.0))
     counts = sorted({rows for rows, _ in fastest})

@@ -76,7 +76,7 @@ def _speed(rows: Sequence[Speed]) -> Iterator[str]:
     slow = [count for count, speed in best.items() if speed < 1]
     if slow:
         yield f"slower than dense from {min(slow)} rows on"
-    reads = [row.of_read for row in rows if row.rows == 1 and row.is_ours and row.of_read]
+    reads = [row.of_read for row in rows if row.rows == 1 and row.is_w4a16 and row.of_read]
     if reads:
         yield f"one row reads weights at {statistics.median(reads):.0%} of a plain read's bandwidth"
 

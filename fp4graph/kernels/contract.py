@@ -156,7 +156,7 @@ class Kernel:
         if not self.serves(problem.target):
             where = " and ".join(self.backends)
             return f"it runs on {where}, and the weight is on {problem.target}"
-        if problem.format.base not in {**self.ops, **self.same_ops}:
+        if problem.format.base not in self.ops and problem.format.base not in self.same_ops:
             return f"it does not read {problem.format}"
         if problem.dtype not in self.dtypes:
             taken = ", ".join(str(each).removeprefix("torch.") for each in self.dtypes)

@@ -91,6 +91,11 @@ def test_times_are_paired_and_beside_a_read() -> None:
     packed = nvfp4.gb_per_s * nvfp4.us * 1e3
     assert nvfp4.of_read == pytest.approx(0.5 * packed / read)
     assert best_over_dense(rows) == {4: 2}
+    others = [
+        replace(nvfp4, variant=f"{name} scaled_mm", over_dense=9.0)
+        for name in ("nvfp4 W4A4", "fp8 W8A8")
+    ]
+    assert best_over_dense([*rows, *others]) == {4: 2}
 
 
 def test_what_torch_lacks_has_a_row_that_says_why() -> None:
