@@ -156,8 +156,7 @@ class BlockFormat:
         """
         assert self.scale_codec.nan is not None
         codes, scale, per_tensor_scale, finite_RG = self._rounded(self._groups(x_RK))
-        scale = scale.where(finite_RG, self.scale_codec.nan)
-        shape = (x_RK.shape[0], x_RK.shape[1])
+        scale, shape = scale.where(finite_RG, self.scale_codec.nan), (len(x_RK), x_RK.shape[1])
         return self.pack_codes(codes.flatten(1), scale, per_tensor_scale, shape)
 
     def _rounded(self, x_RGB: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

@@ -97,29 +97,33 @@ def _multiply(
         return [x.new_empty((*x.shape[:-1], len(weight[0]))) for weight in weights]
     x_MK = x_MK if x_MK.stride(-1) == 1 else x_MK.contiguous()
     side = rounded(x_MK, format)
-    product = _fp8_product if format == FP8 else _nvfp4_product
-    pairs = zip(weights, biases, strict=True)
-    return [product(side, w, bias, x.dtype).unflatten(0, x.shape[:-1]) for w, bias in pairs]
+    found = [
+        _product(format, side, w, bias, x.dtype) for w, bias in zip(weights, biases, strict=True)
+    ]
+    return [y_MN.unflatten(0, x.shape[:-1]) for y_MN in found]
 
 
-def _nvfp4_product(x: Side, w: Side, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    codes, recipe, order = torch.float4_e2m1fn_x2, functional.ScalingType, functional.SwizzleType
-    how = [recipe.BlockWise1x16, recipe.TensorWise]
-    orders = [order.SWIZZLE_32_4_4, order.NO_SWIZZLE]
-    (x_codes, x_scale, x_top), (w_codes, w_scale, w_top) = x, w
+def _product(
+    format: BlockFormat, x: Side, w: Side, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    kind, order = functional.ScalingType, functional.SwizzleType
+    if format == FP8:
+        codes, kinds, orders = torch.float8_e4m3fn, [kind.RowWise], None
+    else:
+        codes, kinds = torch.float4_e2m1fn_x2, [kind.BlockWise1x16, kind.TensorWise]
+        orders = [order.SWIZZLE_32_4_4, order.NO_SWIZZLE]
     return functional.scaled_mm(
-        x_codes.view(codes), w_codes.view(codes).t(),
-        [x_scale.view(torch.float8_e4m3fn), x_top], how,
-        [w_scale.view(torch.float8_e4m3fn), w_top], how,
+        x[0].view(codes), w[0].view(codes).t(),
+        _scales(format, x), kinds, _scales(format, w), kinds,
         orders, orders, bias, dtype,
     )  # fmt: skip
 
 
-def _fp8_product(x: Side, w: Side, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    codes = torch.float8_e4m3fn
-    return torch._scaled_mm(
-        x[0].view(codes), w[0].view(codes).t(), x[1], w[1], bias=bias, out_dtype=dtype
-    )
+def _scales(format: BlockFormat, side: Side) -> list[Tensor]:
+    """Return a side's scales as torch takes them."""
+    if format == FP8:
+        return [side[1]]
+    return [side[1].view(format.scale_codec.dtype), side[2]]
 
 
 def _define(format: BlockFormat) -> tuple[Op, MergedOp]:
